@@ -1,0 +1,91 @@
+//! What a round answers: moves, each with its reason, and notes about what could not be done. It changes nothing by itself.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::model::{NodeName, VmId};
+
+/// Why a VM is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ActionKind {
+    /// Its node runs out of memory.
+    Usher,
+    /// Its node is drained.
+    Drain,
+    /// The cluster is better balanced afterwards.
+    Rebalance,
+}
+
+impl fmt::Display for ActionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Usher => "usher",
+            Self::Drain => "drain",
+            Self::Rebalance => "rebalance",
+        })
+    }
+}
+
+/// One migration to start.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Action {
+    /// Why, in a word.
+    pub kind: ActionKind,
+    /// What to move.
+    pub vm: VmId,
+    /// Where it is.
+    pub from: NodeName,
+    /// Where it goes.
+    pub to: NodeName,
+    /// How long the move is expected to take.
+    pub expected: Duration,
+    /// Why, in words and numbers.
+    pub reason: String,
+}
+
+/// What a note is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NoteKind {
+    /// A node runs out of memory and nothing can be moved off it.
+    UsherStuck,
+    /// A VM of a draining node cannot go.
+    DrainStuck,
+    /// A VM of a draining node goes later: limits, or a move that has just ended.
+    DrainWaiting,
+}
+
+impl fmt::Display for NoteKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::UsherStuck => "usher-stuck",
+            Self::DrainStuck => "drain-stuck",
+            Self::DrainWaiting => "drain-waiting",
+        })
+    }
+}
+
+/// Something that could not be done, and why. The same situation gives the same note again each round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What it is about.
+    pub kind: NoteKind,
+    /// The node it is about.
+    pub node: NodeName,
+    /// The VM it is about, if one.
+    pub vm: Option<VmId>,
+    /// In words and numbers.
+    pub text: String,
+}
+
+/// The answer of one round.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// Migrations to start now, all of them at once, most urgent first.
+    pub actions: Vec<Action>,
+    /// What could not be done.
+    pub notes: Vec<Note>,
+    /// Score of the cluster when the migrations under way have ended: see [`crate::score`].
+    pub score_before: f64,
+    /// The same with `actions` done.
+    pub score_after: f64,
+}

@@ -1,0 +1,279 @@
+//! What the planner is told: a snapshot of the cluster. It holds no clock; ages are durations.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// From text, which the caller has checked.
+            #[must_use]
+            pub fn new(text: &str) -> Self {
+                Self(Arc::from(text))
+            }
+
+            /// As text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+    };
+}
+
+text_id!(
+    /// A node's name. Cloning it is cheap.
+    NodeName
+);
+text_id!(
+    /// A VM's id. Cloning it is cheap.
+    VmId
+);
+
+/// An amount of memory. Displayed in the largest unit that keeps it readable ("320 MiB").
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// So many MiB.
+    #[must_use]
+    pub const fn mib(mib: u64) -> Self {
+        Self(mib.saturating_mul(1 << 20))
+    }
+
+    /// So many GiB.
+    #[must_use]
+    pub const fn gib(gib: u64) -> Self {
+        Self(gib.saturating_mul(1 << 30))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(&str, u64); 4] = [
+            ("TiB", 1 << 40),
+            ("GiB", 1 << 30),
+            ("MiB", 1 << 20),
+            ("KiB", 1 << 10),
+        ];
+        for (unit, size) in UNITS {
+            // From ten of a unit on it is readable without decimals; a TiB is the largest there is.
+            if self.0 >= 10 * size || (self.0 >= size && self.0.is_multiple_of(size)) {
+                let tenths = u128::from(self.0) * 10 / u128::from(size);
+                return match (tenths % 10, tenths >= 1000) {
+                    (0, _) | (_, true) => write!(f, "{} {unit}", tenths / 10),
+                    (tenth, false) => write!(f, "{}.{tenth} {unit}", tenths / 10),
+                };
+            }
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
+
+/// A rate of memory: growth, dirtying, or a link's. Never negative: memory that shrinks has growth 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BytesPerSecond(pub u64);
+
+impl fmt::Display for BytesPerSecond {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", Bytes(self.0))
+    }
+}
+
+/// Whether a node takes VMs, and whether it answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NodeState {
+    /// Takes VMs.
+    Ready,
+    /// Keeps its VMs, takes no new ones.
+    Cordoned,
+    /// Its VMs are to leave; takes no new ones.
+    Draining,
+    /// Has not reported for a while. Nothing is moved to it or from it.
+    Unreachable,
+}
+
+impl fmt::Display for NodeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ready => "ready",
+            Self::Cordoned => "cordoned",
+            Self::Draining => "draining",
+            Self::Unreachable => "unreachable",
+        })
+    }
+}
+
+/// One node, as last reported and smoothed. Loads are in CPUs: 2.0 means two threads that want to run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeView {
+    /// Unique in the snapshot.
+    pub name: NodeName,
+    /// Whether it takes VMs.
+    pub state: NodeState,
+    /// CPUs it lends.
+    pub cpus: u32,
+    /// Speed of one CPU relative to the others; 1.0 where nothing is known.
+    pub speed: f64,
+    /// Memory it lends.
+    pub memory: Bytes,
+    /// Part of `memory` that is free, from the same report as the residents of its VMs. When a VM has left since that
+    /// report, add its resident memory, or the node looks fuller than it is.
+    pub memory_available: Bytes,
+    /// Growth of what is **not** VMs. 0 where the agent counts VMs only.
+    pub other_growth: BytesPerSecond,
+    /// Load as the node sees itself: see [`crate::LocalLoad`].
+    pub load_local: f64,
+    /// Load as others see it: see [`crate::ExportedLoad`].
+    pub load_exported: f64,
+    /// PSI memory "some avg10", percent.
+    pub pressure_memory: f64,
+    /// PSI CPU "some avg10", percent. Shown, not yet decided on.
+    pub pressure_cpu: f64,
+}
+
+impl NodeView {
+    /// A ready, idle, empty node of speed 1.
+    #[must_use]
+    pub fn new(name: &str, cpus: u32, memory: Bytes) -> Self {
+        Self {
+            name: NodeName::new(name),
+            state: NodeState::Ready,
+            cpus,
+            speed: 1.0,
+            memory,
+            memory_available: memory,
+            other_growth: BytesPerSecond(0),
+            load_local: 0.0,
+            load_exported: 0.0,
+            pressure_memory: 0.0,
+            pressure_cpu: 0.0,
+        }
+    }
+}
+
+/// Why a VM cannot be moved now, besides what the planner sees for itself (migrating, cool-down, node unreachable).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CannotMove {
+    /// It has not started to run yet.
+    Starting,
+    /// It is being powered off.
+    Stopping,
+    /// It is not known which of two nodes runs it.
+    InDoubt,
+    /// Its node does not report it, or it has failed.
+    NotRunning,
+    /// Its owner keeps it where it is.
+    Locked,
+}
+
+impl fmt::Display for CannotMove {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Starting => "it is starting",
+            Self::Stopping => "it is stopping",
+            Self::InDoubt => "it is in doubt after a migration",
+            Self::NotRunning => "it is not running",
+            Self::Locked => "it is locked to its node",
+        })
+    }
+}
+
+/// A migration under way. Its VM counts on both nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InFlight {
+    /// Where it goes.
+    pub to: NodeName,
+    /// Resident memory of its VMM at the destination, as the destination reports it in its used memory; 0 if not known.
+    pub received: Bytes,
+}
+
+/// One VM that holds memory on a node: starting, running, migrating, in doubt or stopping. Ended ones are left out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmView {
+    /// Unique in the snapshot.
+    pub id: VmId,
+    /// Its name, for the reasons people read.
+    pub name: String,
+    /// Where it is.
+    pub node: NodeName,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory it was given.
+    pub declared: Bytes,
+    /// Memory its VMM holds now; none until its node has reported it.
+    pub resident: Option<Bytes>,
+    /// CPUs in use, smoothed.
+    pub cpu_use: f64,
+    /// How fast it dirties memory, where known.
+    pub dirty_rate: Option<BytesPerSecond>,
+    /// How fast `resident` grows, smoothed: see [`crate::Growth`].
+    pub growth: BytesPerSecond,
+    /// A reason why it cannot be moved.
+    pub cannot_move: Option<CannotMove>,
+    /// The migration it is in.
+    pub in_flight: Option<InFlight>,
+    /// Since its last attempt to move ended, well or not; none if it never moved.
+    pub since_last_move: Option<Duration>,
+}
+
+impl VmView {
+    /// A VM that runs, is movable, uses nothing and has not been reported yet.
+    #[must_use]
+    pub fn new(id: &str, node: &str, cpus: u32, declared: Bytes) -> Self {
+        Self {
+            id: VmId::new(id),
+            name: id.to_owned(),
+            node: NodeName::new(node),
+            cpus,
+            declared,
+            resident: None,
+            cpu_use: 0.0,
+            dirty_rate: None,
+            growth: BytesPerSecond(0),
+            cannot_move: None,
+            in_flight: None,
+            since_last_move: None,
+        }
+    }
+}
+
+/// Everything a decision depends on, besides the [`crate::Policy`]. Order does not matter.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ClusterSnapshot {
+    /// Every node that has ever registered and was not removed.
+    pub nodes: Vec<NodeView>,
+    /// Every VM that holds memory.
+    pub vms: Vec<VmView>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_read_well() {
+        for (bytes, text) in [
+            (0, "0 bytes"),
+            (4096, "4 KiB"),
+            (320 << 20, "320 MiB"),
+            (1 << 30, "1 GiB"),
+            ((1 << 30) + (1 << 20), "1025 MiB"),
+            ((20 << 30) + (512 << 20), "20.5 GiB"),
+            (u64::MAX, "16777215 TiB"),
+        ] {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The constants of every decision, in one place. docs/scheduling.md explains each.
+
+use std::time::Duration;
+
+use crate::model::BytesPerSecond;
+
+/// A policy value that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("policy {field}: must be {expected}")]
+pub struct PolicyError {
+    /// Name of the field.
+    pub field: &'static str,
+    /// What it should be.
+    pub expected: &'static str,
+}
+
+/// What the planner may do and what it aims for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// Declared memory of a node's VMs may be this many times its memory.
+    pub overcommit: f64,
+    /// Part of a node's memory that must not be passed; ushering starts before it would be.
+    pub usher_threshold: f64,
+    /// Part of a node's memory that ushering brings it down to, and that rebalancing fills it to.
+    pub usher_target: f64,
+    /// A node whose memory pressure (PSI some avg10, percent) reaches this sheds VMs and takes none.
+    pub pressure_threshold: f64,
+    /// How far ahead growth is extended at most.
+    pub usher_horizon: Duration,
+    /// From a change on a node to the start of a migration: one report and one round.
+    pub detect: Duration,
+    /// What a migration takes besides sending memory.
+    pub migration_overhead: Duration,
+    /// What one link carries, measured where possible.
+    pub link_rate: BytesPerSecond,
+    /// Migrations at once in the cluster.
+    pub max_migrations: usize,
+    /// Migrations at once out of one node.
+    pub max_out_per_node: usize,
+    /// Migrations at once into one node.
+    pub max_in_per_node: usize,
+    /// A VM that moved is not rebalanced again for this long.
+    pub cool_down: Duration,
+    /// A VM whose move ended is not ushered or drained again for this long.
+    pub retry_after: Duration,
+    /// The destination of a rebalance is charged this many times what the VM uses.
+    pub stability: f64,
+    /// The least a rebalance move must lower the score, its own cost taken off.
+    pub min_gain: f64,
+    /// What one second of migration costs, in score.
+    pub cost_per_second: f64,
+    /// Base of the opportunity cost `base ^ utilisation`.
+    pub cost_base: f64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            overcommit: 1.5,
+            usher_threshold: 0.90,
+            usher_target: 0.85,
+            pressure_threshold: 20.0,
+            usher_horizon: Duration::from_secs(60),
+            detect: Duration::from_secs(2),
+            migration_overhead: Duration::from_millis(500),
+            link_rate: BytesPerSecond(125_000_000),
+            max_migrations: 8,
+            max_out_per_node: 2,
+            max_in_per_node: 2,
+            cool_down: Duration::from_secs(60),
+            retry_after: Duration::from_secs(5),
+            stability: 1.3,
+            min_gain: 1.0,
+            cost_per_second: 0.05,
+            cost_base: 16.0,
+        }
+    }
+}
+
+impl Policy {
+    /// Checks every value. The functions that plan expect a policy that passes.
+    ///
+    /// # Errors
+    /// Names the first field that is out of range.
+    pub fn check(&self) -> Result<(), PolicyError> {
+        let hour = Duration::from_secs(3600);
+        let checks = [
+            ("overcommit", (1.0..=100.0).contains(&self.overcommit), "1 to 100"),
+            (
+                "usher_threshold",
+                (0.1..=1.0).contains(&self.usher_threshold),
+                "0.1 to 1",
+            ),
+            (
+                "usher_target",
+                (0.05..=self.usher_threshold).contains(&self.usher_target),
+                "0.05 to usher_threshold",
+            ),
+            (
+                "pressure_threshold",
+                (0.0..=100.0).contains(&self.pressure_threshold),
+                "0 to 100 (percent)",
+            ),
+            ("usher_horizon", self.usher_horizon <= hour, "at most 1 h"),
+            ("detect", self.detect <= hour, "at most 1 h"),
+            (
+                "migration_overhead",
+                self.migration_overhead <= hour,
+                "at most 1 h",
+            ),
+            (
+                "link_rate",
+                self.link_rate.0 >= 1000,
+                "at least 1000 bytes per second",
+            ),
+            ("cool_down", self.cool_down <= 24 * hour, "at most 24 h"),
+            ("retry_after", self.retry_after <= 24 * hour, "at most 24 h"),
+            ("stability", (1.0..=10.0).contains(&self.stability), "1 to 10"),
+            (
+                "min_gain",
+                self.min_gain.is_finite() && self.min_gain >= 1e-6,
+                "at least 0.000001",
+            ),
+            (
+                "cost_per_second",
+                (0.0..=1e6).contains(&self.cost_per_second),
+                "0 to 1000000",
+            ),
+            (
+                "cost_base",
+                (1.1..=1e6).contains(&self.cost_base),
+                "1.1 to 1000000",
+            ),
+        ];
+        match checks.into_iter().find(|(_, good, _)| !good) {
+            Some((field, _, expected)) => Err(PolicyError { field, expected }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_passes_and_bad_values_are_named() {
+        assert_eq!(Policy::default().check(), Ok(()));
+        for bad in [f64::NAN, f64::INFINITY, 0.0, -1.0] {
+            let error = Policy {
+                overcommit: bad,
+                ..Policy::default()
+            }
+            .check()
+            .expect_err("out of range");
+            assert_eq!(error.to_string(), "policy overcommit: must be 1 to 100");
+        }
+    }
+}

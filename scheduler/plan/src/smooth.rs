@@ -1,0 +1,135 @@
+//! Smoothing of reports, one sample a second. The server keeps one of these per measured thing.
+//!
+//! Loads follow MOSIX (constants as found in Kerrighed's `mosix_probe.c`): what a node thinks of itself rises slowly and
+//! falls at once, what it tells others rises at once and falls slowly. So a node is slow to push and slow to attract, and
+//! a VM that moves does not come back.
+
+use std::time::Duration;
+
+use crate::model::{Bytes, BytesPerSecond};
+
+/// A load as the node itself sees it: (5 old + 3 new) / 8 when it rises, at once when it falls.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LocalLoad(f64);
+
+impl LocalLoad {
+    /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
+    pub fn update(&mut self, sample: f64) -> f64 {
+        let sample = load(sample);
+        self.0 = if sample > self.0 {
+            (5.0 * self.0 + 3.0 * sample) / 8.0
+        } else {
+            sample
+        };
+        self.0
+    }
+
+    /// The value, in CPUs.
+    #[must_use]
+    pub fn value(self) -> f64 {
+        self.0
+    }
+}
+
+/// A load as others see the node: at once when it rises, (7 old + new) / 8 when it falls.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct ExportedLoad(f64);
+
+impl ExportedLoad {
+    /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
+    pub fn update(&mut self, sample: f64) -> f64 {
+        let sample = load(sample);
+        self.0 = if sample < self.0 {
+            (7.0 * self.0 + sample) / 8.0
+        } else {
+            sample
+        };
+        self.0
+    }
+
+    /// The value, in CPUs.
+    #[must_use]
+    pub fn value(self) -> f64 {
+        self.0
+    }
+}
+
+/// How fast an amount of memory grows: an exponentially weighted mean, new samples weighing 0.4.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Growth {
+    last: Option<Bytes>,
+    rate: f64,
+}
+
+impl Growth {
+    const WEIGHT: f64 = 0.4;
+
+    /// Takes the amount now, `elapsed` after the last sample; answers the new rate. The first sample only sets the
+    /// base, as does one that comes after no time. Start a new `Growth` when a VM arrives on another node.
+    pub fn update(&mut self, amount: Bytes, elapsed: Duration) -> BytesPerSecond {
+        let seconds = elapsed.as_secs_f64();
+        if let Some(last) = self.last
+            && seconds > 0.0
+        {
+            let sample = (amount.0 as f64 - last.0 as f64) / seconds;
+            self.rate += Self::WEIGHT * (sample - self.rate);
+        }
+        self.last = Some(amount);
+        self.value()
+    }
+
+    /// The rate; 0 while the amount shrinks.
+    #[must_use]
+    pub fn value(self) -> BytesPerSecond {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // float casts saturate, and it is not negative
+        BytesPerSecond(self.rate.max(0.0) as u64)
+    }
+}
+
+/// Machines have fewer than a million CPUs; anything else is a bad report.
+fn load(sample: f64) -> f64 {
+    if sample.is_finite() {
+        sample.clamp(0.0, 1e6)
+    } else {
+        0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_rises_slowly_and_falls_at_once() {
+        let mut local = LocalLoad::default();
+        assert_eq!(local.update(8.0), 3.0);
+        assert_eq!(local.update(8.0), 4.875);
+        assert_eq!(local.update(1.0), 1.0);
+    }
+
+    #[test]
+    fn exported_rises_at_once_and_falls_slowly() {
+        let mut exported = ExportedLoad::default();
+        assert_eq!(exported.update(8.0), 8.0);
+        assert_eq!(exported.update(0.0), 7.0);
+        assert_eq!(exported.update(f64::NAN), 6.125);
+    }
+
+    #[test]
+    fn growth_follows_and_forgets() {
+        let mut growth = Growth::default();
+        let second = Duration::from_secs(1);
+        for n in 0..20 {
+            growth.update(Bytes::mib(40 * n), second);
+        }
+        let steady = growth.value().0;
+        assert!(steady > 39 << 20 && steady <= 40 << 20, "{steady}");
+        for _ in 0..20 {
+            growth.update(Bytes::mib(760), second);
+        }
+        assert!(growth.value() < BytesPerSecond(4096));
+        assert_eq!(growth.update(Bytes(0), second), BytesPerSecond(0));
+        assert_eq!(growth.update(Bytes(u64::MAX), Duration::ZERO), BytesPerSecond(0));
+    }
+}

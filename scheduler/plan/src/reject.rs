@@ -1,0 +1,153 @@
+//! Why nodes cannot take a VM, in words and numbers.
+
+use std::fmt;
+
+use crate::model::{Bytes, NodeName, NodeState};
+
+/// Why a node cannot take a VM.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RejectReason {
+    /// The request names another node.
+    NotAskedFor {
+        /// That one.
+        asked: NodeName,
+    },
+    /// The VM is there already.
+    SameNode,
+    /// It takes no VMs.
+    NotReady(NodeState),
+    /// The VM has more CPUs than the node.
+    TooFewCpus {
+        /// CPUs of the VM.
+        needed: u32,
+        /// CPUs of the node.
+        has: u32,
+    },
+    /// The declared memory of its VMs would pass its memory times the overcommit.
+    Committed {
+        /// Declared by the VMs there.
+        declared: Bytes,
+        /// Declared by this VM.
+        needed: Bytes,
+        /// The limit.
+        limit: Bytes,
+    },
+    /// The memory in use would pass the threshold.
+    Memory {
+        /// Used and reserved now.
+        used: Bytes,
+        /// What this VM is expected to use.
+        needed: Bytes,
+        /// The limit.
+        limit: Bytes,
+    },
+    /// With what is growing there and what this VM grows, the memory in use would pass the threshold.
+    Growth {
+        /// What would be used at the horizon.
+        predicted: Bytes,
+        /// The horizon.
+        seconds: u64,
+        /// The limit.
+        limit: Bytes,
+    },
+    /// It is under memory pressure.
+    Pressure {
+        /// PSI some avg10, percent.
+        percent: f64,
+        /// The limit.
+        limit: f64,
+    },
+    /// As many migrations as allowed are on their way to it.
+    Busy {
+        /// How many.
+        incoming: usize,
+    },
+}
+
+impl fmt::Display for RejectReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAskedFor { asked } => write!(f, "{asked} was asked for"),
+            Self::SameNode => f.write_str("the VM is there already"),
+            Self::NotReady(state) => write!(f, "it is {state}"),
+            Self::TooFewCpus { needed, has } => write!(f, "it has {has} CPUs, the VM asks for {needed}"),
+            Self::Committed {
+                declared,
+                needed,
+                limit,
+            } => {
+                write!(
+                    f,
+                    "{declared} declared there and {needed} more would pass its limit of {limit} declared memory"
+                )
+            }
+            Self::Memory { used, needed, limit } => {
+                write!(
+                    f,
+                    "{used} used or reserved there and {needed} expected of the VM would pass its limit of {limit}"
+                )
+            }
+            Self::Growth {
+                predicted,
+                seconds,
+                limit,
+            } => {
+                write!(
+                    f,
+                    "it would hold {predicted} within {seconds} s, growth counted, past its limit of {limit}"
+                )
+            }
+            Self::Pressure { percent, limit } => {
+                write!(
+                    f,
+                    "its memory pressure is {percent:.0} %, the limit is {limit:.0} %"
+                )
+            }
+            Self::Busy { incoming } => {
+                write!(f, "{incoming} migrations to it are under way, which is the limit")
+            }
+        }
+    }
+}
+
+/// A node and why it cannot take the VM.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rejection {
+    /// The node.
+    pub node: NodeName,
+    /// Why not.
+    pub reason: RejectReason,
+}
+
+/// Rejections in one line: each node's where there are few, otherwise how many for which reason, with one example each.
+#[must_use]
+pub fn summarise(rejections: &[Rejection]) -> String {
+    const FEW: usize = 5;
+    if rejections.is_empty() {
+        return "the cluster has no nodes".to_owned();
+    }
+    if rejections.len() <= FEW {
+        let each: Vec<String> = rejections
+            .iter()
+            .map(|r| format!("{}: {}", r.node, r.reason))
+            .collect();
+        return each.join("; ");
+    }
+    // In order of first appearance, so that the text is stable.
+    let mut groups: Vec<(&Rejection, usize)> = Vec::new();
+    for rejection in rejections {
+        let kind = std::mem::discriminant(&rejection.reason);
+        match groups
+            .iter_mut()
+            .find(|(first, _)| std::mem::discriminant(&first.reason) == kind)
+        {
+            Some((_, count)) => *count += 1,
+            None => groups.push((rejection, 1)),
+        }
+    }
+    let each: Vec<String> = groups
+        .iter()
+        .map(|(first, count)| format!("{count} nodes like {}: {}", first.node, first.reason))
+        .collect();
+    each.join("; ")
+}

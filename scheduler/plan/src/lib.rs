@@ -19,10 +19,7 @@ pub use cluster::Immobile;
 pub use model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, VmId, VmView,
 };
-pub use place::{
-    LaunchRequest, MigrateError, PlaceError, Placement, RejectReason, Rejection, place_launch,
-    place_migration,
-};
+pub use place::{LaunchRequest, MigrateError, PlaceError, Placement, place_launch, place_migration};
 pub use policy::{Policy, PolicyError};
 pub use reject::{RejectReason, Rejection};
 pub use smooth::{ExportedLoad, Growth, LocalLoad};

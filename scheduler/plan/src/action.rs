@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::cluster::{Cluster, duration};
 use crate::model::{NodeName, VmId};
 
 /// Why a VM is moved.
@@ -41,6 +42,21 @@ pub struct Action {
     pub expected: Duration,
     /// Why, in words and numbers.
     pub reason: String,
+}
+
+impl Action {
+    /// The move of a VM to a node, both as numbers.
+    pub(crate) fn new(cluster: &Cluster<'_>, kind: ActionKind, vm: usize, to: usize, reason: String) -> Self {
+        let vm = &cluster.vms[vm];
+        Self {
+            kind,
+            vm: vm.view.id.clone(),
+            from: cluster.nodes[vm.node].view.name.clone(),
+            to: cluster.nodes[to].view.name.clone(),
+            expected: duration(vm.move_seconds),
+            reason,
+        }
+    }
 }
 
 /// What a note is about.

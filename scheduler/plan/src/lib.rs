@@ -2,17 +2,22 @@
 //!
 //! - [`model`]: what goes in; [`smooth`]: how reports become what goes in; [`policy`]: the constants
 //! - [`place`]: where one VM goes; [`score`]: what the cluster's state costs
-//! - [`action`]: what comes out
+//! - [`action`]: what comes out; [`text`]: all of it as plain text, for replay
 #![forbid(unsafe_code)]
 
 pub mod action;
 mod cluster;
+mod drain;
 pub mod model;
 pub mod place;
 pub mod policy;
+mod rebalance;
 pub mod reject;
+mod round;
 pub mod score;
 pub mod smooth;
+pub mod text;
+mod usher;
 
 pub use action::{Action, ActionKind, Note, NoteKind, Plan};
 pub use cluster::Immobile;
@@ -22,4 +27,5 @@ pub use model::{
 pub use place::{LaunchRequest, MigrateError, PlaceError, Placement, place_launch, place_migration};
 pub use policy::{Policy, PolicyError};
 pub use reject::{RejectReason, Rejection};
+pub use round::{round, urgent};
 pub use smooth::{ExportedLoad, Growth, LocalLoad};

@@ -1,0 +1,36 @@
+//! One round: ushering, then draining, then rebalancing, sharing the limits on migrations at once.
+
+use crate::action::Plan;
+use crate::cluster::Cluster;
+use crate::drain::drain;
+use crate::model::ClusterSnapshot;
+use crate::policy::Policy;
+use crate::rebalance::rebalance;
+use crate::usher::usher;
+
+/// What to do now. The same snapshot and policy give the same plan. The policy must pass [`Policy::check`].
+#[must_use]
+pub fn round(snapshot: &ClusterSnapshot, policy: &Policy) -> Plan {
+    plan(snapshot, policy, true)
+}
+
+/// As [`round`] without rebalancing: for clusters whose owner wants moves only where they must be.
+#[must_use]
+pub fn urgent(snapshot: &ClusterSnapshot, policy: &Policy) -> Plan {
+    plan(snapshot, policy, false)
+}
+
+fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
+    let mut cluster = Cluster::new(snapshot, policy);
+    let mut plan = Plan {
+        score_before: cluster.score(),
+        ..Plan::default()
+    };
+    usher(&mut cluster, &mut plan);
+    drain(&mut cluster, &mut plan);
+    if balance {
+        rebalance(&mut cluster, &mut plan);
+    }
+    plan.score_after = cluster.score();
+    plan
+}

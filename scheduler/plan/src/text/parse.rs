@@ -1,0 +1,395 @@
+//! Text to snapshot and policy. Every error says which line, which field, and what was expected.
+
+use std::collections::HashSet;
+
+use super::HEADER;
+use super::print::cannot_move;
+use super::value::{parse_duration, parse_name, parse_number, parse_size};
+use crate::model::{
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, VmId, VmView,
+};
+use crate::policy::Policy;
+
+const MOST_NODES: usize = 100_000;
+const MOST_VMS: usize = 1_000_000;
+
+/// What a text holds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scenario {
+    /// The cluster.
+    pub snapshot: ClusterSnapshot,
+    /// The policy; checked.
+    pub policy: Policy,
+}
+
+/// What is wrong with a text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {problem}")]
+pub struct TextError {
+    /// From 1; 0 for the text as a whole.
+    pub line: usize,
+    /// The field, the value and what was expected.
+    pub problem: String,
+}
+
+/// Reads what [`super::print`] writes, or a person.
+///
+/// # Errors
+/// The first line that is not understood, with the field and what was expected.
+pub fn parse(text: &str) -> Result<Scenario, TextError> {
+    let mut scenario = Scenario::default();
+    let mut seen_header = false;
+    for (index, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if line.is_empty() {
+            continue;
+        }
+        let at_line = |problem| TextError {
+            line: index + 1,
+            problem,
+        };
+        if seen_header {
+            parse_line(line, &mut scenario).map_err(at_line)?;
+        } else if line == HEADER {
+            seen_header = true;
+        } else {
+            return Err(at_line(format!(
+                "'{}' is not the first line '{HEADER}'",
+                cut(line)
+            )));
+        }
+    }
+    let problem = if seen_header {
+        check(&scenario)
+    } else {
+        Err(format!("the first line must be '{HEADER}'"))
+    };
+    problem.map_err(|problem| TextError { line: 0, problem })?;
+    Ok(scenario)
+}
+
+fn parse_line(line: &str, scenario: &mut Scenario) -> Result<(), String> {
+    let mut words = line.split_ascii_whitespace();
+    match words.next() {
+        Some("policy") => {
+            let mut fields = Fields::new("policy", words)?;
+            set_policy(&mut scenario.policy, &mut fields)?;
+            fields.finish()
+        }
+        Some("node") => {
+            let name = words
+                .next()
+                .and_then(parse_name)
+                .ok_or("node: a name must follow")?;
+            if scenario.snapshot.nodes.len() == MOST_NODES {
+                return Err(format!("more than {MOST_NODES} nodes"));
+            }
+            let mut fields = Fields::new(&format!("node {}", cut(&name)), words)?;
+            scenario.snapshot.nodes.push(node(&name, &mut fields)?);
+            fields.finish()
+        }
+        Some("vm") => {
+            let id = words.next().and_then(parse_name).ok_or("vm: an id must follow")?;
+            if scenario.snapshot.vms.len() == MOST_VMS {
+                return Err(format!("more than {MOST_VMS} VMs"));
+            }
+            let mut fields = Fields::new(&format!("vm {}", cut(&id)), words)?;
+            scenario.snapshot.vms.push(vm(&id, &mut fields)?);
+            fields.finish()
+        }
+        word => Err(format!(
+            "'{}' is none of policy, node, vm",
+            cut(word.unwrap_or_default())
+        )),
+    }
+}
+
+fn check(scenario: &Scenario) -> Result<(), String> {
+    scenario.policy.check().map_err(|error| error.to_string())?;
+    let mut nodes: HashSet<&NodeName> = HashSet::new();
+    for node in &scenario.snapshot.nodes {
+        if !nodes.insert(&node.name) {
+            return Err(format!("node {} is there twice", cut(node.name.as_str())));
+        }
+    }
+    let mut vms: HashSet<&VmId> = HashSet::new();
+    for vm in &scenario.snapshot.vms {
+        if !vms.insert(&vm.id) {
+            return Err(format!("vm {} is there twice", cut(vm.id.as_str())));
+        }
+        if !nodes.contains(&vm.node) {
+            return Err(format!(
+                "vm {}: node: {} is not in the text",
+                cut(vm.id.as_str()),
+                cut(vm.node.as_str())
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result<(), String> {
+    fields.number("overcommit", &mut policy.overcommit)?;
+    fields.number("usher_threshold", &mut policy.usher_threshold)?;
+    fields.number("usher_target", &mut policy.usher_target)?;
+    fields.number("pressure_threshold", &mut policy.pressure_threshold)?;
+    fields.set(
+        "usher_horizon",
+        DURATION,
+        parse_duration,
+        &mut policy.usher_horizon,
+    )?;
+    fields.set("detect", DURATION, parse_duration, &mut policy.detect)?;
+    fields.set(
+        "migration_overhead",
+        DURATION,
+        parse_duration,
+        &mut policy.migration_overhead,
+    )?;
+    fields.rate("link_rate", &mut policy.link_rate)?;
+    fields.set("max_migrations", COUNT, parse_count, &mut policy.max_migrations)?;
+    fields.set(
+        "max_out_per_node",
+        COUNT,
+        parse_count,
+        &mut policy.max_out_per_node,
+    )?;
+    fields.set("max_in_per_node", COUNT, parse_count, &mut policy.max_in_per_node)?;
+    fields.set("cool_down", DURATION, parse_duration, &mut policy.cool_down)?;
+    fields.set("retry_after", DURATION, parse_duration, &mut policy.retry_after)?;
+    fields.number("stability", &mut policy.stability)?;
+    fields.number("min_gain", &mut policy.min_gain)?;
+    fields.number("cost_per_second", &mut policy.cost_per_second)?;
+    fields.number("cost_base", &mut policy.cost_base)
+}
+
+fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
+    let mut node = NodeView::new(name, fields.required("cpus", COUNT, parse_cpus)?, Bytes(0));
+    node.memory = Bytes(fields.required("memory", SIZE, parse_size)?);
+    node.memory_available = node.memory;
+    fields.set(
+        "state",
+        "ready, cordoned, draining or unreachable",
+        parse_state,
+        &mut node.state,
+    )?;
+    fields.number("speed", &mut node.speed)?;
+    fields.set("available", SIZE, parse_size, &mut node.memory_available.0)?;
+    fields.rate("other_growth", &mut node.other_growth)?;
+    fields.number("load", &mut node.load_local)?;
+    node.load_exported = node.load_local;
+    fields.number("exported", &mut node.load_exported)?;
+    fields.number("pressure_memory", &mut node.pressure_memory)?;
+    fields.number("pressure_cpu", &mut node.pressure_cpu)?;
+    if node.memory_available > node.memory {
+        return Err(format!("node {}: available: must be at most memory", cut(name)));
+    }
+    Ok(node)
+}
+
+fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
+    let on = fields.required("node", NAME, parse_name)?;
+    let cpus = fields.required("cpus", COUNT, parse_cpus)?;
+    let mut vm = VmView::new(id, &on, cpus, Bytes(fields.required("memory", SIZE, parse_size)?));
+    fields.set("name", NAME, parse_name, &mut vm.name)?;
+    fields.set(
+        "resident",
+        SIZE,
+        |text| parse_size(text).map(|size| Some(Bytes(size))),
+        &mut vm.resident,
+    )?;
+    fields.number("cpu", &mut vm.cpu_use)?;
+    fields.set(
+        "dirty",
+        SIZE,
+        |text| parse_size(text).map(|size| Some(BytesPerSecond(size))),
+        &mut vm.dirty_rate,
+    )?;
+    fields.rate("growth", &mut vm.growth)?;
+    let why = "starting, stopping, in-doubt, not-running or locked";
+    fields.set(
+        "cannot_move",
+        why,
+        |text| parse_cannot_move(text).map(Some),
+        &mut vm.cannot_move,
+    )?;
+    let mut received = 0;
+    fields.set("received", SIZE, parse_size, &mut received)?;
+    let to = |text: &str| {
+        Some(Some(InFlight {
+            to: NodeName::new(&parse_name(text)?),
+            received: Bytes(received),
+        }))
+    };
+    fields.set("to", NAME, to, &mut vm.in_flight)?;
+    if received > 0 && vm.in_flight.is_none() {
+        return Err(format!("vm {}: received: needs `to`", cut(id)));
+    }
+    fields.set(
+        "since_last_move",
+        DURATION,
+        |text| parse_duration(text).map(Some),
+        &mut vm.since_last_move,
+    )?;
+    Ok(vm)
+}
+
+const SIZE: &str = "a size like 384MiB or bytes";
+const DURATION: &str = "a duration like 5s or 500ms";
+const COUNT: &str = "a whole number";
+const NUMBER: &str = "a number from 0";
+const NAME: &str = "a name";
+
+fn parse_count(text: &str) -> Option<usize> {
+    text.parse().ok()
+}
+
+fn parse_cpus(text: &str) -> Option<u32> {
+    text.parse().ok()
+}
+
+fn parse_state(text: &str) -> Option<NodeState> {
+    let states = [
+        NodeState::Ready,
+        NodeState::Cordoned,
+        NodeState::Draining,
+        NodeState::Unreachable,
+    ];
+    states.into_iter().find(|state| state.to_string() == text)
+}
+
+fn parse_cannot_move(text: &str) -> Option<CannotMove> {
+    use CannotMove::{InDoubt, Locked, NotRunning, Starting, Stopping};
+    [Starting, Stopping, InDoubt, NotRunning, Locked]
+        .into_iter()
+        .find(|&why| cannot_move(why) == text)
+}
+
+/// The `KEY=VALUE` of one line. What is not taken in the end was not understood.
+struct Fields<'a> {
+    of: String,
+    left: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Fields<'a> {
+    fn new(of: &str, words: impl Iterator<Item = &'a str>) -> Result<Self, String> {
+        let mut left: Vec<(&str, &str)> = Vec::new();
+        for word in words {
+            let Some((key, value)) = word.split_once('=') else {
+                return Err(format!("{of}: '{}' is not KEY=VALUE", cut(word)));
+            };
+            // The longest line has some twenty keys.
+            if left.len() == 32 {
+                return Err(format!("{of}: too many fields"));
+            }
+            if left.iter().any(|(other, _)| *other == key) {
+                return Err(format!("{of}: {} is there twice", cut(key)));
+            }
+            left.push((key, value));
+        }
+        Ok(Self {
+            of: of.to_owned(),
+            left,
+        })
+    }
+
+    /// Sets `value` if the key is there.
+    fn set<T>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+        value: &mut T,
+    ) -> Result<(), String> {
+        let Some(index) = self.left.iter().position(|(other, _)| *other == key) else {
+            return Ok(());
+        };
+        let (_, text) = self.left.swap_remove(index);
+        let wrong = || format!("{}: {key}: '{}' is not {expected}", self.of, cut(text));
+        *value = parse(text).ok_or_else(wrong)?;
+        Ok(())
+    }
+
+    fn required<T>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, String> {
+        let mut value = None;
+        self.set(key, expected, |text| parse(text).map(Some), &mut value)?;
+        value.ok_or_else(|| format!("{}: {key} is missing: {expected}", self.of))
+    }
+
+    fn number(&mut self, key: &str, value: &mut f64) -> Result<(), String> {
+        self.set(key, NUMBER, parse_number, value)
+    }
+
+    fn rate(&mut self, key: &str, value: &mut BytesPerSecond) -> Result<(), String> {
+        self.set(key, SIZE, parse_size, &mut value.0)
+    }
+
+    fn finish(self) -> Result<(), String> {
+        match self.left.first() {
+            Some((key, _)) => Err(format!("{}: {}: no such field", self.of, cut(key))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Enough of a value to recognise it by.
+fn cut(text: &str) -> String {
+    text.chars().take(60).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_line_field_and_expectation() {
+        let node = "node n cpus=2 memory=1GiB";
+        for (body, message) in [
+            ("node", "line 2: node: a name must follow"),
+            ("host n", "line 2: 'host' is none of policy, node, vm"),
+            (
+                "node n cpus=2",
+                "line 2: node n: memory is missing: a size like 384MiB or bytes",
+            ),
+            (
+                "node n cpus=-2 memory=1GiB",
+                "line 2: node n: cpus: '-2' is not a whole number",
+            ),
+            (
+                "node n cpus=2 memory=1GiB colour=red",
+                "line 2: node n: colour: no such field",
+            ),
+            (
+                "node n cpus=2 cpus=2 memory=1GiB",
+                "line 2: node n: cpus is there twice",
+            ),
+            (
+                "node n cpus=2 memory",
+                "line 2: node n: 'memory' is not KEY=VALUE",
+            ),
+            (
+                "node n cpus=2 memory=1GiB available=2GiB",
+                "line 2: node n: available: must be at most memory",
+            ),
+            (
+                "vm v node=n cpus=1 memory=1MiB",
+                "line 0: vm v: node: n is not in the text",
+            ),
+            (
+                "policy overcommit=0.5",
+                "line 0: policy overcommit: must be 1 to 100",
+            ),
+        ] {
+            let error = parse(&format!("{HEADER}\n{body}\n")).expect_err(body);
+            assert_eq!(error.to_string(), message);
+        }
+        let twice = parse(&format!("{HEADER}\n{node}\n{node}\n")).expect_err("twice");
+        assert_eq!(twice.to_string(), "line 0: node n is there twice");
+        assert!(parse("").is_err() && parse(node).is_err());
+    }
+}

@@ -1,0 +1,225 @@
+//! The newest epoch that this node has seen for each VM, kept on disk for ever.
+//!
+//! This is the node's half of "never two running": whatever asks to start a VM at an epoch that is not newer than the
+//! one stored is refused, and the new epoch is on disk before anything starts. One small file per VM, holding a number.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use shoal_proto::{Epoch, VmId};
+
+use crate::key::VmKey;
+
+/// Why a VM may not start at an epoch.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EpochError {
+    /// The scheduler's knowledge, or the message, is old.
+    #[error(
+        "epoch: {asked} is stale, this node has seen epoch {newest} of this VM; ask again with a newer one"
+    )]
+    Stale { asked: Epoch, newest: Epoch },
+    /// Without knowing the newest epoch nothing may start.
+    #[error(
+        "the epoch file {path} cannot be used ({source}); nothing starts for this VM until it can be read and written"
+    )]
+    File { path: PathBuf, source: io::Error },
+}
+
+/// All epoch files of a node.
+#[derive(Debug, Clone)]
+pub(crate) struct EpochStore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    newest: Mutex<HashMap<VmId, Epoch>>,
+}
+
+impl EpochStore {
+    /// Opens, or creates, the directory of epoch files.
+    pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(&dir)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir,
+                newest: Mutex::new(HashMap::new()),
+            }),
+        })
+    }
+
+    /// Stores the epoch as seen, if it is newer than every one before; then, and only then, the VM may start at it.
+    pub(crate) async fn claim(&self, key: VmKey) -> Result<(), EpochError> {
+        self.blocking(move |store| {
+            let mut newest = store.lock();
+            match store.newest(&mut newest, key.id)? {
+                Some(seen) if seen >= key.epoch => Err(EpochError::Stale {
+                    asked: key.epoch,
+                    newest: seen,
+                }),
+                _ => store.store(&mut newest, key),
+            }
+        })
+        .await
+    }
+
+    /// Stores the epoch as seen, so that nothing can start at it, or below it, any more.
+    pub(crate) async fn fence(&self, key: VmKey) -> Result<(), EpochError> {
+        self.blocking(move |store| {
+            let mut newest = store.lock();
+            match store.newest(&mut newest, key.id)? {
+                Some(seen) if seen >= key.epoch => Ok(()),
+                _ => store.store(&mut newest, key),
+            }
+        })
+        .await
+    }
+
+    /// Refuses an epoch below the newest one: for what goes on at an epoch already claimed.
+    pub(crate) async fn check_current(&self, key: VmKey) -> Result<(), EpochError> {
+        self.blocking(move |store| match store.newest(&mut store.lock(), key.id)? {
+            Some(seen) if seen > key.epoch => Err(EpochError::Stale {
+                asked: key.epoch,
+                newest: seen,
+            }),
+            _ => Ok(()),
+        })
+        .await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, EpochError> + Send + 'static,
+    ) -> Result<T, EpochError> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result,
+            Err(error) => Err(EpochError::File {
+                path: self.inner.dir.clone(),
+                source: io::Error::other(error),
+            }),
+        }
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<VmId, Epoch>> {
+        // The map only caches files; a panic elsewhere cannot leave it wrong.
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn newest(&self, cache: &mut HashMap<VmId, Epoch>, id: VmId) -> Result<Option<Epoch>, EpochError> {
+        if let Some(&epoch) = cache.get(&id) {
+            return Ok(Some(epoch));
+        }
+        let path = self.path(id);
+        match read_epoch(&path) {
+            Ok(Some(epoch)) => {
+                cache.insert(id, epoch);
+                Ok(Some(epoch))
+            }
+            Ok(None) => Ok(None),
+            Err(source) => Err(EpochError::File { path, source }),
+        }
+    }
+
+    fn store(&self, cache: &mut HashMap<VmId, Epoch>, key: VmKey) -> Result<(), EpochError> {
+        let path = self.path(key.id);
+        write_durably(&self.dir, &path, format!("{}\n", key.epoch).as_bytes())
+            .map_err(|source| EpochError::File { path, source })?;
+        cache.insert(key.id, key.epoch);
+        Ok(())
+    }
+
+    fn path(&self, id: VmId) -> PathBuf {
+        self.dir.join(id.to_string())
+    }
+}
+
+fn read_epoch(path: &Path) -> io::Result<Option<Epoch>> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let epoch = text
+        .trim_end()
+        .parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not a number"))?;
+    Ok(Some(Epoch(epoch)))
+}
+
+/// After this returns the file has the new content, whatever happens to the host; before, the old one.
+fn write_durably(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(id: VmId, epoch: u64) -> VmKey {
+        VmKey {
+            id,
+            epoch: Epoch(epoch),
+        }
+    }
+
+    #[tokio::test]
+    async fn only_newer_epochs_may_start_and_restarts_do_not_forget() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = VmId::new();
+        let store = EpochStore::open(dir.path().join("epochs")).expect("opened");
+        store.claim(key(id, 3)).await.expect("the first");
+        for stale in [0, 2, 3] {
+            assert!(matches!(
+                store.claim(key(id, stale)).await,
+                Err(EpochError::Stale { newest: Epoch(3), .. })
+            ));
+        }
+        let store = EpochStore::open(dir.path().join("epochs")).expect("opened again");
+        assert!(matches!(
+            store.claim(key(id, 3)).await,
+            Err(EpochError::Stale { .. })
+        ));
+        store.claim(key(id, 4)).await.expect("newer");
+        store.claim(key(VmId::new(), 1)).await.expect("another VM");
+    }
+
+    #[tokio::test]
+    async fn a_fence_raises_and_never_lowers() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = VmId::new();
+        let store = EpochStore::open(dir.path().to_owned()).expect("opened");
+        store.fence(key(id, 5)).await.expect("raised");
+        store.fence(key(id, 2)).await.expect("nothing to do");
+        assert!(matches!(
+            store.claim(key(id, 5)).await,
+            Err(EpochError::Stale { newest: Epoch(5), .. })
+        ));
+        store.check_current(key(id, 5)).await.expect("current");
+        assert!(matches!(
+            store.check_current(key(id, 4)).await,
+            Err(EpochError::Stale { .. })
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_stops_the_vm_from_starting() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = VmId::new();
+        fs::write(dir.path().join(id.to_string()), "12a").expect("written");
+        let store = EpochStore::open(dir.path().to_owned()).expect("opened");
+        let error = store.claim(key(id, 99)).await.expect_err("refused");
+        assert!(matches!(&error, EpochError::File { .. }), "{error}");
+    }
+}

@@ -1,0 +1,191 @@
+//! What all parts of an agent share.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use shoal_proto::node::Heartbeat;
+use shoal_proto::vm::VmState;
+use shoal_proto::{Epoch, NodeName, VmId};
+use tokio::task::JoinSet;
+
+use crate::blobs::BlobCache;
+use crate::config::AgentConfig;
+use crate::epochs::EpochStore;
+use crate::key::VmKey;
+use crate::keyed_lock::KeyedLocks;
+use crate::node_load::{Capacity, LoadMeter};
+use crate::runtime_dir::VmRecord;
+use crate::spawn::{SpawnError, spawn};
+use crate::supervise::supervise;
+use crate::uplink::{Registry, Uplink};
+use crate::vm::Vm;
+
+/// The node: its VMMs and what is needed to start and watch them.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) name: NodeName,
+    pub(crate) capacity: Capacity,
+    /// VMMs listen for migrations here.
+    pub(crate) migration_ip: IpAddr,
+    /// Others reach those sockets under this address.
+    pub(crate) reachable_ip: IpAddr,
+    pub(crate) registry: Registry,
+    pub(crate) uplink: Uplink,
+    pub(crate) epochs: EpochStore,
+    pub(crate) blobs: BlobCache,
+    /// Calls that start or end VMMs of one VM take turns.
+    pub(crate) turns: KeyedLocks<VmId>,
+    vmm_binary: PathBuf,
+    vms_dir: PathBuf,
+    vms: Mutex<HashMap<VmKey, Arc<Vm>>>,
+    launching: Mutex<Vec<VmKey>>,
+    load: Mutex<LoadMeter>,
+    supervisors: Mutex<JoinSet<()>>,
+}
+
+impl Node {
+    /// Opens what is in the state directory; starts nothing.
+    pub(crate) fn open(config: &AgentConfig, state_dir: &Path, registry: Registry) -> io::Result<Self> {
+        let vms_dir = state_dir.join("vms");
+        std::fs::create_dir_all(&vms_dir)?;
+        let capacity = Capacity::detect(config.memory_budget, config.cpus)?;
+        Ok(Self {
+            name: config.node.clone(),
+            capacity,
+            migration_ip: config.listen.ip(),
+            reachable_ip: config.reachable_ip(),
+            registry,
+            uplink: Uplink::default(),
+            epochs: EpochStore::open(state_dir.join("epochs"))?,
+            blobs: BlobCache::open(state_dir.join("blobs"))?,
+            turns: KeyedLocks::default(),
+            vmm_binary: config.vmm_binary.canonicalize()?,
+            vms_dir,
+            vms: Mutex::default(),
+            launching: Mutex::default(),
+            load: Mutex::new(LoadMeter::new(capacity)),
+            supervisors: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn vms_dir(&self) -> &Path {
+        &self.vms_dir
+    }
+
+    /// Starts a VMM process for a VM; nothing watches it until [`Self::keep`].
+    pub(crate) fn spawn_vmm(&self, key: VmKey, record: &VmRecord) -> Result<Vm, SpawnError> {
+        spawn(&self.vmm_binary, &self.vms_dir, key, record)
+    }
+
+    /// From now on the VMM is supervised and reported.
+    pub(crate) fn keep(self: &Arc<Self>, vm: Arc<Vm>) {
+        self.lock_vms().insert(vm.key, Arc::clone(&vm));
+        self.uplink.vm_changed(vm.key);
+        let mut supervisors = self.supervisors.lock().unwrap_or_else(PoisonError::into_inner);
+        while supervisors.try_join_next().is_some() {}
+        supervisors.spawn(supervise(Arc::clone(self), vm));
+    }
+
+    /// The opposite of [`Self::keep`], once the VMM has ended.
+    pub(crate) fn forget(&self, key: VmKey) {
+        self.lock_vms().remove(&key);
+    }
+
+    pub(crate) fn vm(&self, key: VmKey) -> Option<Arc<Vm>> {
+        self.lock_vms().get(&key).cloned()
+    }
+
+    /// Every VMM of one VM.
+    pub(crate) fn incarnations(&self, id: VmId) -> Vec<Arc<Vm>> {
+        self.lock_vms()
+            .values()
+            .filter(|vm| vm.key.id == id)
+            .cloned()
+            .collect()
+    }
+
+    /// Another incarnation of the VM that runs here, or still could.
+    pub(crate) fn rival(&self, key: VmKey) -> Option<(Epoch, VmState)> {
+        let harmless = |state| matches!(state, VmState::Exited | VmState::Failed | VmState::Migrated);
+        let others = self
+            .incarnations(key.id)
+            .into_iter()
+            .filter(|vm| vm.key != key && !vm.process.is_gone());
+        others
+            .map(|vm| (vm.key.epoch, vm.state()))
+            .find(|&(_, state)| !harmless(state))
+    }
+
+    /// Marks a launch that has begun and has no VMM yet, until the guard is dropped.
+    pub(crate) fn begin_launch(self: &Arc<Self>, key: VmKey) -> Launching {
+        self.lock_launching().push(key);
+        Launching {
+            node: Arc::clone(self),
+            key,
+        }
+    }
+
+    pub(crate) fn is_launching(&self, key: VmKey) -> bool {
+        self.lock_launching().contains(&key)
+    }
+
+    /// The node and every VM, sampled now. Reads many small files of `/proc`: not for an async thread.
+    pub(crate) fn heartbeat(&self) -> io::Result<Heartbeat> {
+        let now = Instant::now();
+        let vms: Vec<_> = self.lock_vms().values().cloned().collect();
+        let usages: Vec<_> = vms.iter().map(|vm| vm.sample_usage(now)).collect();
+        let load = self
+            .load
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .sample(&usages, now)?;
+        Ok(Heartbeat {
+            memory_available_bytes: load.memory_available_bytes,
+            cpu_use: load.cpu_use,
+            run_queue: load.run_queue,
+            pressure: load.pressure,
+            vms: vms
+                .iter()
+                .filter(|vm| !vm.is_retiring())
+                .map(|vm| vm.facts())
+                .collect(),
+        })
+    }
+
+    /// Ends the tasks that watch VMMs; the VMMs themselves go on.
+    pub(crate) fn stop_supervising(&self) {
+        self.supervisors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .abort_all();
+    }
+
+    // Each of these holds plain data that no panic can leave half changed.
+    fn lock_vms(&self) -> MutexGuard<'_, HashMap<VmKey, Arc<Vm>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_launching(&self) -> MutexGuard<'_, Vec<VmKey>> {
+        self.launching.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A launch that is under way.
+#[derive(Debug)]
+pub(crate) struct Launching {
+    node: Arc<Node>,
+    key: VmKey,
+}
+
+impl Drop for Launching {
+    fn drop(&mut self) {
+        let mut launching = self.node.lock_launching();
+        if let Some(position) = launching.iter().position(|&key| key == self.key) {
+            launching.swap_remove(position);
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Processes that are named so that no stranger is ever taken for them, watched, and ended.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::str::FromStr;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::process::Child;
+use tokio::sync::watch;
+
+use crate::procfs;
+
+/// One process for ever: a pid can be used again, but not with the same start time within one boot of the host.
+///
+/// Written in pid files as `PID START`, START being field 22 of `/proc/PID/stat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ProcessIdentity {
+    /// The process id.
+    pub pid: u32,
+    /// Clock ticks from the host's boot to the start of the process.
+    pub start_ticks: u64,
+}
+
+impl ProcessIdentity {
+    /// The process that has this pid now.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        procfs::process_stat(pid).map(|stat| Self {
+            pid,
+            start_ticks: stat.start_ticks,
+        })
+    }
+
+    /// Whether it still runs. A zombie has ended.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        procfs::process_stat(self.pid)
+            .is_ok_and(|stat| stat.start_ticks == self.start_ticks && stat.is_running())
+    }
+
+    /// Asks it to end (SIGTERM). Does nothing if it has ended; never touches another process.
+    ///
+    /// # Errors
+    /// If the kernel refuses the signal.
+    pub fn terminate(&self) -> io::Result<()> {
+        self.signal(Signal::TERM)
+    }
+
+    /// Ends it (SIGKILL). Does nothing if it has ended; never touches another process.
+    ///
+    /// # Errors
+    /// If the kernel refuses the signal.
+    pub fn kill(&self) -> io::Result<()> {
+        self.signal(Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match self.open()? {
+            Some(pidfd) => send(&pidfd, signal),
+            None => Ok(()),
+        }
+    }
+
+    /// A pidfd for it, or `None` if it has ended. The start time is looked at once the descriptor pins the process.
+    fn open(&self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
+            return Ok(None);
+        };
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(self.is_running().then_some(pidfd))
+    }
+}
+
+fn send(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
+    match pidfd_send_signal(pidfd, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl fmt::Display for ProcessIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.pid, self.start_ticks)
+    }
+}
+
+/// Text that is no [`ProcessIdentity`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not 'PID START', two decimal numbers")]
+pub struct ParseIdentityError;
+
+impl FromStr for ProcessIdentity {
+    type Err = ParseIdentityError;
+    fn from_str(text: &str) -> Result<Self, ParseIdentityError> {
+        let mut numbers = text.split_ascii_whitespace();
+        let (Some(pid), Some(start), None) = (numbers.next(), numbers.next(), numbers.next()) else {
+            return Err(ParseIdentityError);
+        };
+        let pid = pid.parse().map_err(|_| ParseIdentityError)?;
+        let start_ticks = start.parse().map_err(|_| ParseIdentityError)?;
+        Ok(Self { pid, start_ticks })
+    }
+}
+
+/// A process whose end is noticed at once, whether this agent started it or found it.
+#[derive(Debug)]
+pub(crate) struct WatchedProcess {
+    identity: ProcessIdentity,
+    end: watch::Receiver<Option<String>>,
+}
+
+impl WatchedProcess {
+    /// A child of this agent; it is also reaped.
+    pub(crate) fn from_child(mut child: Child) -> io::Result<Self> {
+        let pid = child
+            .id()
+            .ok_or_else(|| io::Error::other("the process has already been waited for"))?;
+        let identity = ProcessIdentity::of(pid)?; // not yet waited for, so the pid is still its own
+        let (report, end) = watch::channel(None);
+        tokio::spawn(async move {
+            let words = match child.wait().await {
+                Ok(status) => status.to_string(),
+                Err(error) => format!("its exit status could not be read: {error}"),
+            };
+            report.send_replace(Some(words));
+        });
+        Ok(Self { identity, end })
+    }
+
+    /// A process that an earlier agent started. If it has ended, so says [`Self::exited`].
+    pub(crate) fn adopt(identity: ProcessIdentity) -> io::Result<Self> {
+        let Some(pidfd) = identity.open()? else {
+            return Ok(Self::gone(identity));
+        };
+        #[expect(
+            deprecated,
+            reason = "its unsafe successor is for types that may close the descriptor; this owns it"
+        )]
+        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
+        let (report, end) = watch::channel(None);
+        tokio::spawn(async move {
+            let words = match pidfd.readable().await {
+                Ok(_) => "exit status unknown: an earlier agent started it".to_owned(),
+                Err(error) => format!("it could not be watched: {error}"),
+            };
+            report.send_replace(Some(words));
+        });
+        Ok(Self { identity, end })
+    }
+
+    /// A process that ended while no agent looked.
+    pub(crate) fn gone(identity: ProcessIdentity) -> Self {
+        let (_, end) = watch::channel(Some("it ended while no agent watched".to_owned()));
+        Self { identity, end }
+    }
+
+    pub(crate) fn identity(&self) -> ProcessIdentity {
+        self.identity
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
+    /// Waits until it has ended, and says how.
+    pub(crate) async fn exited(&self) -> String {
+        let mut end = self.end.clone();
+        let words = end
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|words| words.clone());
+        match words {
+            Some(words) => words,
+            None => std::future::pending().await, // the runtime is shutting down
+        }
+    }
+
+    /// Ends it (SIGKILL).
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        if self.is_gone() {
+            Ok(())
+        } else {
+            self.identity.kill()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sleeper() -> tokio::process::Command {
+        let mut command = tokio::process::Command::new("sleep");
+        command.arg("1000");
+        command
+    }
+
+    #[test]
+    fn identities_survive_a_file() {
+        let own = ProcessIdentity::of(std::process::id()).expect("own identity");
+        assert_eq!(own.to_string().parse(), Ok(own));
+        assert_eq!(format!("{own}\n").parse(), Ok(own));
+        for bad in ["", "1", "1 2 3", "a b", "-1 2", "99999999999 1"] {
+            assert_eq!(bad.parse::<ProcessIdentity>(), Err(ParseIdentityError), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_stranger_with_the_same_pid_is_not_running_and_not_touched() {
+        let own = ProcessIdentity::of(std::process::id()).expect("own identity");
+        let stranger = ProcessIdentity {
+            start_ticks: own.start_ticks + 1,
+            ..own
+        };
+        assert!(own.is_running() && !stranger.is_running());
+        stranger.kill().expect("nothing to do");
+        ProcessIdentity {
+            pid: 0,
+            start_ticks: 0,
+        }
+        .kill()
+        .expect("nothing to do");
+        ProcessIdentity {
+            pid: u32::MAX,
+            start_ticks: 0,
+        }
+        .kill()
+        .expect("nothing to do");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_child_is_noticed_and_told() {
+        let process = WatchedProcess::from_child(sleeper().spawn().expect("sleep runs")).expect("watched");
+        assert!(!process.is_gone());
+        process.kill().expect("killed");
+        assert!(process.exited().await.contains("SIGKILL"));
+        assert!(!process.identity().is_running());
+        process.kill().expect("nothing to do");
+    }
+
+    #[tokio::test]
+    async fn an_adopted_process_is_watched_too() {
+        let mut child = sleeper().spawn().expect("sleep runs");
+        let identity = ProcessIdentity::of(child.id().expect("a pid")).expect("identity");
+        let process = WatchedProcess::adopt(identity).expect("watched");
+        assert!(!process.is_gone());
+        process.kill().expect("killed");
+        process.exited().await;
+        child.wait().await.expect("reaped");
+        assert!(WatchedProcess::adopt(identity).expect("adopted").is_gone());
+    }
+}

@@ -1,0 +1,203 @@
+//! Reading `/proc`: parsing is pure, so that it can be tested; see proc(5) and the kernel's accounting/psi document.
+
+use std::io;
+
+/// Clock ticks a second in `/proc/PID/stat`; fixed at 100 in the user interface of Linux on x86-64 (`USER_HZ`).
+pub(crate) const TICKS_PER_SECOND: u64 = 100;
+/// Bytes in a page of `/proc/PID/statm`, on x86-64.
+pub(crate) const PAGE_SIZE: u64 = 4096;
+
+/// The fields of `/proc/PID/stat` that are used here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ProcessStat {
+    /// One letter: R, S, D, Z, …
+    pub(crate) state: char,
+    /// User and system time of all threads, in ticks.
+    pub(crate) cpu_ticks: u64,
+    /// When it started, in ticks since the host's boot. With the pid it names one process for ever.
+    pub(crate) start_ticks: u64,
+}
+
+impl ProcessStat {
+    /// The name may hold spaces and parentheses, so fields are counted from its last closing one.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (_, rest) = text.rsplit_once(')')?;
+        let mut fields = rest.split_ascii_whitespace();
+        let state = fields.next()?.chars().next()?;
+        let user: u64 = fields.nth(10)?.parse().ok()?; // field 14
+        let system: u64 = fields.next()?.parse().ok()?; // field 15
+        let start_ticks = fields.nth(6)?.parse().ok()?; // field 22
+        Some(Self {
+            state,
+            cpu_ticks: user.saturating_add(system),
+            start_ticks,
+        })
+    }
+
+    /// Whether the process still runs: a zombie has ended.
+    pub(crate) fn is_running(self) -> bool {
+        !matches!(self.state, 'Z' | 'X' | 'x')
+    }
+}
+
+/// Resident bytes from `/proc/PID/statm`.
+pub(crate) fn parse_resident(text: &str) -> Option<u64> {
+    let pages: u64 = text.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    pages.checked_mul(PAGE_SIZE)
+}
+
+/// Memory of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemoryInfo {
+    /// `MemTotal` in bytes.
+    pub(crate) total: u64,
+    /// `MemAvailable` in bytes.
+    pub(crate) available: u64,
+}
+
+impl MemoryInfo {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        Some(Self {
+            total: meminfo_field(text, "MemTotal:")?,
+            available: meminfo_field(text, "MemAvailable:")?,
+        })
+    }
+}
+
+fn meminfo_field(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = rest.split_ascii_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// CPU time and run queue of the host, from `/proc/stat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CpuTimes {
+    /// Ticks in which some CPU did work (not idle, not waiting for I/O).
+    pub(crate) busy_ticks: u64,
+    /// Threads that run or could.
+    pub(crate) runnable: u64,
+}
+
+impl CpuTimes {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let total = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
+        let mut ticks = [0_u64; 8]; // user nice system idle iowait irq softirq steal; guest time is within user
+        for (slot, field) in ticks.iter_mut().zip(total.split_ascii_whitespace()) {
+            *slot = field.parse().ok()?;
+        }
+        let [user, nice, system, _idle, _iowait, irq, softirq, steal] = ticks;
+        let busy_ticks = [user, nice, system, irq, softirq, steal]
+            .into_iter()
+            .fold(0, u64::saturating_add);
+        let runnable = text
+            .lines()
+            .find_map(|line| line.strip_prefix("procs_running "))?
+            .trim()
+            .parse()
+            .ok()?;
+        Some(Self { busy_ticks, runnable })
+    }
+}
+
+/// The ten-second average of the "some" line of a `/proc/pressure` file, in percent.
+pub(crate) fn parse_pressure(text: &str) -> Option<f64> {
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    let average: f64 = some
+        .split_ascii_whitespace()
+        .find_map(|field| field.strip_prefix("avg10="))?
+        .parse()
+        .ok()?;
+    average.is_finite().then_some(average)
+}
+
+/// `/proc/PID/stat`; an error if there is no such process.
+pub(crate) fn process_stat(pid: u32) -> io::Result<ProcessStat> {
+    let text = read(&format!("/proc/{pid}/stat"))?;
+    ProcessStat::parse(&text).ok_or_else(|| malformed("/proc/PID/stat"))
+}
+
+/// A file of `/proc` as text; thread names may hold any bytes.
+pub(crate) fn read(path: &str) -> io::Result<String> {
+    std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+pub(crate) fn malformed(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{what} has an unexpected form"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_is_parsed_whatever_the_name() {
+        let tail = "S 1 2 3 4 5 6 7 8 9 10 250 50 13 14 20 0 5 0 98765 1 2";
+        for name in ["shoal-vmm", "a b", "x) R 9 (", ""] {
+            let stat = ProcessStat::parse(&format!("42 ({name}) {tail}")).expect("parsed");
+            assert_eq!(
+                stat,
+                ProcessStat {
+                    state: 'S',
+                    cpu_ticks: 300,
+                    start_ticks: 98765
+                }
+            );
+        }
+        for bad in [
+            "",
+            "42 (x",
+            "42 (x)",
+            "42 (x) S 1",
+            "42 (x) S 1 2 3 4 5 6 7 8 9 10 -1 50 1 1 1 1 1 1 1",
+        ] {
+            assert_eq!(ProcessStat::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn own_process_runs() {
+        let stat = process_stat(std::process::id()).expect("own stat");
+        assert!(stat.is_running() && stat.start_ticks > 0);
+    }
+
+    #[test]
+    fn resident_memory_is_the_second_field() {
+        assert_eq!(parse_resident("765 426 398 5 0 123 0\n"), Some(426 * 4096));
+        assert_eq!(parse_resident("765"), None);
+        assert_eq!(parse_resident(&format!("1 {}", u64::MAX)), None);
+    }
+
+    #[test]
+    fn host_memory_and_cpu_are_parsed() {
+        let memory = MemoryInfo::parse("MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:   400 kB\n");
+        assert_eq!(
+            memory,
+            Some(MemoryInfo {
+                total: 1_024_000,
+                available: 409_600
+            })
+        );
+        assert_eq!(MemoryInfo::parse("MemTotal: x kB"), None);
+        let cpu = CpuTimes::parse("cpu  10 1 5 1000 7 1 2 3 4 0\ncpu0 1 1 1 1\nprocs_running 3\n");
+        assert_eq!(
+            cpu,
+            Some(CpuTimes {
+                busy_ticks: 22,
+                runnable: 3
+            })
+        );
+        assert_eq!(CpuTimes::parse("cpu0 1 2\n"), None);
+    }
+
+    #[test]
+    fn pressure_is_the_ten_second_average() {
+        let text = "some avg10=0.72 avg60=0.28 avg300=0.24 total=5557130\nfull avg10=0.62 avg60=0.25\n";
+        assert_eq!(parse_pressure(text), Some(0.72));
+        assert_eq!(parse_pressure("some avg10=nan"), None);
+        assert_eq!(parse_pressure(""), None);
+    }
+}

@@ -1,0 +1,156 @@
+//! The agent's stream to the scheduler: it registers, reports, and takes acknowledgements; after any failure it
+//! connects again, for ever.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_proto::node::{
+    AgentReport, Register, SchedulerMessage, agent_report::Report, scheduler_message::Message,
+};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use crate::node::Node;
+use crate::node_load::is_software_kvm;
+
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long the scheduler may take to say that the node is registered.
+const REGISTER_LIMIT: Duration = Duration::from_secs(5);
+/// Reports that may wait for the connection; a console piece is the largest, of 64 KiB.
+const QUEUE: usize = 64;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionEnd {
+    #[error("the scheduler said: {} ({:?})", .0.message(), .0.code())]
+    Status(Box<Status>),
+    #[error("the scheduler closed the stream")]
+    Closed,
+    #[error("the scheduler did not register the node within {} s", REGISTER_LIMIT.as_secs())]
+    NotRegistered,
+    #[error("the node's load cannot be read: {0}")]
+    Load(io::Error),
+}
+
+impl From<Status> for SessionEnd {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+/// Reports as long as it is polled.
+pub(crate) async fn report_for_ever(node: Arc<Node>, address: SocketAddr) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let mut registered = false;
+        let Err(end) = session(&node, address, &mut registered).await;
+        node.uplink.close();
+        if registered {
+            pause = FIRST_PAUSE;
+        }
+        tracing::warn!(%end, retry_ms = pause.as_millis(), "no session with the scheduler");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+async fn session(
+    node: &Arc<Node>,
+    address: SocketAddr,
+    registered: &mut bool,
+) -> Result<std::convert::Infallible, SessionEnd> {
+    let (reports, queue) = mpsc::channel(QUEUE);
+    send(&reports, Report::Register(registration(node, address))).await?;
+    let mut registry = node.registry.clone();
+    let welcome = async {
+        let mut messages = registry.report(ReceiverStream::new(queue)).await?.into_inner();
+        wait_until_registered(&mut messages).await?;
+        Ok::<_, SessionEnd>(messages)
+    };
+    let messages = timeout(REGISTER_LIMIT, welcome)
+        .await
+        .map_err(|_| SessionEnd::NotRegistered)??;
+    tracing::info!(node = %node.name, "registered with the scheduler");
+    *registered = true;
+    node.uplink.open(reports.clone());
+    // Apart, so that a full queue in one direction never stops the other.
+    tokio::select! {
+        end = read_messages(node, messages) => end,
+        end = write_heartbeats(node, &reports) => end,
+        end = write_changes(node, &reports) => end,
+    }
+}
+
+fn registration(node: &Node, address: SocketAddr) -> Register {
+    Register {
+        node: node.name.to_string(),
+        address: address.to_string(),
+        cpus: node.capacity.cpus,
+        memory_bytes: node.capacity.memory_bytes,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        software_kvm: is_software_kvm(),
+    }
+}
+
+async fn wait_until_registered(messages: &mut Streaming<SchedulerMessage>) -> Result<(), SessionEnd> {
+    while let Some(message) = messages.message().await? {
+        if let Some(Message::Registered(_)) = message.message {
+            return Ok(());
+        }
+    }
+    Err(SessionEnd::Closed)
+}
+
+async fn read_messages<T>(node: &Node, mut messages: Streaming<SchedulerMessage>) -> Result<T, SessionEnd> {
+    while let Some(message) = messages.message().await? {
+        match message.message {
+            Some(Message::ConsoleAck(ack)) => match ack.vm_id.parse() {
+                Ok(id) => node
+                    .incarnations(id)
+                    .iter()
+                    .for_each(|vm| vm.acknowledge_console(ack.offset)),
+                Err(error) => tracing::warn!(%error, "console acknowledgement ignored"),
+            },
+            Some(Message::Registered(_)) | None => {}
+        }
+    }
+    Err(SessionEnd::Closed)
+}
+
+async fn write_heartbeats<T>(node: &Arc<Node>, reports: &mpsc::Sender<AgentReport>) -> Result<T, SessionEnd> {
+    let mut ticks = interval(HEARTBEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let sampled = Arc::clone(node);
+        let heartbeat = tokio::task::spawn_blocking(move || sampled.heartbeat()).await;
+        let heartbeat = heartbeat
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(SessionEnd::Load)?;
+        send(reports, Report::Heartbeat(heartbeat)).await?;
+    }
+}
+
+async fn write_changes<T>(node: &Node, reports: &mpsc::Sender<AgentReport>) -> Result<T, SessionEnd> {
+    loop {
+        for key in node.uplink.next_changed().await {
+            // One that is gone was destroyed: the scheduler asked for that.
+            if let Some(vm) = node.vm(key).filter(|vm| !vm.is_retiring()) {
+                send(reports, Report::VmChanged(vm.facts())).await?;
+            }
+        }
+    }
+}
+
+async fn send(reports: &mpsc::Sender<AgentReport>, report: Report) -> Result<(), SessionEnd> {
+    reports
+        .send(AgentReport { report: Some(report) })
+        .await
+        .map_err(|_| SessionEnd::Closed)
+}

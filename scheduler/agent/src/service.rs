@@ -1,0 +1,208 @@
+//! The Agent service of `node.proto`, one file for each group of calls.
+//!
+//! Calls that change something run in a task of their own: a caller that goes away does not stop them half-way.
+
+mod incoming;
+mod launch;
+mod lifecycle;
+mod outgoing;
+mod workload;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use shoal_proto::IdError;
+use shoal_proto::node::agent_server::Agent;
+use shoal_proto::node::{
+    AbortIncomingRequest, AbortIncomingResponse, CancelMigrationRequest, CancelMigrationResponse,
+    DestroyVmResponse, LaunchVmRequest, PrepareIncomingRequest, PrepareIncomingResponse,
+    StartMigrationRequest, StartMigrationResponse, VmFacts, VmRef, WatchMigrationRequest,
+    WriteConsoleRequest, WriteConsoleResponse,
+};
+use shoal_proto::vm::{MigrationProgress, VmStatus};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use crate::blobs::BlobError;
+use crate::epochs::EpochError;
+use crate::key::VmKey;
+use crate::node::Node;
+use crate::spawn::SpawnError;
+use crate::vm::Vm;
+
+/// Serves a node.
+#[derive(Debug)]
+pub(crate) struct AgentService {
+    node: Arc<Node>,
+}
+
+impl AgentService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    /// Runs the call to its end, whether or not the caller waits for it.
+    async fn run<T, Call, Work>(&self, call: Call) -> Result<Response<T>, Status>
+    where
+        T: Send + 'static,
+        Call: FnOnce(Arc<Node>) -> Work,
+        Work: Future<Output = Result<T, Refusal>> + Send + 'static,
+    {
+        match tokio::spawn(call(Arc::clone(&self.node))).await {
+            Ok(Ok(answer)) => Ok(Response::new(answer)),
+            Ok(Err(refusal)) => Err(refusal.into()),
+            Err(error) => Err(Status::internal(format!(
+                "the agent failed inside this call: {error}"
+            ))),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for AgentService {
+    async fn launch_vm(&self, request: Request<LaunchVmRequest>) -> Result<Response<VmStatus>, Status> {
+        self.run(|node| launch::launch(node, request.into_inner())).await
+    }
+
+    async fn prepare_incoming(
+        &self,
+        request: Request<PrepareIncomingRequest>,
+    ) -> Result<Response<PrepareIncomingResponse>, Status> {
+        self.run(|node| incoming::prepare(node, request.into_inner()))
+            .await
+    }
+
+    async fn abort_incoming(
+        &self,
+        request: Request<AbortIncomingRequest>,
+    ) -> Result<Response<AbortIncomingResponse>, Status> {
+        self.run(|node| incoming::abort(node, request.into_inner())).await
+    }
+
+    async fn start_migration(
+        &self,
+        request: Request<StartMigrationRequest>,
+    ) -> Result<Response<StartMigrationResponse>, Status> {
+        self.run(|node| outgoing::start(node, request.into_inner())).await
+    }
+
+    type WatchMigrationStream = Pin<Box<dyn Stream<Item = Result<MigrationProgress, Status>> + Send>>;
+
+    async fn watch_migration(
+        &self,
+        request: Request<WatchMigrationRequest>,
+    ) -> Result<Response<Self::WatchMigrationStream>, Status> {
+        let progress = outgoing::watch(Arc::clone(&self.node), request.into_inner()).await?;
+        Ok(Response::new(Box::pin(progress)))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<CancelMigrationRequest>,
+    ) -> Result<Response<CancelMigrationResponse>, Status> {
+        self.run(|node| outgoing::cancel(node, request.into_inner()))
+            .await
+    }
+
+    async fn describe_vm(&self, request: Request<VmRef>) -> Result<Response<VmFacts>, Status> {
+        self.run(|node| lifecycle::describe(node, request.into_inner()))
+            .await
+    }
+
+    async fn resume_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        self.run(|node| lifecycle::resume(node, request.into_inner()))
+            .await
+    }
+
+    async fn stop_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        self.run(|node| lifecycle::stop(node, request.into_inner())).await
+    }
+
+    async fn destroy_vm(&self, request: Request<VmRef>) -> Result<Response<DestroyVmResponse>, Status> {
+        self.run(|node| lifecycle::destroy(node, request.into_inner()))
+            .await
+    }
+
+    async fn write_console(
+        &self,
+        request: Request<WriteConsoleRequest>,
+    ) -> Result<Response<WriteConsoleResponse>, Status> {
+        self.run(|node| lifecycle::write_console(node, request.into_inner()))
+            .await
+    }
+}
+
+/// Why a call was not done.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("{0}: missing")]
+    Missing(&'static str),
+    #[error(transparent)]
+    Id(#[from] IdError),
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    #[error("VM {} at epoch {} is already on this node", .0.id, .0.epoch)]
+    AlreadyHere(VmKey),
+    #[error("VM {id} is still on this node at epoch {epoch} ({state}); destroy that first")]
+    Rival {
+        id: shoal_proto::VmId,
+        epoch: shoal_proto::Epoch,
+        state: &'static str,
+    },
+    #[error("VM {} at epoch {} is not on this node", .0.id, .0.epoch)]
+    NotHere(VmKey),
+    /// In the VMM's own words, or why the VMM could not be asked.
+    #[error("{}", .0.message())]
+    Vmm(Box<Status>),
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        Self::Vmm(Box::new(status))
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let words = refusal.to_string();
+        match refusal {
+            Refusal::Missing(_) | Refusal::Id(_) => Self::invalid_argument(words),
+            Refusal::Epoch(EpochError::Stale { .. }) => Self::aborted(words),
+            Refusal::Epoch(EpochError::File { .. }) | Refusal::Spawn(_) => Self::internal(words),
+            Refusal::Blob(error) => Self::new(error.code(), words),
+            Refusal::AlreadyHere(_) => Self::already_exists(words),
+            Refusal::Rival { .. } => Self::failed_precondition(words),
+            Refusal::NotHere(_) => Self::not_found(words),
+            Refusal::Vmm(status) => *status,
+        }
+    }
+}
+
+fn key_of(vm: Option<VmRef>) -> Result<VmKey, Refusal> {
+    let vm = vm.ok_or(Refusal::Missing("vm"))?;
+    Ok(VmKey::parse(&vm.vm_id, vm.epoch)?)
+}
+
+fn find(node: &Node, key: VmKey) -> Result<Arc<Vm>, Refusal> {
+    node.vm(key).ok_or(Refusal::NotHere(key))
+}
+
+/// Refuses to start a VM beside itself.
+fn refuse_company(node: &Node, key: VmKey) -> Result<(), Refusal> {
+    if node.vm(key).is_some() {
+        return Err(Refusal::AlreadyHere(key));
+    }
+    match node.rival(key) {
+        Some((epoch, state)) => Err(Refusal::Rival {
+            id: key.id,
+            epoch,
+            state: state.as_str_name(),
+        }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,139 @@
+//! PrepareIncoming and AbortIncoming: the destination's side of a migration.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_proto::node::{
+    AbortIncomingRequest, AbortIncomingResponse, PrepareIncomingRequest, PrepareIncomingResponse,
+};
+use shoal_proto::{MigrationId, vm};
+use tonic::{Code, Status};
+
+use super::workload::Workload;
+use super::{Refusal, key_of, refuse_company};
+use crate::node::Node;
+use crate::retire::{Console, retire};
+use crate::vm::{ANSWER_LIMIT, Vm};
+
+/// How long a VMM may take to build a VM and listen.
+const PREPARE_LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) async fn prepare(
+    node: Arc<Node>,
+    request: PrepareIncomingRequest,
+) -> Result<PrepareIncomingResponse, Refusal> {
+    let workload = Workload::parse(request.spec)?;
+    let migration: MigrationId = request.migration_id.parse()?;
+    let key = workload.key;
+    let _launching = node.begin_launch(key);
+    let _turn = node.turns.lock(&key.id).await;
+    refuse_company(&node, key)?;
+    node.epochs.claim(key).await?;
+    let vm = Arc::new(node.spawn_vmm(key, &workload.record(Some(migration)))?);
+    let request = vm::PrepareIncomingRequest {
+        spec: Some(workload.vm_spec(None, None)),
+        migration_id: migration.to_string(),
+        token: request.token,
+        listen_address: SocketAddr::new(node.migration_ip, 0).to_string(),
+        commit_timeout_ms: 0,
+    };
+    match listen(&node, &vm, request).await {
+        Ok(address) => {
+            tracing::info!(vm = %key.id, epoch = %key.epoch, %migration, %address, "prepared for a migration");
+            node.keep(vm);
+            Ok(PrepareIncomingResponse {
+                address: address.to_string(),
+            })
+        }
+        Err(status) => {
+            tracing::warn!(vm = %key.id, epoch = %key.epoch, %migration, %status, "preparation failed");
+            if let Err(error) = retire(&node, &vm, Console::Drop).await {
+                tracing::error!(vm = %key.id, %error, "the VMM of a failed preparation is still here");
+                node.keep(vm); // so that it is reported, and can be destroyed
+            }
+            Err(status.into())
+        }
+    }
+}
+
+/// Has the VMM listen; answers where the source reaches it.
+async fn listen(node: &Node, vm: &Vm, request: vm::PrepareIncomingRequest) -> Result<SocketAddr, Status> {
+    let mut client = vm.client();
+    let answer = vm.call(PREPARE_LIMIT, client.prepare_incoming(request)).await?;
+    vm.refresh_status().await?;
+    reachable(&answer.address, node.reachable_ip).ok_or_else(|| {
+        Status::internal(format!(
+            "the VMM listens on '{}', which is no address",
+            answer.address
+        ))
+    })
+}
+
+/// A socket on the unspecified address is reached under the node's own.
+fn reachable(address: &str, node_ip: IpAddr) -> Option<SocketAddr> {
+    let mut address: SocketAddr = address.parse().ok()?;
+    if address.ip().is_unspecified() {
+        address.set_ip(node_ip);
+    }
+    Some(address)
+}
+
+/// After `committed = false` nothing can run here at this epoch, now or later.
+pub(super) async fn abort(
+    node: Arc<Node>,
+    request: AbortIncomingRequest,
+) -> Result<AbortIncomingResponse, Refusal> {
+    let key = key_of(request.vm)?;
+    let migration: MigrationId = request.migration_id.parse()?;
+    let _turn = node.turns.lock(&key.id).await;
+    let vm = node.vm(key);
+    if let Some(vm) = &vm
+        && was_committed(vm, migration).await?
+    {
+        return Ok(AbortIncomingResponse { committed: true });
+    }
+    node.epochs.fence(key).await?;
+    if let Some(vm) = &vm {
+        retire(&node, vm, Console::Drop).await?;
+    }
+    tracing::info!(vm = %key.id, epoch = %key.epoch, %migration, "incoming migration aborted");
+    Ok(AbortIncomingResponse { committed: false })
+}
+
+/// The VMM decides, atomically against Commit. Once it is dead, the mark it leaves before its vCPUs first run does.
+async fn was_committed(vm: &Vm, migration: MigrationId) -> Result<bool, Status> {
+    if vm.process.is_gone() {
+        return Ok(vm.dir.has_run());
+    }
+    let request = vm::AbortIncomingRequest {
+        migration_id: migration.to_string(),
+    };
+    let mut client = vm.client();
+    let refused = match vm.call(ANSWER_LIMIT, client.abort_incoming(request)).await {
+        Ok(answer) => return Ok(answer.committed),
+        Err(status) => status,
+    };
+    if vm.process.is_gone() || vm.dir.has_run() {
+        return Ok(vm.dir.has_run());
+    }
+    let never_prepared = matches!(refused.code(), Code::NotFound | Code::FailedPrecondition)
+        && vm.refresh_status().await?.state() == vm::VmState::Empty;
+    // Otherwise nobody knows: the caller asks again.
+    if never_prepared { Ok(false) } else { Err(refused) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_source_is_told_an_address_it_can_reach() {
+        let node: IpAddr = "10.1.2.3".parse().expect("an address");
+        let told = |address: &str| reachable(address, node).map(|address| address.to_string());
+        assert_eq!(told("127.0.0.1:4000").as_deref(), Some("127.0.0.1:4000"));
+        assert_eq!(told("0.0.0.0:4000").as_deref(), Some("10.1.2.3:4000"));
+        assert_eq!(told("[::]:4000").as_deref(), Some("10.1.2.3:4000"));
+        assert_eq!(told("somewhere"), None);
+    }
+}

@@ -1,0 +1,54 @@
+//! LaunchVm: blobs, epoch, process, boot; each failure leaves nothing behind but the epoch.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_proto::node::LaunchVmRequest;
+use shoal_proto::vm::{BootRequest, VmStatus};
+
+use super::workload::Workload;
+use super::{Refusal, refuse_company};
+use crate::node::Node;
+use crate::retire::{Console, retire};
+
+/// How long a VMM may take to build a VM and start it.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<VmStatus, Refusal> {
+    let workload = Workload::parse(request.spec)?;
+    let key = workload.key;
+    let (kernel, initrd) = (workload.kernel()?, workload.initrd()?);
+    let _launching = node.begin_launch(key);
+    refuse_company(&node, key)?;
+    node.epochs.check_current(key).await?;
+    let kernel = node.blobs.get(&kernel, &node.registry).await?;
+    let initrd = match initrd {
+        Some(initrd) => Some(node.blobs.get(&initrd, &node.registry).await?),
+        None => None,
+    };
+
+    let _turn = node.turns.lock(&key.id).await;
+    refuse_company(&node, key)?;
+    node.epochs.claim(key).await?;
+    let vm = Arc::new(node.spawn_vmm(key, &workload.record(None))?);
+    let boot = BootRequest {
+        spec: Some(workload.vm_spec(Some(&kernel), initrd.as_deref())),
+    };
+    let mut client = vm.client();
+    match vm.call(BOOT_LIMIT, client.boot(boot)).await {
+        Ok(status) => {
+            tracing::info!(vm = %key.id, epoch = %key.epoch, pid = vm.process.identity().pid, "launched");
+            vm.set_status(status);
+            node.keep(Arc::clone(&vm));
+            Ok(vm.status())
+        }
+        Err(status) => {
+            tracing::warn!(vm = %key.id, epoch = %key.epoch, %status, "launch failed");
+            if let Err(error) = retire(&node, &vm, Console::Drop).await {
+                tracing::error!(vm = %key.id, %error, "the VMM of a failed launch is still here");
+                node.keep(vm); // so that it is reported, and can be destroyed
+            }
+            Err(status.into())
+        }
+    }
+}

@@ -56,6 +56,8 @@ pub(crate) struct Vm<'a> {
     pub demand: f64,
     /// How long moving it takes alone on a link.
     pub move_seconds: f64,
+    /// Bytes per second by which pre-copy gets ahead.
+    headway: f64,
     /// Pre-copy gets ahead of its dirty rate.
     pub converges: bool,
 }
@@ -176,7 +178,6 @@ impl<'a> Cluster<'a> {
         let dirty = view.dirty_rate.map_or(0.0, |rate| rate.0 as f64) + growth;
         let link = self.policy.link_rate.0 as f64;
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
-        let seconds = self.policy.migration_overhead.as_secs_f64() + resident / headway;
         let cpu_use = load(view.cpu_use);
         let demand = match view.resident {
             Some(_) => (cpu_use * stretch).min(f64::from(view.cpus)).max(cpu_use),
@@ -194,7 +195,8 @@ impl<'a> Cluster<'a> {
             resident,
             growth,
             demand,
-            move_seconds: seconds.min(LONGEST_MOVE_SECONDS),
+            move_seconds: move_seconds(self.policy, resident, headway),
+            headway,
             converges: dirty < link * CONVERGES_BELOW,
         }
     }
@@ -321,6 +323,12 @@ impl<'a> Cluster<'a> {
             .sum()
     }
 
+    /// How long moving a VM takes that is started in so many seconds, when it has grown.
+    pub fn move_seconds_at(&self, number: usize, seconds: f64) -> f64 {
+        let vm = &self.vms[number];
+        move_seconds(self.policy, vm.memory_at(seconds), vm.headway)
+    }
+
     /// Why a VM cannot be moved now; `rest` is how long it is to be left alone after its last move.
     pub fn immobile(&self, number: usize, rest: Duration) -> Option<Immobile> {
         let vm = &self.vms[number];
@@ -412,6 +420,10 @@ impl<'a> Node<'a> {
 /// What a VM that was not reported yet is expected to hold.
 pub(crate) fn expected_resident(declared: Bytes, policy: &Policy) -> f64 {
     (declared.0 as f64 / policy.overcommit).floor()
+}
+
+fn move_seconds(policy: &Policy, resident: f64, headway: f64) -> f64 {
+    (policy.migration_overhead.as_secs_f64() + resident / headway).min(LONGEST_MOVE_SECONDS)
 }
 
 /// For display: whole bytes of a sum.

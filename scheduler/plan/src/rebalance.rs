@@ -1,7 +1,8 @@
 //! Rebalancing: the moves that lower the score most, less what they cost, until none lowers it enough.
 //!
 //! Against moving back and forth: the source counts with the load it sees itself, the destination with the load it exports
-//! and 1.3 times what the VM uses (the 130 % of MOSIX), a VM that moved rests, and a node that receives does not send.
+//! and 1.3 times what the VM uses (the 130 % of MOSIX), a VM that moved rests, and a node that
+//! receives or sends already does not send another: load figures are in flux there, and an urgent move needs the link.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -82,6 +83,7 @@ fn bound(cluster: &Cluster<'_>, number: usize) -> Option<Bound> {
     let node = &cluster.nodes[vm.node];
     let may_leave = matches!(node.view.state, NodeState::Ready | NodeState::Cordoned)
         && node.incoming == 0
+        && node.outgoing == 0
         && vm.converges
         && cluster.may_send(vm.node);
     if !may_leave

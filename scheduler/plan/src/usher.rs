@@ -2,8 +2,9 @@
 //! here with growth looked ahead, so that the move ends before the threshold is passed).
 //!
 //! For each node that growth would bring over its threshold within the horizon: take the VM that frees the most of what is
-//! needed per second of transfer and that fits elsewhere, growth counted. If waiting longer would make its move end too
-//! late, move it; if not, wait. Moves already under way count as done, and as taking up the link first.
+//! needed per second of transfer and that fits elsewhere, growth counted. If waiting longer would make its move, or one of
+//! those that must follow it, end too late, move it; if not, wait. Moves already under way count as done, and as taking up the link first: two at once would
+//! share it, and the first would end later, so the next starts when those under way are nearly done.
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
@@ -15,6 +16,10 @@ use crate::reject::summarise;
 const DETAILED_NOTES: usize = 16;
 /// A node under pressure is to shed at least this part of its memory.
 const SHED_UNDER_PRESSURE: f64 = 0.05;
+/// So many moves off one node are looked ahead.
+const LONGEST_CHAIN: usize = 16;
+/// The next move off a node may start when those under way have no longer to go than this.
+const NEARLY_DONE_SECONDS: f64 = 0.5;
 
 /// Plans the moves that are urgent, into `plan`.
 pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
@@ -55,12 +60,15 @@ struct Alarm {
     seconds: f64,
     limit: f64,
     pressed: bool,
+    /// With so many VMs gone already.
+    after: usize,
 }
 
 /// One step for one node; true if a move was planned.
 fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
-    if !cluster.may_send(node) {
-        return false; // moves are under way, as many as allowed
+    let leaving_seconds = cluster.leaving_seconds(node);
+    if !cluster.may_send(node) || leaving_seconds > NEARLY_DONE_SECONDS {
+        return false; // what is under way comes first
     }
     let horizon = cluster.policy.usher_horizon.as_secs_f64();
     let pressed = is_pressed(cluster, node);
@@ -73,21 +81,12 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
     let placed = candidates
         .iter()
         .find_map(|candidate| Some((candidate, destination(cluster, candidate.vm)?)));
-    let first = placed.map(|(candidate, _)| candidate).or(candidates.first());
-    let move_seconds = first.map_or(cluster.policy.migration_overhead.as_secs_f64(), |c| {
-        cluster.vms[c.vm].move_seconds
-    });
-    let lead = cluster.policy.detect.as_secs_f64() + cluster.leaving_seconds(node) + move_seconds;
-    let seconds = lead.min(horizon);
-    let alarm = Alarm {
-        predicted: cluster.memory_at(node, seconds),
-        seconds,
-        limit: memory * cluster.policy.usher_threshold,
-        pressed,
-    };
-    if alarm.predicted <= alarm.limit && !pressed {
+    let first = placed
+        .map(|(candidate, _)| candidate.vm)
+        .or(candidates.first().map(|candidate| candidate.vm));
+    let Some(alarm) = alarm(cluster, node, first, &candidates, leaving_seconds) else {
         return false;
-    }
+    };
     match placed {
         Some((candidate, to)) => {
             let reason = reason(cluster, node, candidate, to, &alarm);
@@ -114,6 +113,61 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
             false
         }
     }
+}
+
+/// Follows the moves that would be made one after the other, `first` first, and answers the first that would end with the
+/// node over its threshold before it: then there is no time to lose. A node under pressure has none either.
+fn alarm(
+    cluster: &Cluster<'_>,
+    node: usize,
+    first: Option<usize>,
+    candidates: &[Candidate],
+    leaving_seconds: f64,
+) -> Option<Alarm> {
+    let policy = cluster.policy;
+    let horizon = policy.usher_horizon.as_secs_f64();
+    let limit = cluster.nodes[node].memory * policy.usher_threshold;
+    let pressed = is_pressed(cluster, node);
+    let order = first.into_iter().chain(
+        candidates
+            .iter()
+            .map(|candidate| candidate.vm)
+            .filter(|&vm| Some(vm) != first),
+    );
+    let mut seconds = policy.detect.as_secs_f64() + leaving_seconds;
+    let mut gone: Vec<usize> = Vec::new();
+    let predicted_at = |seconds: f64, gone: &[usize]| {
+        let freed: f64 = gone.iter().map(|&vm| cluster.vms[vm].memory_at(seconds)).sum();
+        cluster.memory_at(node, seconds) - freed
+    };
+    for vm in order.take(LONGEST_CHAIN) {
+        seconds += cluster.move_seconds_at(vm, seconds);
+        let at = seconds.min(horizon);
+        let predicted = predicted_at(at, &gone);
+        if predicted > limit {
+            return Some(Alarm {
+                predicted,
+                seconds: at,
+                limit,
+                pressed,
+                after: gone.len(),
+            });
+        }
+        if seconds >= horizon || predicted_at(horizon, &gone) <= limit {
+            break;
+        }
+        gone.push(vm);
+    }
+    let seconds = seconds.min(horizon);
+    let predicted = predicted_at(seconds, &[]);
+    let nothing_can_leave = candidates.is_empty() && predicted > limit;
+    (pressed || nothing_can_leave).then_some(Alarm {
+        predicted,
+        seconds,
+        limit,
+        pressed,
+        after: 0,
+    })
 }
 
 /// The VMs that may leave, those worth most first.
@@ -175,9 +229,14 @@ fn describe(cluster: &Cluster<'_>, number: usize, alarm: &Alarm) -> String {
             node.pressure()
         );
     }
-    let growth = (alarm.predicted - node.settled).max(0.0) / alarm.seconds.max(1e-3);
+    let gone = match alarm.after {
+        0 => String::new(),
+        1 => " even with one VM gone by then".to_owned(),
+        count => format!(" even with {count} VMs gone by then"),
+    };
+    let growth: f64 = cluster.staying(number).map(|vm| cluster.vms[vm].growth).sum();
     format!(
-        "{} would hold {} in {:.1} s, over its limit {} ({:.0} % of {}): {} now, growing {}/s",
+        "{} would hold {} in {:.1} s{gone}, over its limit {} ({:.0} % of {}): {} now, its VMs grow {}/s",
         node.view.name,
         bytes(alarm.predicted),
         alarm.seconds,

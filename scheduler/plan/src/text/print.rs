@@ -90,10 +90,10 @@ fn print_node(node: &NodeView) -> String {
     line.field("cpus", &node.cpus.to_string());
     line.number("speed", node.speed, 1.0);
     line.size("memory", node.memory.0);
-    line.size("available", node.memory_available.0);
+    line.size("available", node.memory_available.min(node.memory).0);
     line.size_unless_zero("other_growth", node.other_growth.0);
     line.number("load", node.load_local, 0.0);
-    line.number("exported", node.load_exported, 0.0);
+    line.number("exported", node.load_exported, node.load_local);
     line.number("pressure_memory", node.pressure_memory, 0.0);
     line.number("pressure_cpu", node.pressure_cpu, 0.0);
     line.0

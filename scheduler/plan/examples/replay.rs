@@ -1,0 +1,28 @@
+//! What the planner decides for a cluster in a file: `cargo run -p shoal-plan --example replay -- FILE`.
+
+use std::process::ExitCode;
+
+use shoal_plan::{round, text};
+
+fn main() -> ExitCode {
+    let Some(path) = std::env::args_os().nth(1) else {
+        eprintln!("usage: replay FILE (a cluster as text, see docs/scheduling.md)");
+        return ExitCode::from(2);
+    };
+    let scenario = std::fs::read_to_string(&path)
+        .map_err(|error| error.to_string())
+        .and_then(|text| text::parse(&text).map_err(|error| error.to_string()));
+    match scenario {
+        Ok(scenario) => {
+            print!(
+                "{}",
+                text::print_plan(&round(&scenario.snapshot, &scenario.policy))
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("{}: {error}", path.display());
+            ExitCode::FAILURE
+        }
+    }
+}

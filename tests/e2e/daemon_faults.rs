@@ -1,0 +1,112 @@
+//! Agents and schedulers that die and come back.
+
+use shoal_proto::vm::MigrationResult;
+use shoal_tests::cluster::{Cluster, Shape, running_copies};
+use shoal_tests::guest;
+use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
+
+use crate::{CALM, RESTLESS};
+
+#[test]
+fn vms_go_on_without_their_agent_and_the_next_one_adopts_them() {
+    let Some(machine) = Machine::with_kvm("death of an agent") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let vm = cluster.run_probe("steady", "node1", "128MiB", CALM);
+    let before = cluster.only_vmm(&vm);
+
+    cluster.kill_daemon("node1");
+    cluster.wait_for_state("steady", "unknown", seconds(30));
+    assert_eq!(cluster.node("node1")["state"], "unreachable");
+    assert_eq!(cluster.only_vmm(&vm), before);
+
+    cluster.start_daemon("node1");
+    let now = cluster.wait_for_state("steady", "running", seconds(30));
+    assert_eq!((&now["node"], &now["epoch"]), (&"node1".into(), &1.into()));
+    assert_eq!(cluster.only_vmm(&vm), before, "the same process must run it");
+    cluster.wait_for_heartbeats("steady", 2);
+    let report = cluster.shoal.json(&["migrate", "steady", "--to", "node2"]);
+    assert_eq!(report["result"], "completed", "{report}");
+    cluster.wait_for_heartbeats("steady", 2);
+    guest::assert_unharmed(&cluster.logs("steady"));
+}
+
+#[test]
+fn a_migration_outlives_the_agents_of_both_nodes() {
+    let Some(machine) = Machine::with_kvm("death of agents in the middle of a move") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let vm = cluster.run_probe("busy", "node1", "512MiB", RESTLESS);
+    let source = cluster.only_vmm(&vm);
+
+    for victim in ["node1", "node2"] {
+        let migration = cluster.migrate_without_end("busy", "node2", seconds(15));
+        migration.wait_until_sent(64 << 20, seconds(20));
+        cluster.kill_daemon(victim);
+        assert_eq!(
+            running_copies(&cluster.vmms(&vm)),
+            1,
+            "the migration goes on without {victim}'s agent"
+        );
+        cluster.start_daemon(victim);
+
+        let report = migration.report();
+        assert_eq!(
+            report.result(),
+            MigrationResult::Failed,
+            "its own time ran out, nothing else: {report:?}"
+        );
+        assert_eq!(
+            cluster.wait_for_state("busy", "running", seconds(20))["node"],
+            "node1"
+        );
+        assert_eq!(cluster.only_vmm(&vm), source);
+        cluster.wait_for_heartbeats("busy", 1);
+    }
+    let report = cluster
+        .shoal
+        .json(&["migrate", "busy", "--to", "node2", "--max-downtime", "2s"]);
+    assert_eq!(report["result"], "completed", "{report}");
+    cluster.wait_for_heartbeats("busy", 2);
+    guest::assert_unharmed(&cluster.logs("busy"));
+}
+
+#[test]
+fn the_scheduler_may_die_at_any_time_of_a_migration() {
+    let Some(machine) = Machine::with_kvm("death of the scheduler in the middle of moves") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let vm = cluster.run_probe(
+        "busy",
+        "node1",
+        "512MiB",
+        "fill=256MiB wss=64MiB rate=5000 pattern=random",
+    );
+
+    for sent in [0, 1, 32, 128, 200, 256] {
+        let from = cluster.vm("busy")["node"].as_str().expect("a node").to_owned();
+        let to = if from == "node1" { "node2" } else { "node1" };
+        let migration = cluster.migrate("busy", to);
+        wait::until_true("a moment of the migration", seconds(30), || {
+            migration.progress().bytes_sent >= sent << 20 || migration.has_ended()
+        });
+        cluster.kill_daemon("scheduler");
+        assert!(running_copies(&cluster.vmms(&vm)) <= 1);
+        cluster.start_daemon("scheduler");
+
+        let now = cluster.wait_for_state("busy", "running", seconds(60));
+        let vmm = cluster.only_vmm(&vm);
+        assert_eq!(
+            (&now["node"], &now["epoch"]),
+            (&vmm.node.clone().into(), &vmm.epoch.into()),
+            "{now}"
+        );
+        assert_eq!(running_copies(&[vmm]), 1);
+        cluster.wait_for_heartbeats("busy", 1);
+    }
+    guest::assert_unharmed(&cluster.logs("busy"));
+}

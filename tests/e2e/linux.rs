@@ -1,0 +1,76 @@
+//! Linux guests. They take long to boot where ring 0 is emulated, so there are few of them.
+
+use std::process::Stdio;
+
+use shoal_tests::cluster::{Cluster, Shape};
+use shoal_tests::guest;
+use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
+
+const COUNT_FOR_EVER: &str = "i=0; while :; do echo count $i; i=$((i+1)); sleep 1; done";
+
+#[test]
+fn linux_counts_on_while_it_is_moved_twice() {
+    let Some(machine) = Machine::with_kvm("two moves of a Linux that counts") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let run = [
+        "run",
+        "linux",
+        "--detach",
+        "--name",
+        "counter",
+        "--node",
+        "node1",
+        "--",
+        "sh",
+        "-c",
+        COUNT_FOR_EVER,
+    ];
+    cluster.shoal.json(&run);
+    let counts = || guest::counts(&cluster.logs("counter"));
+    wait::until_true("Linux to boot and count", seconds(90), || counts().len() >= 3);
+
+    for to in ["node2", "node1"] {
+        let report = cluster.shoal.json(&["migrate", "counter", "--to", to]);
+        assert_eq!(report["result"], "completed", "{report}");
+        let before = counts().len();
+        wait::until_true("Linux to count on", seconds(60), || counts().len() >= before + 3);
+    }
+
+    let numbers = counts();
+    assert_eq!(numbers[0], 0);
+    guest::assert_consecutive("counts", &numbers);
+}
+
+#[test]
+fn run_shows_the_console_and_exits_with_the_status_of_the_command() {
+    let Some(machine) = Machine::with_kvm("a command in Linux and its exit status") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let script = "printf '<%s>\\n' \"$@\"; exit 7";
+    let args = [
+        "run",
+        "linux",
+        "--",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        "two  words",
+        "100% \"quoted\" 'ü'",
+    ];
+    let output = cluster
+        .shoal
+        .command(&args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("shoal starts");
+    let console = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(7), "{}", guest::tail(&console));
+    for line in ["<two  words>", "<100% \"quoted\" 'ü'>"] {
+        assert!(console.contains(line), "{line} in:\n{}", guest::tail(&console));
+    }
+}

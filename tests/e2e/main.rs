@@ -1,0 +1,20 @@
+//! End-to-end tests, each on a cluster of its own. `cargo xtask test` builds what they need and runs them.
+#![forbid(unsafe_code)]
+
+mod api;
+mod cluster_life;
+mod commands;
+mod cut_connection;
+mod daemon_faults;
+mod linux;
+mod moves;
+mod overload;
+mod real_hosts;
+mod refusals;
+mod vmm_faults;
+
+/// A probe that writes faster than any limit of 1 ms on downtime allows to catch up with: a migration of it with that
+/// limit stays in pre-copy.
+const RESTLESS: &str = "fill=320MiB wss=256MiB rate=60000 pattern=random";
+/// A probe that a migration catches up with at once.
+const CALM: &str = "fill=64MiB wss=4MiB rate=100 pattern=random";

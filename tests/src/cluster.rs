@@ -1,0 +1,446 @@
+//! A cluster of its own for each test, made as a user makes one, and how to kill and restart its parts.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shoal_agent::ProcessIdentity;
+use shoal_proto::cluster::MigrateVmRequest;
+use shoal_proto::vm::{GetStatusRequest, VmState};
+
+use crate::guest::tail;
+use crate::machine::Machine;
+use crate::migration::WatchedMigration;
+use crate::shoal::Shoal;
+use crate::{paths, vmm, wait};
+
+/// What a cluster is to be like.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// How many nodes.
+    pub nodes: u32,
+    /// What each lends, as typed.
+    pub node_memory: &'static str,
+    /// Whether the scheduler moves VMs on its own.
+    pub automatic: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            nodes: 2,
+            node_memory: "2GiB",
+            automatic: false,
+        }
+    }
+}
+
+/// A cluster made by `shoal up`; `shoal down --purge` ends it.
+#[derive(Debug)]
+pub struct Cluster {
+    directory: tempfile::TempDir,
+    /// The command for it.
+    pub shoal: Shoal,
+    restarted: Vec<Child>,
+    _machine: Machine,
+}
+
+/// A VMM process that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmProcess {
+    /// On which node.
+    pub node: String,
+    /// At which epoch.
+    pub epoch: u64,
+    /// Which process.
+    pub identity: ProcessIdentity,
+    /// Its directory.
+    pub directory: PathBuf,
+}
+
+impl Cluster {
+    /// Starts one and waits until it is ready.
+    #[must_use]
+    pub fn start(machine: Machine, shape: &Shape) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let listen = format!("127.0.0.1:{}", free_port());
+        let shoal = Shoal::new(&format!("http://{listen}"));
+        let cluster = Self {
+            directory,
+            shoal,
+            restarted: Vec::new(),
+            _machine: machine,
+        };
+        let (state, images) = (cluster.state_dir(), paths::images());
+        let mut args = vec!["up".into(), "--detach".into(), format!("--nodes={}", shape.nodes)];
+        args.extend([
+            format!("--node-memory={}", shape.node_memory),
+            "--node-cpus=2".into(),
+        ]);
+        args.extend([
+            format!("--state-dir={}", state.display()),
+            format!("--listen={listen}"),
+        ]);
+        args.push(format!("--images-dir={}", images.display()));
+        if !shape.automatic {
+            args.push("--manual".into());
+        }
+        cluster.shoal.ok(&args);
+        cluster
+    }
+
+    /// Where everything of it is.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.path().join("s")
+    }
+
+    /// Runs a probe on a node and waits until it has filled its memory. Answers the VM's id.
+    pub fn run_probe(&self, name: &str, node: &str, memory: &str, args: &str) -> String {
+        let vm = self.start_probe(name, node, memory, args);
+        let wanted = fill_of(args);
+        wait::until_true(&format!("{name} to fill its memory"), wait::seconds(60), || {
+            crate::guest::heartbeats(&self.logs(name))
+                .last()
+                .is_some_and(|beat| beat.filled >= wanted)
+        });
+        vm
+    }
+
+    /// Runs a probe on a node. Answers the VM's id.
+    pub fn start_probe(&self, name: &str, node: &str, memory: &str, args: &str) -> String {
+        let mut all = vec![
+            "run", "probe", "--detach", "--name", name, "--node", node, "--memory", memory, "--",
+        ];
+        all.extend(args.split(' '));
+        self.shoal.json(&all)["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// What `ps` says of a VM.
+    #[must_use]
+    pub fn vm(&self, name: &str) -> Value {
+        let vms = self.shoal.json(&["ps"]);
+        let found = vms
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|vm| vm["name"] == name || vm["id"] == name);
+        found.unwrap_or_else(|| panic!("no VM {name} in {vms}")).clone()
+    }
+
+    /// What `nodes` says of a node.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Value {
+        let nodes = self.shoal.json(&["nodes"]);
+        let found = nodes
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|node| node["name"] == name);
+        found
+            .unwrap_or_else(|| panic!("no node {name} in {nodes}"))
+            .clone()
+    }
+
+    /// Waits until `ps` says so of a VM's state.
+    pub fn wait_for_state(&self, name: &str, state: &str, limit: Duration) -> Value {
+        wait::until(&format!("{name} to be {state}"), limit, || {
+            let vm = self.vm(name);
+            (vm["state"] == state).then_some(vm)
+        })
+    }
+
+    /// A VM's console so far.
+    #[must_use]
+    pub fn logs(&self, name: &str) -> String {
+        self.shoal.ok(&["logs", name])
+    }
+
+    /// Waits until the guest has printed so many more heartbeats than now.
+    pub fn wait_for_heartbeats(&self, name: &str, more: usize) {
+        let count = || crate::guest::heartbeats(&self.logs(name)).len();
+        let wanted = count() + more;
+        wait::until_true(&format!("{more} heartbeats of {name}"), wait::seconds(30), || {
+            count() >= wanted
+        });
+    }
+
+    /// Every event so far.
+    #[must_use]
+    pub fn events(&self) -> Vec<Value> {
+        self.shoal.json(&["events"]).as_array().expect("a list").clone()
+    }
+
+    /// Events of one kind.
+    #[must_use]
+    pub fn events_of_kind(&self, kind: &str) -> Vec<Value> {
+        self.events()
+            .into_iter()
+            .filter(|event| event["kind"] == kind)
+            .collect()
+    }
+
+    /// Starts a migration that is watched.
+    #[must_use]
+    pub fn migrate(&self, vm: &str, to: &str) -> WatchedMigration {
+        let request = MigrateVmRequest {
+            vm: vm.into(),
+            to_node: to.into(),
+            ..MigrateVmRequest::default()
+        };
+        WatchedMigration::start(self.shoal.endpoint(), request)
+    }
+
+    /// Starts a migration whose limit on downtime cannot be met while the guest keeps writing, so that it stays in
+    /// pre-copy until something happens, at the latest after `timeout`.
+    #[must_use]
+    pub fn migrate_without_end(&self, vm: &str, to: &str, timeout: Duration) -> WatchedMigration {
+        let timeout_ms = u64::try_from(timeout.as_millis()).expect("a sane timeout");
+        let request = MigrateVmRequest {
+            vm: vm.into(),
+            to_node: to.into(),
+            max_downtime_ms: 1,
+            timeout_ms,
+        };
+        WatchedMigration::start(self.shoal.endpoint(), request)
+    }
+
+    /// Every VMM process of a VM that runs, on any node.
+    #[must_use]
+    pub fn vmms(&self, vm_id: &str) -> Vec<VmmProcess> {
+        vmms_below(&self.state_dir(), vm_id)
+    }
+
+    /// The only VMM process of a VM. Panics if there is another, or none, for too long.
+    #[must_use]
+    pub fn only_vmm(&self, vm_id: &str) -> VmmProcess {
+        wait::until("exactly one VMM", wait::seconds(20), || {
+            let mut all = self.vmms(vm_id);
+            (all.len() == 1).then(|| all.remove(0))
+        })
+    }
+
+    /// The VMM process on a node.
+    #[must_use]
+    pub fn vmm_on(&self, vm_id: &str, node: &str) -> VmmProcess {
+        wait::until(&format!("a VMM on {node}"), wait::seconds(20), || {
+            self.vmms(vm_id).into_iter().find(|vmm| vmm.node == node)
+        })
+    }
+
+    /// Ends a daemon ("scheduler" or a node's name) as a crash would.
+    pub fn kill_daemon(&mut self, name: &str) {
+        let record = self.record();
+        let process = process_named(&record, name);
+        let number = |key: &str| process[key].as_u64().expect("a number");
+        let pid = u32::try_from(number("pid")).expect("a pid");
+        let identity = ProcessIdentity {
+            pid,
+            start_ticks: number("start_ticks"),
+        };
+        assert!(
+            identity.is_running(),
+            "{name} should be running before it is killed"
+        );
+        identity.kill().expect("killed");
+        wait::until_true("the daemon to be gone", wait::seconds(10), || {
+            !identity.is_running()
+        });
+    }
+
+    /// Starts a daemon again as `up` had started it, and puts it on record so that `down` finds it.
+    pub fn start_daemon(&mut self, name: &str) {
+        let mut record = self.record();
+        let args: Vec<String> =
+            serde_json::from_value(process_named(&record, name)["args"].clone()).expect("arguments");
+        let log = self.state_dir().join(format!("{name}.log"));
+        let log = fs::File::options().append(true).open(log).expect("its log");
+        let child = Command::new(paths::program("shoal"))
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("the log again"))
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .expect("shoal starts");
+        let identity = ProcessIdentity::of(child.id()).expect("its start time");
+        let processes = record["processes"].as_array_mut().expect("a list");
+        let process = processes
+            .iter_mut()
+            .find(|process| process["name"] == name)
+            .expect("the daemon");
+        process["pid"] = json!(identity.pid);
+        process["start_ticks"] = json!(identity.start_ticks);
+        fs::write(self.record_path(), record.to_string()).expect("written");
+        self.restarted.push(child);
+        if name == "scheduler" {
+            wait::until_true("the scheduler to answer", wait::seconds(30), || {
+                self.shoal.output(&["nodes"]).status.success()
+            });
+        }
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.state_dir().join("up.json")
+    }
+
+    fn record(&self) -> Value {
+        let text = fs::read(self.record_path()).expect("up.json");
+        serde_json::from_slice(&text).expect("JSON in up.json")
+    }
+
+    fn print_logs(&self) {
+        let state = self.state_dir();
+        for entry in fs::read_dir(&state).into_iter().flatten().filter_map(Result::ok) {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "log") {
+                eprintln!(
+                    "--- {}:\n{}",
+                    path.display(),
+                    tail(&fs::read_to_string(&path).unwrap_or_default())
+                );
+            }
+        }
+        for vmm in all_vmm_dirs(&state) {
+            let log = vmm.join("vmm.log");
+            eprintln!(
+                "--- {}:\n{}",
+                log.display(),
+                tail(&fs::read_to_string(&log).unwrap_or_default())
+            );
+        }
+        for args in [["ps"], ["nodes"], ["events"]] {
+            let output = self.shoal.output(&args);
+            eprintln!(
+                "--- shoal {}:\n{}",
+                args[0],
+                tail(&String::from_utf8_lossy(&output.stdout))
+            );
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.print_logs();
+        }
+        let state = self.state_dir();
+        let output = self
+            .shoal
+            .output(&["down", "--purge", "--state-dir", &state.to_string_lossy()]);
+        for child in &mut self.restarted {
+            drop(child.wait());
+        }
+        if !std::thread::panicking() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "shoal down failed: {stderr}");
+            assert!(!state.exists(), "shoal down --purge left {}", state.display());
+        }
+    }
+}
+
+/// Every VMM process of a VM that runs, below a directory with one directory for each node.
+#[must_use]
+pub fn vmms_below(state_dir: &Path, vm_id: &str) -> Vec<VmmProcess> {
+    let mut found = Vec::new();
+    for directory in all_vmm_dirs(state_dir) {
+        let name = directory
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let Some(epoch) = name
+            .strip_prefix(vm_id)
+            .and_then(|rest| rest.strip_prefix('-')?.parse().ok())
+        else {
+            continue;
+        };
+        let pid_file = fs::read_to_string(directory.join("pid")).unwrap_or_default();
+        let identity = pid_file.parse().ok().filter(ProcessIdentity::is_running);
+        let node = directory
+            .ancestors()
+            .nth(2)
+            .and_then(Path::file_name)
+            .unwrap_or_default();
+        let node = node.to_string_lossy().into_owned();
+        found.extend(identity.map(|identity| VmmProcess {
+            node,
+            epoch,
+            identity,
+            directory,
+        }));
+    }
+    found
+}
+
+/// How many of these VMMs have a VM whose vCPUs may run. A paused source in doubt, or a copy that is being loaded, is none.
+#[must_use]
+pub fn running_copies(vmms: &[VmmProcess]) -> usize {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let runs = |vmm: &VmmProcess| {
+        runtime.block_on(async {
+            let mut client = vmm::connect(&vmm.directory.join("vmm.sock")).await.ok()?;
+            let state = client
+                .get_status(GetStatusRequest {})
+                .await
+                .ok()?
+                .into_inner()
+                .state();
+            Some(matches!(state, VmState::Running | VmState::Migrating))
+        })
+    };
+    vmms.iter().filter(|vmm| runs(vmm) == Some(true)).count()
+}
+
+fn all_vmm_dirs(state_dir: &Path) -> Vec<PathBuf> {
+    let list = |path: &Path| -> Vec<PathBuf> {
+        fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .collect()
+    };
+    list(state_dir)
+        .iter()
+        .flat_map(|node| list(&node.join("vms")))
+        .collect()
+}
+
+fn process_named<'a>(record: &'a Value, name: &str) -> &'a Value {
+    let processes = record["processes"].as_array().expect("a list");
+    processes
+        .iter()
+        .find(|process| process["name"] == name)
+        .unwrap_or_else(|| panic!("no {name} in {record}"))
+}
+
+/// The bytes that a probe with these arguments fills.
+fn fill_of(args: &str) -> u64 {
+    let size = args
+        .split(' ')
+        .find_map(|arg| arg.strip_prefix("fill="))
+        .unwrap_or("0MiB");
+    let mib = size
+        .strip_suffix("MiB")
+        .unwrap_or_else(|| panic!("fill={size} should be in MiB"));
+    mib.parse::<u64>().expect("a number of MiB") << 20
+}
+
+/// A port that is free now, outside the range from which the kernel hands out ports.
+#[must_use]
+pub fn free_port() -> u16 {
+    let start = u16::try_from(std::process::id() % 5_000).expect("less than 5,000");
+    (0..10_000)
+        .map(|step| 20_000 + (start + step) % 10_000)
+        .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        .expect("a free port")
+}

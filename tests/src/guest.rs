@@ -1,0 +1,130 @@
+//! What guests print, and checks that nothing is missing and nothing comes twice.
+
+use std::collections::BTreeMap;
+
+/// A line that the probe prints once a second.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Rises by one.
+    pub n: u64,
+    /// Since boot, by the guest's clock.
+    pub uptime_ms: u64,
+    /// Worst pause that the guest saw since the last heartbeat.
+    pub max_gap_us: u64,
+    /// Pages written since boot.
+    pub dirtied: u64,
+    /// Pages that did not hold what was written to them, since boot.
+    pub corrupt: u64,
+    /// Bytes of the fill that are written.
+    pub filled: u64,
+}
+
+impl Heartbeat {
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.trim_end().split(' ');
+        if words.next() != Some("hb") {
+            return None;
+        }
+        let fields: BTreeMap<&str, u64> = words
+            .filter_map(|word| word.split_once('='))
+            .filter_map(|(key, n)| Some((key, n.parse().ok()?)))
+            .collect();
+        let get = |key| fields.get(key).copied();
+        Some(Self {
+            n: get("n")?,
+            uptime_ms: get("uptime_ms")?,
+            max_gap_us: get("max_gap_us")?,
+            dirtied: get("dirtied")?,
+            corrupt: get("corrupt")?,
+            filled: get("filled").unwrap_or(0),
+        })
+    }
+}
+
+/// The heartbeats of a console, as far as their lines are complete.
+#[must_use]
+pub fn heartbeats(console: &str) -> Vec<Heartbeat> {
+    complete_lines(console).filter_map(Heartbeat::parse).collect()
+}
+
+/// Panics unless the heartbeats are without hole or repeat, the guest's clock rises and no page was ever corrupt.
+pub fn assert_unharmed(console: &str) {
+    let beats = heartbeats(console);
+    assert!(!beats.is_empty(), "no heartbeat in:\n{}", tail(console));
+    let numbers: Vec<u64> = beats.iter().map(|beat| beat.n).collect();
+    assert_consecutive("heartbeats", &numbers);
+    for pair in beats.windows(2) {
+        assert!(
+            pair[1].uptime_ms > pair[0].uptime_ms,
+            "the guest's clock went back: {pair:?}"
+        );
+        assert!(
+            pair[1].dirtied >= pair[0].dirtied,
+            "the guest lost work: {pair:?}"
+        );
+    }
+    let last = &beats[beats.len() - 1];
+    assert_eq!(last.corrupt, 0, "memory was corrupted: {last:?}");
+}
+
+/// Numbers that a shell loop printed as `count N`.
+#[must_use]
+pub fn counts(console: &str) -> Vec<u64> {
+    complete_lines(console)
+        .filter_map(|line| line.trim_end().strip_prefix("count ")?.parse().ok())
+        .collect()
+}
+
+/// Panics unless each number is one more than the number before.
+pub fn assert_consecutive(what: &str, numbers: &[u64]) {
+    for pair in numbers.windows(2) {
+        assert_eq!(
+            pair[1],
+            pair[0] + 1,
+            "{what} have a hole or a repeat between {} and {}",
+            pair[0],
+            pair[1]
+        );
+    }
+}
+
+fn complete_lines(console: &str) -> impl Iterator<Item = &str> {
+    let end = console.rfind('\n').map_or(0, |last| last + 1);
+    console[..end].lines()
+}
+
+/// The end of a long text.
+#[must_use]
+pub fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "probe: up\r\nhb n=1 uptime_ms=1000 max_gap_us=40 dirtied=7 corrupt=0 filled=4096\r\n\
+                        hb n=2 uptime_ms=2000 max_gap_us=41 dirtied=9 corrupt=0 filled=8192\r\nhb n=3 upt";
+
+    #[test]
+    fn complete_heartbeats_are_read() {
+        let beats = heartbeats(GOOD);
+        assert_eq!(beats.len(), 2);
+        assert_eq!((beats[1].n, beats[1].max_gap_us, beats[1].filled), (2, 41, 8192));
+        assert_unharmed(GOOD);
+        assert_eq!(counts("boot\ncount 0\ncount 1\r\ncount"), [0, 1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a hole or a repeat between 1 and 3")]
+    fn holes_are_found() {
+        assert_unharmed(&GOOD.replace("n=2", "n=3"));
+    }
+
+    #[test]
+    #[should_panic(expected = "memory was corrupted")]
+    fn corruption_is_found() {
+        assert_unharmed(&GOOD.replace("dirtied=9 corrupt=0", "dirtied=9 corrupt=1"));
+    }
+}

@@ -1,0 +1,140 @@
+//! VMMs driven directly through `vm.proto`, as an agent drives them.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use hyper_util::rt::TokioIo;
+use shoal_proto::vm::vmm_client::VmmClient;
+use shoal_proto::vm::{GetStatusRequest, VmSpec, VmState};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::paths;
+
+/// A VMM process with a directory of its own; killed in the end.
+#[derive(Debug)]
+pub struct Vmm {
+    directory: tempfile::TempDir,
+    child: Child,
+    /// Its API.
+    pub client: VmmClient<Channel>,
+}
+
+impl Vmm {
+    /// Starts one.
+    pub async fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let socket = directory.path().join("vmm.sock");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let log = File::create(directory.path().join("vmm.log")).expect("a log");
+        let child = Command::new(paths::program("shoal-vmm"))
+            .args(["--api-fd", "0"])
+            .current_dir(directory.path())
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(log.try_clone().expect("the log again"))
+            .stderr(log)
+            .spawn()
+            .expect("shoal-vmm starts");
+        let client = connect(&socket).await.expect("a VMM that answers");
+        Self {
+            directory,
+            child,
+            client,
+        }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// True once vCPUs have run in it.
+    #[must_use]
+    pub fn has_run(&self) -> bool {
+        self.directory.path().join("ran").exists()
+    }
+
+    /// Its state now.
+    pub async fn state(&mut self) -> VmState {
+        self.client
+            .get_status(GetStatusRequest {})
+            .await
+            .expect("a status")
+            .into_inner()
+            .state()
+    }
+
+    /// Ends the process, as a crash would.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("reaped");
+    }
+
+    /// Whether the process has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
+    }
+
+    /// The log, for a test that fails.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("vmm.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- log of VMM {}:\n{}", self.child.id(), self.log());
+        }
+        drop(self.child.kill()); // it may have ended
+        drop(self.child.wait());
+    }
+}
+
+/// Connects to a VMM's socket.
+///
+/// # Errors
+/// If nothing answers there.
+pub async fn connect(socket: &Path) -> Result<VmmClient<Channel>, tonic::transport::Error> {
+    let socket = socket.to_owned();
+    let channel = Endpoint::from_static("http://vmm.invalid")
+        .connect_with_connector(tower::service_fn(move |_: Uri| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        }))
+        .await?;
+    Ok(VmmClient::new(channel))
+}
+
+/// The spec of a probe VM.
+#[must_use]
+pub fn probe_spec(vm_id: &str, epoch: u64, memory_bytes: u64, cmdline: &str) -> VmSpec {
+    let kernel: PathBuf = probe_kernel();
+    VmSpec {
+        vm_id: vm_id.into(),
+        name: "probe".into(),
+        epoch,
+        cpus: 1,
+        memory_bytes,
+        kernel_path: kernel.to_string_lossy().into_owned(),
+        cmdline: cmdline.into(),
+        ..VmSpec::default()
+    }
+}
+
+/// The probe's kernel file.
+#[must_use]
+pub fn probe_kernel() -> PathBuf {
+    let directory = paths::image("probe");
+    let manifest = std::fs::read_to_string(directory.join("image.toml")).expect("a manifest");
+    let line = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("kernel"))
+        .expect("a kernel in it");
+    directory.join(line.trim_matches([' ', '=', '"']))
+}

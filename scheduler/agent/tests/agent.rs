@@ -1,0 +1,489 @@
+//! A whole agent with real VMM processes that run a script instead of a guest, and a scheduler's end of the stream.
+//! What needs guests is tested in the workspace's end-to-end tests.
+
+mod support;
+
+use shoal_agent::{AgentError, serve};
+use shoal_proto::MigrationId;
+use shoal_proto::node::{AbortIncomingRequest, VmRef, WatchMigrationRequest};
+use shoal_proto::vm::{StartMigrationRequest, VmState};
+use tonic::Code;
+
+use support::agent::{Agent, Disk, launch, new_vm, prepare};
+use support::eventually;
+use support::registry::Scheduler;
+
+/// Not a test of its own: the VMM processes of the other tests run this.
+#[test]
+fn scripted_vmm() {
+    support::vmm::run_if_started_as_vmm();
+}
+
+fn abort(vm: &VmRef, migration: MigrationId) -> AbortIncomingRequest {
+    AbortIncomingRequest {
+        vm: Some(vm.clone()),
+        migration_id: migration.to_string(),
+    }
+}
+
+#[tokio::test]
+async fn a_vm_is_launched_reported_and_destroyed_and_only_its_epoch_stays() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let vm = new_vm(1);
+
+    let status = client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect("launched")
+        .into_inner();
+    assert_eq!((status.state(), status.epoch), (VmState::Running, 1));
+    let process = disk.process();
+    assert_eq!(status.pid, process.pid);
+    eventually("it is in a heartbeat", || {
+        let beating = scheduler.told(|told| told.beating()).unwrap_or_default();
+        beating
+            .iter()
+            .any(|facts| facts.vmm_alive && facts.ran_here && facts.resident_bytes > 0)
+    })
+    .await;
+    let again = client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect_err("refused");
+    assert_eq!(again.code(), Code::AlreadyExists);
+
+    agent.tell(&vm, "say  world").await;
+    client.destroy_vm(vm.clone()).await.expect("destroyed");
+    assert_eq!(scheduler.told(|told| told.console_text(&vm.vm_id)), "hello world");
+    assert!(!process.is_running());
+    assert!(disk.vmms().is_empty());
+    client
+        .destroy_vm(vm.clone())
+        .await
+        .expect("destroying again changes nothing");
+    assert_eq!(
+        client.describe_vm(vm.clone()).await.expect_err("gone").code(),
+        Code::NotFound
+    );
+
+    let stale = client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect_err("refused");
+    assert_eq!(stale.code(), Code::Aborted);
+    let newer = VmRef { epoch: 2, ..vm };
+    client
+        .launch_vm(launch(&newer, &kernel, "hello"))
+        .await
+        .expect("a newer epoch may start");
+    client.destroy_vm(newer).await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn a_failed_boot_is_told_in_the_vmms_words_and_leaves_nothing() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let refused = client
+        .launch_vm(launch(&new_vm(1), &kernel, "bad"))
+        .await
+        .expect_err("refused");
+    assert_eq!(
+        (refused.code(), refused.message()),
+        (Code::InvalidArgument, "cmdline: it says bad")
+    );
+    assert!(disk.vmms().is_empty());
+
+    let unknown = shoal_proto::node::Blob {
+        sha256: "0".repeat(64),
+        size_bytes: 3,
+    };
+    let refused = client
+        .launch_vm(launch(&new_vm(1), &unknown, "x"))
+        .await
+        .expect_err("refused");
+    assert_eq!(refused.code(), Code::NotFound, "{refused}");
+    let evil = shoal_proto::node::Blob {
+        sha256: "../../x".into(),
+        size_bytes: 3,
+    };
+    let refused = client
+        .launch_vm(launch(&new_vm(1), &evil, "x"))
+        .await
+        .expect_err("refused");
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    assert!(disk.vmms().is_empty());
+}
+
+#[tokio::test]
+async fn an_image_is_fetched_once_for_all_who_want_it() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let kernel = scheduler.add_blob(b"a kernel that takes several chunks");
+    let vms = [new_vm(1), new_vm(1), new_vm(1)];
+    let launches = vms.clone().map(|vm| {
+        let (mut client, request) = (agent.client.clone(), launch(&vm, &kernel, "x"));
+        tokio::spawn(async move { client.launch_vm(request).await })
+    });
+    for launched in launches {
+        launched.await.expect("no panic").expect("launched");
+    }
+    assert_eq!(scheduler.told(|told| told.fetches), 1);
+    for vm in vms {
+        agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+    }
+}
+
+#[tokio::test]
+async fn exits_and_crashes_are_reported_at_once() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &kernel, "x"))
+        .await
+        .expect("launched");
+    agent.tell(&vm, "exit 3").await;
+    eventually("the exit is reported", || {
+        let status = scheduler
+            .told(|told| told.facts(&vm.vm_id))
+            .and_then(|facts| facts.status);
+        status.is_some_and(|status| status.state() == VmState::Exited && status.exit_status == Some(3))
+    })
+    .await;
+    client.destroy_vm(vm).await.expect("destroyed");
+
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &kernel, "x"))
+        .await
+        .expect("launched");
+    disk.process().kill().expect("killed");
+    eventually("the crash is reported", || {
+        let facts = scheduler.told(|told| told.facts(&vm.vm_id));
+        facts.is_some_and(|facts| !facts.vmm_alive && facts.ran_here && facts.resident_bytes == 0)
+    })
+    .await;
+    let facts = client
+        .describe_vm(vm.clone())
+        .await
+        .expect("still known")
+        .into_inner();
+    let message = facts.status.expect("a status").status_message;
+    assert!(message.contains("SIGKILL"), "{message}");
+    client.destroy_vm(vm).await.expect("destroyed");
+    assert!(disk.vmms().is_empty());
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_quit_is_killed() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &scheduler.add_blob(b"k"), "x"))
+        .await
+        .expect("launched");
+    agent.tell(&vm, "deaf").await;
+    let process = disk.process();
+    client.destroy_vm(vm).await.expect("destroyed");
+    assert!(!process.is_running() && disk.vmms().is_empty());
+}
+
+#[tokio::test]
+async fn the_next_agent_adopts_what_lives_and_clears_away_what_does_not() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let kernel = scheduler.add_blob(b"a kernel");
+    let [lives, crashes] = [new_vm(4), new_vm(5)];
+    for vm in [&lives, &crashes] {
+        agent
+            .client
+            .clone()
+            .launch_vm(launch(vm, &kernel, "before "))
+            .await
+            .expect("launched");
+    }
+    let incoming = new_vm(6);
+    agent
+        .client
+        .clone()
+        .prepare_incoming(prepare(&incoming, MigrationId::new()))
+        .await
+        .expect("prepared");
+    let locked = serve(disk.config(&scheduler)).await;
+    assert!(matches!(locked, Err(AgentError::Locked(_))), "{locked:?}");
+    agent.stop().await;
+
+    let dir_of = |vm: &VmRef| disk.state().join(format!("vms/{}-{}", vm.vm_id, vm.epoch));
+    let process = support::agent::identity(&dir_of(&lives));
+    assert!(process.is_running(), "VMMs go on without an agent");
+    for dead in [&crashes, &incoming] {
+        let process = support::agent::identity(&dir_of(dead));
+        process.kill().expect("killed");
+        eventually("it has ended", || !process.is_running()).await;
+    }
+    std::fs::remove_file(dir_of(&lives).join("pid")).expect("as if the agent had died before it wrote it");
+
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let facts = client
+        .describe_vm(lives.clone())
+        .await
+        .expect("adopted")
+        .into_inner();
+    let status = facts.status.expect("a status");
+    assert_eq!(
+        (facts.vmm_alive, status.state(), status.pid),
+        (true, VmState::Running, process.pid)
+    );
+    let facts = client
+        .describe_vm(crashes.clone())
+        .await
+        .expect("still known")
+        .into_inner();
+    assert_eq!((facts.vmm_alive, facts.ran_here), (false, true));
+    assert!(!dir_of(&incoming).exists(), "it never ran");
+
+    agent.tell(&lives, "say after").await;
+    eventually("the console goes on", || {
+        scheduler.told(|told| told.console_text(&lives.vm_id)) == "before after"
+    })
+    .await;
+    for vm in [lives, crashes] {
+        client.destroy_vm(vm).await.expect("destroyed");
+    }
+    assert!(!process.is_running() && disk.vmms().is_empty());
+}
+
+#[tokio::test]
+async fn what_the_scheduler_missed_is_sent_again() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let vm = new_vm(1);
+    agent
+        .client
+        .clone()
+        .launch_vm(launch(&vm, &scheduler.add_blob(b"k"), "one "))
+        .await
+        .expect("launched");
+    eventually("the first word", || {
+        scheduler.told(|told| told.console_text(&vm.vm_id)) == "one "
+    })
+    .await;
+
+    scheduler.told(|told| told.acknowledge = false);
+    agent.tell(&vm, "say two ").await;
+    eventually("the second word", || {
+        scheduler.told(|told| told.console_text(&vm.vm_id)) == "one two "
+    })
+    .await;
+    scheduler.told(|told| {
+        told.console.remove(&vm.vm_id);
+        told.console.insert(vm.vm_id.clone(), vec![(0, b"one ".to_vec())]);
+        told.acknowledge = true;
+        told.heartbeat = None;
+    });
+    let scheduler = scheduler
+        .restart(async || agent.tell(&vm, "say three").await)
+        .await;
+    eventually("nothing is missing", || {
+        scheduler.told(|told| told.console_text(&vm.vm_id)) == "one two three"
+    })
+    .await;
+    eventually("every VM is reported again", || {
+        scheduler
+            .told(|told| told.beating())
+            .is_some_and(|beating| beating.len() == 1)
+    })
+    .await;
+    agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn an_incoming_migration_is_aborted_or_was_committed() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let migration = MigrationId::new();
+    let prepared = async |vm: &VmRef| {
+        let answer = agent
+            .client
+            .clone()
+            .prepare_incoming(prepare(vm, migration))
+            .await
+            .expect("prepared");
+        assert_eq!(answer.into_inner().address, "127.0.0.1:9");
+    };
+
+    let uncommitted = new_vm(2);
+    prepared(&uncommitted).await;
+    let facts = client
+        .describe_vm(uncommitted.clone())
+        .await
+        .expect("here")
+        .into_inner();
+    assert_eq!(
+        (facts.status.expect("a status").state(), facts.ran_here),
+        (VmState::Incoming, false)
+    );
+    let process = disk.process();
+    let answer = client
+        .abort_incoming(abort(&uncommitted, migration))
+        .await
+        .expect("answered");
+    assert!(!answer.into_inner().committed);
+    assert!(!process.is_running() && disk.vmms().is_empty());
+    let late = client
+        .prepare_incoming(prepare(&uncommitted, migration))
+        .await
+        .expect_err("never again");
+    assert_eq!(late.code(), Code::Aborted);
+
+    let committed = new_vm(2);
+    prepared(&committed).await;
+    agent.tell(&committed, "commit").await;
+    for _ in 0..2 {
+        let answer = client
+            .abort_incoming(abort(&committed, migration))
+            .await
+            .expect("answered");
+        assert!(answer.into_inner().committed);
+        assert!(disk.process().is_running());
+    }
+    client.destroy_vm(committed).await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn after_the_vmm_has_died_its_mark_tells_whether_it_was_committed() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let migration = MigrationId::new();
+    for ran in [false, true] {
+        let vm = new_vm(2);
+        client
+            .prepare_incoming(prepare(&vm, migration))
+            .await
+            .expect("prepared");
+        if ran {
+            agent.tell(&vm, "commit").await;
+        }
+        let process = disk.process();
+        process.kill().expect("killed");
+        eventually("it has ended", || !process.is_running()).await;
+        let answer = client
+            .abort_incoming(abort(&vm, migration))
+            .await
+            .expect("answered");
+        assert_eq!(answer.into_inner().committed, ran);
+        client.destroy_vm(vm).await.expect("destroyed");
+        assert!(disk.vmms().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn an_abort_before_the_preparation_wins() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let (vm, migration) = (new_vm(7), MigrationId::new());
+    let answer = client
+        .abort_incoming(abort(&vm, migration))
+        .await
+        .expect("answered");
+    assert!(!answer.into_inner().committed);
+    let late = client
+        .prepare_incoming(prepare(&vm, migration))
+        .await
+        .expect_err("refused");
+    assert_eq!(late.code(), Code::Aborted);
+    assert!(disk.vmms().is_empty());
+}
+
+#[tokio::test]
+async fn a_vm_is_not_started_beside_itself() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &kernel, "x"))
+        .await
+        .expect("launched");
+    let newer = VmRef {
+        epoch: 2,
+        ..vm.clone()
+    };
+    let beside = client
+        .launch_vm(launch(&newer, &kernel, "x"))
+        .await
+        .expect_err("refused");
+    assert_eq!(beside.code(), Code::FailedPrecondition, "{beside}");
+    let beside = client
+        .prepare_incoming(prepare(&newer, MigrationId::new()))
+        .await
+        .expect_err("refused");
+    assert_eq!(beside.code(), Code::FailedPrecondition, "{beside}");
+    assert!(disk.process().is_running());
+    client.destroy_vm(vm).await.expect("destroyed");
+    client
+        .launch_vm(launch(&newer, &kernel, "x"))
+        .await
+        .expect("now it may");
+    client.destroy_vm(newer).await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn a_watched_migration_ends_with_the_vmm_and_says_so() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &scheduler.add_blob(b"k"), "x"))
+        .await
+        .expect("launched");
+    let migration_id = MigrationId::new().to_string();
+    let watch = WatchMigrationRequest {
+        vm: Some(vm.clone()),
+        migration_id: migration_id.clone(),
+    };
+    let unknown = client
+        .watch_migration(watch.clone())
+        .await
+        .expect_err("there is none");
+    assert_eq!(unknown.code(), Code::NotFound);
+    let start = StartMigrationRequest {
+        migration_id,
+        ..StartMigrationRequest::default()
+    };
+    let start = shoal_proto::node::StartMigrationRequest {
+        vm: Some(vm.clone()),
+        migration: Some(start),
+    };
+    client.start_migration(start).await.expect("started");
+    let mut progress = client.watch_migration(watch).await.expect("watched").into_inner();
+    assert_eq!(
+        progress
+            .message()
+            .await
+            .expect("progress")
+            .expect("a message")
+            .pass,
+        1
+    );
+    disk.process().kill().expect("killed");
+    let end = progress.message().await.expect_err("the VMM is gone");
+    assert_eq!(end.code(), Code::Unavailable);
+    assert!(end.message().contains("SIGKILL"), "{}", end.message());
+    client.destroy_vm(vm).await.expect("destroyed");
+}

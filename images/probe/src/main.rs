@@ -2,7 +2,10 @@
 #![no_std]
 #![no_main]
 
+mod console;
 mod machine;
+mod ram;
+mod start_info;
 
 use guest_rt as _;
 
@@ -11,7 +14,10 @@ use probe::pace::Frequency;
 use probe::text::Lines;
 use probe::worker::Worker;
 
-use machine::{Console, StartInfo, now};
+use console::{Console, say};
+use machine::now;
+use ram::Ram;
+use start_info::StartInfo;
 
 /// Exit status when the probe could not run as asked, or met a fault.
 const STATUS_FAILED: u8 = 2;
@@ -20,7 +26,7 @@ const STATUS_FAILED: u8 = 2;
 #[unsafe(no_mangle)]
 extern "C" fn probe_main(start_info: u64) -> ! {
     let start = now();
-    machine::say(format_args!("probe: up"));
+    say(format_args!("probe: up"));
     machine::catch_exceptions();
 
     // SAFETY: PVH promises that EBX holds the address of a start info structure, which lies in the first GiB, and nothing has
@@ -31,13 +37,23 @@ extern "C" fn probe_main(start_info: u64) -> ! {
         Err(error) => fail(format_args!("command line: {error}")),
     };
     let Some(frequency) = Frequency::from_khz(options.tsc_khz).or_else(machine::tsc_frequency) else {
-        fail(format_args!("no TSC frequency from CPUID 0x40000010 or KVM's clock; give tsc_khz="));
+        fail(format_args!(
+            "no TSC frequency from CPUID 0x40000010 or KVM's clock; give tsc_khz="
+        ));
     };
-    let memory = machine::Ram::map(info.ranges());
+    let memory = Ram::map(info.ranges());
     if options.fill_pages > memory.pages() {
-        fail(format_args!("fill and wss ask for {} pages, there are {}", options.fill_pages, memory.pages()));
+        fail(format_args!(
+            "fill and wss ask for {} pages, there are {}",
+            options.fill_pages,
+            memory.pages()
+        ));
     }
-    machine::say(format_args!("probe: tsc_khz={} pages={}", frequency.khz(), memory.pages()));
+    say(format_args!(
+        "probe: tsc_khz={} pages={}",
+        frequency.khz(),
+        memory.pages()
+    ));
 
     let mut worker = Worker::new(memory, options, frequency, start);
     let mut lines = Lines::default();
@@ -55,11 +71,13 @@ extern "C" fn probe_main(start_info: u64) -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn probe_exception(vector: u64, error_code: u64, rip: u64, address: u64) -> ! {
     // The argument order is boot.s's: RDI, RSI, RDX, RCX.
-    fail(format_args!("exception {vector} error={error_code:#x} rip={rip:#x} address={address:#x}"));
+    fail(format_args!(
+        "exception {vector} error={error_code:#x} rip={rip:#x} address={address:#x}"
+    ));
 }
 
 fn fail(reason: core::fmt::Arguments<'_>) -> ! {
-    machine::say(format_args!("probe: error: {reason}"));
+    say(format_args!("probe: error: {reason}"));
     machine::power_off(STATUS_FAILED);
 }
 

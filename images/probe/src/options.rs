@@ -63,7 +63,9 @@ impl Options {
             if name.contains('.') {
                 continue;
             }
-            options.set(name, value).map_err(|expected| OptionsError { word, expected })?;
+            options
+                .set(name, value)
+                .map_err(|expected| OptionsError { word, expected })?;
         }
         options.fill_pages = options.fill_pages.max(options.working_set_pages);
         Ok(options)
@@ -74,7 +76,10 @@ impl Options {
         match name {
             "wss" => self.working_set_pages = pages(value).ok_or(SIZE)?,
             "fill" => self.fill_pages = pages(value).ok_or(SIZE)?,
-            "fill_rate" => self.fill_rate = pages(value).filter(|&rate| rate <= MAX_RATE).ok_or("a size per second, at most 38GiB")?,
+            "fill_rate" => {
+                let rate = pages(value).filter(|&rate| rate <= MAX_RATE);
+                self.fill_rate = rate.ok_or("a size per second, at most 38GiB")?;
+            }
             "rate" => {
                 let rate = value.parse().ok().filter(|&rate| rate <= MAX_RATE);
                 self.rate = rate.ok_or("pages per second, at most 10000000")?;
@@ -118,12 +123,16 @@ mod tests {
     #[test]
     fn an_empty_line_is_an_idle_probe() {
         let options = Options::parse("  ").expect("valid");
-        assert_eq!((options.fill_pages, options.rate, options.seconds, options.status), (0, 0, 0, None));
+        assert_eq!(
+            (options.fill_pages, options.rate, options.seconds, options.status),
+            (0, 0, 0, None)
+        );
     }
 
     #[test]
     fn every_option_is_read() {
-        let line = "wss=1MiB rate=20000 fill=512M pattern=zero seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
+        let line =
+            "wss=1MiB rate=20000 fill=512M pattern=zero seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
         let options = Options::parse(line).expect("valid");
         assert_eq!(
             options,
@@ -152,7 +161,18 @@ mod tests {
 
     #[test]
     fn bad_words_are_named() {
-        for bad in ["wss=1", "wss=", "wss=-4096", "wss=99999999T", "rate=x", "rate=10000001", "pattern=ones", "status=256", "fil=1M", "="] {
+        for bad in [
+            "wss=1",
+            "wss=",
+            "wss=-4096",
+            "wss=99999999T",
+            "rate=x",
+            "rate=10000001",
+            "pattern=ones",
+            "status=256",
+            "fil=1M",
+            "=",
+        ] {
             let error = Options::parse(bad).expect_err(bad);
             assert_eq!(error.word, bad);
         }

@@ -29,7 +29,11 @@ impl Frequency {
     #[must_use]
     pub fn from_pvclock(multiplier: u32, shift: i8) -> Option<Self> {
         let khz = (1_000_000u64 << 32).checked_div(multiplier.into())?;
-        let khz = if shift < 0 { khz.checked_shl(shift.unsigned_abs().into())? } else { khz.checked_shr(shift.unsigned_abs().into())? };
+        let khz = if shift < 0 {
+            khz.checked_shl(shift.unsigned_abs().into())?
+        } else {
+            khz.checked_shr(shift.unsigned_abs().into())?
+        };
         Self::from_khz(u32::try_from(khz).ok()?)
     }
 
@@ -72,7 +76,11 @@ impl Pacer {
     #[must_use]
     pub fn new(per_second: u64, frequency: Frequency, now: Ticks) -> Self {
         let interval = frequency.ticks(1000).checked_div(per_second).unwrap_or(0);
-        Self { interval, patience: frequency.ticks(10), next: now }
+        Self {
+            interval,
+            patience: frequency.ticks(10),
+            next: now,
+        }
     }
 
     /// Whether a piece of work is due.
@@ -104,7 +112,12 @@ impl GapMeter {
     /// Starts at `now`.
     #[must_use]
     pub fn new(now: Ticks) -> Self {
-        Self { last: now, max: 0, worst: 0, backwards: 0 }
+        Self {
+            last: now,
+            max: 0,
+            worst: 0,
+            backwards: 0,
+        }
     }
 
     /// To be called in every iteration.
@@ -144,9 +157,18 @@ mod tests {
     #[test]
     fn pvclock_scale_gives_the_frequency() {
         // 2 GHz: half a nanosecond a tick. 4 GHz needs a shift the other way.
-        assert_eq!(Frequency::from_pvclock(0x8000_0000, 0).expect("valid").khz(), 2_000_000);
-        assert_eq!(Frequency::from_pvclock(0x8000_0000, -1).expect("valid").khz(), 4_000_000);
-        assert_eq!(Frequency::from_pvclock(0x8000_0000, 1).expect("valid").khz(), 1_000_000);
+        assert_eq!(
+            Frequency::from_pvclock(0x8000_0000, 0).expect("valid").khz(),
+            2_000_000
+        );
+        assert_eq!(
+            Frequency::from_pvclock(0x8000_0000, -1).expect("valid").khz(),
+            4_000_000
+        );
+        assert_eq!(
+            Frequency::from_pvclock(0x8000_0000, 1).expect("valid").khz(),
+            1_000_000
+        );
         assert!(Frequency::from_pvclock(0, 0).is_none());
         assert!(Frequency::from_pvclock(1, -128).is_none());
         assert!(Frequency::from_pvclock(1, 127).is_none());

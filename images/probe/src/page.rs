@@ -46,8 +46,14 @@ impl Words {
         let check = mix(identity.number ^ mix(identity.generation));
         let header = Some([identity.number, identity.generation, check]);
         match pattern {
-            Pattern::Random => Self { lanes: core::array::from_fn(|lane| mix(check.wrapping_add(lane as u64)) | 1), header },
-            Pattern::Zero => Self { lanes: [0; LANES], header: header.filter(|_| identity.generation > 0) },
+            Pattern::Random => Self {
+                lanes: core::array::from_fn(|lane| mix(check.wrapping_add(lane as u64)) | 1),
+                header,
+            },
+            Pattern::Zero => Self {
+                lanes: [0; LANES],
+                header: header.filter(|_| identity.generation > 0),
+            },
         }
     }
 
@@ -83,7 +89,10 @@ pub fn check(page: &Page, identity: Identity, pattern: Pattern) -> Result<(), Mi
     let mut words = Words::new(identity, pattern);
     for (index, chunk) in page.as_chunks::<LANES>().0.iter().enumerate() {
         let expected = words.next();
-        let difference = expected.iter().zip(chunk).fold(0, |all, (expected, found)| all | (expected ^ found));
+        let difference = expected
+            .iter()
+            .zip(chunk)
+            .fold(0, |all, (expected, found)| all | (expected ^ found));
         if difference != 0 {
             return Err(first_difference(index * LANES, &expected, chunk));
         }
@@ -93,8 +102,14 @@ pub fn check(page: &Page, identity: Identity, pattern: Pattern) -> Result<(), Mi
 
 #[cold]
 fn first_difference(start: usize, expected: &[u64; LANES], found: &[u64; LANES]) -> Mismatch {
-    let lane = (0..LANES - 1).find(|&lane| expected[lane] != found[lane]).unwrap_or(LANES - 1);
-    Mismatch { word: start + lane, expected: expected[lane], found: found[lane] }
+    let lane = (0..LANES - 1)
+        .find(|&lane| expected[lane] != found[lane])
+        .unwrap_or(LANES - 1);
+    Mismatch {
+        word: start + lane,
+        expected: expected[lane],
+        found: found[lane],
+    }
 }
 
 /// A bijection of 64-bit words that leaves no visible pattern (the finalizer of Steele's splitmix64).
@@ -110,7 +125,10 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const SOME: Identity = Identity { number: 17, generation: 3 };
+    const SOME: Identity = Identity {
+        number: 17,
+        generation: 3,
+    };
 
     #[test]
     fn what_is_written_checks() {
@@ -139,14 +157,23 @@ mod tests {
     fn another_page_or_generation_does_not_check() {
         let mut page = [0; 512];
         write(&mut page, SOME, Pattern::Random);
-        for other in [Identity { number: 18, ..SOME }, Identity { generation: 2, ..SOME }] {
+        for other in [
+            Identity { number: 18, ..SOME },
+            Identity {
+                generation: 2,
+                ..SOME
+            },
+        ] {
             assert!(check(&page, other, Pattern::Random).is_err());
         }
     }
 
     #[test]
     fn a_filled_zero_page_is_zero_and_random_words_never_repeat() {
-        let fresh = |number| Identity { number, generation: 0 };
+        let fresh = |number| Identity {
+            number,
+            generation: 0,
+        };
         let mut page = [1; 512];
         write(&mut page, fresh(5), Pattern::Zero);
         assert!(page.iter().all(|&word| word == 0));

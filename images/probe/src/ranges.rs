@@ -29,7 +29,10 @@ impl Ranges {
         let end = start.0.saturating_add(size).min(ceiling.0) / PAGE_SIZE;
         let start = start.0.max(floor.0).div_ceil(PAGE_SIZE);
         if start < end && self.count < MAX_RANGES {
-            self.ranges[self.count] = Range { start: start * PAGE_SIZE, pages: end - start };
+            self.ranges[self.count] = Range {
+                start: start * PAGE_SIZE,
+                pages: end - start,
+            };
             self.count += 1;
         }
     }
@@ -43,7 +46,13 @@ impl Ranges {
     /// The address just above the highest page.
     #[must_use]
     pub fn end(&self) -> GuestAddress {
-        GuestAddress(self.ranges.iter().map(|range| range.start + range.pages * PAGE_SIZE).max().unwrap_or(0))
+        GuestAddress(
+            self.ranges
+                .iter()
+                .map(|range| range.start + range.pages * PAGE_SIZE)
+                .max()
+                .unwrap_or(0),
+        )
     }
 
     /// Where page `number` lies; `None` if there are not so many.
@@ -67,23 +76,47 @@ mod tests {
     fn ranges(parts: &[(u64, u64)], floor: u64, ceiling: u64) -> Ranges {
         let mut ranges = Ranges::default();
         for &(start, size) in parts {
-            ranges.add(GuestAddress(start), size, GuestAddress(floor), GuestAddress(ceiling));
+            ranges.add(
+                GuestAddress(start),
+                size,
+                GuestAddress(floor),
+                GuestAddress(ceiling),
+            );
         }
         ranges
     }
 
     #[test]
     fn pages_run_on_across_a_hole() {
-        let ranges = ranges(&[(0, 0x3000), (0x10_0000, 0x2000), (0x1_0000_0000, 0x1000)], 0x1000, u64::MAX);
-        let addresses: Vec<_> = (0..6).map(|page| ranges.address(page).map(|address| address.0)).collect();
-        assert_eq!(addresses, [Some(0x1000), Some(0x2000), Some(0x10_0000), Some(0x10_1000), Some(0x1_0000_0000), None]);
+        let ranges = ranges(
+            &[(0, 0x3000), (0x10_0000, 0x2000), (0x1_0000_0000, 0x1000)],
+            0x1000,
+            u64::MAX,
+        );
+        let addresses: Vec<_> = (0..6)
+            .map(|page| ranges.address(page).map(|address| address.0))
+            .collect();
+        assert_eq!(
+            addresses,
+            [
+                Some(0x1000),
+                Some(0x2000),
+                Some(0x10_0000),
+                Some(0x10_1000),
+                Some(0x1_0000_0000),
+                None
+            ]
+        );
         assert_eq!((ranges.pages(), ranges.end().0), (5, 0x1_0000_1000));
     }
 
     #[test]
     fn parts_of_pages_and_what_is_out_of_bounds_are_left_out() {
         assert_eq!(ranges(&[(0x1800, 0x1000)], 0, u64::MAX).pages(), 0);
-        assert_eq!(ranges(&[(0x1800, 0x1800)], 0, u64::MAX).address(0), Some(GuestAddress(0x2000)));
+        assert_eq!(
+            ranges(&[(0x1800, 0x1800)], 0, u64::MAX).address(0),
+            Some(GuestAddress(0x2000))
+        );
         assert_eq!(ranges(&[(0, 0x10_0000)], 0x8_0000, 0x9_0000).pages(), 16);
         assert_eq!(ranges(&[(0, 0x1000)], 0x8000, 0x9000).pages(), 0);
     }

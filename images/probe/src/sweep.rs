@@ -21,16 +21,25 @@ impl Sweep {
     pub fn new(pages: u64) -> Self {
         // About the golden ratio of the pages: successive pages then lie as far apart as can be.
         let wish = pages / 1000 * 618 + pages % 1000 * 618 / 1000;
-        let (stride, inverse) =
-            (wish.max(1)..).find_map(|stride| Some((stride, inverse(stride, pages)?))).unwrap_or((1, 1));
-        Self { pages, stride, inverse, round: 0, cursor: 0 }
+        let (stride, inverse) = (wish.max(1)..)
+            .find_map(|stride| Some((stride, inverse(stride, pages)?)))
+            .unwrap_or((1, 1));
+        Self {
+            pages,
+            stride,
+            inverse,
+            round: 0,
+            cursor: 0,
+        }
     }
 
     /// The page that comes next, as it is now; `None` for an empty working set.
     #[must_use]
     pub fn next(&self) -> Option<Identity> {
-        (self.pages > 0)
-            .then(|| Identity { number: self.cursor * self.stride % self.pages, generation: self.round })
+        (self.pages > 0).then(|| Identity {
+            number: self.cursor * self.stride % self.pages,
+            generation: self.round,
+        })
     }
 
     /// Says that the next page has been dirtied.
@@ -90,7 +99,11 @@ mod tests {
                 assert_eq!(sweep.identity(next.number).generation, *entry);
             }
             for (number, generation) in (0..).zip(&table) {
-                assert_eq!(sweep.identity(number).generation, *generation, "page {number} of {pages}");
+                assert_eq!(
+                    sweep.identity(number).generation,
+                    *generation,
+                    "page {number} of {pages}"
+                );
             }
             assert_eq!(sweep.identity(pages).generation, 0);
         }

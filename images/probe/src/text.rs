@@ -15,7 +15,11 @@ pub struct Lines {
 
 impl Default for Lines {
     fn default() -> Self {
-        Self { bytes: [0; CAPACITY], start: 0, end: 0 }
+        Self {
+            bytes: [0; CAPACITY],
+            start: 0,
+            end: 0,
+        }
     }
 }
 
@@ -27,7 +31,10 @@ impl Lines {
             self.end -= self.start;
             self.start = 0;
         }
-        let mut tail = Tail { space: &mut self.bytes[self.end..], used: 0 };
+        let mut tail = Tail {
+            space: &mut self.bytes[self.end..],
+            used: 0,
+        };
         if tail.write_fmt(line).and_then(|()| tail.write_char('\n')).is_ok() {
             self.end += tail.used;
         }
@@ -55,7 +62,10 @@ struct Tail<'a> {
 impl Write for Tail<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let end = self.used + text.len();
-        self.space.get_mut(self.used..end).ok_or(fmt::Error)?.copy_from_slice(text.as_bytes());
+        self.space
+            .get_mut(self.used..end)
+            .ok_or(fmt::Error)?
+            .copy_from_slice(text.as_bytes());
         self.used = end;
         Ok(())
     }

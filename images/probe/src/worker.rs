@@ -88,7 +88,9 @@ impl<M: Memory> Worker<M> {
         match self.phase {
             Phase::Work => {
                 self.work(now, lines);
-                if self.options.seconds > 0 && self.uptime_ms(now) >= self.options.seconds.saturating_mul(1000) {
+                if self.options.seconds > 0
+                    && self.uptime_ms(now) >= self.options.seconds.saturating_mul(1000)
+                {
                     self.phase = Phase::FinalCheck(0);
                 }
             }
@@ -133,7 +135,10 @@ impl<M: Memory> Worker<M> {
     fn fill_one(&mut self, now: Ticks) -> bool {
         let due = self.filled < self.options.fill_pages && self.fill.is_due(now);
         if due {
-            let identity = Identity { number: self.filled, generation: 0 };
+            let identity = Identity {
+                number: self.filled,
+                generation: 0,
+            };
             page::write(self.memory.page(self.filled).1, identity, self.options.pattern);
             self.filled += 1;
             self.fill.advance(now);
@@ -148,7 +153,10 @@ impl<M: Memory> Worker<M> {
             return false;
         };
         self.check(old, lines);
-        let new = Identity { generation: old.generation + 1, ..old };
+        let new = Identity {
+            generation: old.generation + 1,
+            ..old
+        };
         page::write(self.memory.page(new.number).1, new, self.options.pattern);
         self.sweep.advance();
         self.dirtied += 1;
@@ -159,7 +167,11 @@ impl<M: Memory> Worker<M> {
     fn scan_one(&mut self, now: Ticks, lines: &mut Lines) -> bool {
         let due = self.filled > 0 && self.scan.is_due(now);
         if due {
-            self.next_scan = if self.next_scan < self.filled { self.next_scan } else { 0 };
+            self.next_scan = if self.next_scan < self.filled {
+                self.next_scan
+            } else {
+                0
+            };
             self.check(self.sweep.identity(self.next_scan), lines);
             self.next_scan += 1;
             self.scan.advance(now);
@@ -217,7 +229,10 @@ mod tests {
 
     impl Memory for &mut Buffer {
         fn page(&mut self, number: u64) -> (GuestAddress, &mut Page) {
-            (GuestAddress(number * 4096), &mut self.0[usize::try_from(number).expect("small")])
+            (
+                GuestAddress(number * 4096),
+                &mut self.0[usize::try_from(number).expect("small")],
+            )
         }
     }
 
@@ -233,13 +248,22 @@ mod tests {
 
     fn worker<'a>(buffer: &'a mut Buffer, command_line: &str) -> Worker<&'a mut Buffer> {
         let options = Options::parse(command_line).expect("valid");
-        buffer.0.resize(usize::try_from(options.fill_pages).expect("small"), [0; 512]);
+        buffer
+            .0
+            .resize(usize::try_from(options.fill_pages).expect("small"), [0; 512]);
         // One tick is one microsecond.
-        Worker::new(buffer, options, Frequency::from_khz(1000).expect("not zero"), Ticks(0))
+        Worker::new(
+            buffer,
+            options,
+            Frequency::from_khz(1000).expect("not zero"),
+            Ticks(0),
+        )
     }
 
     fn field<'a>(line: &'a str, name: &str) -> &'a str {
-        line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('=')).expect(name)
+        line.split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+            .expect(name)
     }
 
     #[test]
@@ -249,8 +273,15 @@ mod tests {
         let output = run(&mut worker, &mut Lines::default(), 0, 3500);
         let lines: Vec<_> = output.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[2].starts_with("hb n=3 uptime_ms=3000 max_gap_us=1 dirtied="), "{}", lines[2]);
-        assert_eq!((field(lines[2], "corrupt"), field(lines[2], "filled")), ("0", "262144"));
+        assert!(
+            lines[2].starts_with("hb n=3 uptime_ms=3000 max_gap_us=1 dirtied="),
+            "{}",
+            lines[2]
+        );
+        assert_eq!(
+            (field(lines[2], "corrupt"), field(lines[2], "filled")),
+            ("0", "262144")
+        );
         let dirtied: u64 = field(lines[2], "dirtied").parse().expect("a number");
         assert!((2990..=3001).contains(&dirtied), "{dirtied}");
     }
@@ -263,7 +294,10 @@ mod tests {
         run(&mut worker, &mut lines, 0, 1500);
         let output = run(&mut worker, &mut lines, 8000, 2500);
         let lines: Vec<_> = output.lines().collect();
-        assert_eq!(lines.iter().map(|line| field(line, "n")).collect::<Vec<_>>(), ["2", "3", "4"]);
+        assert_eq!(
+            lines.iter().map(|line| field(line, "n")).collect::<Vec<_>>(),
+            ["2", "3", "4"]
+        );
         assert_eq!(field(lines[0], "max_gap_us"), "6500001");
         assert_eq!(field(lines[1], "worst_gap_us"), "6500001");
     }
@@ -277,7 +311,10 @@ mod tests {
             run(&mut worker, &mut lines, 0, 5000);
             worker.memory.0[77][9] ^= 4;
             let output = run(&mut worker, &mut lines, 5000, 9900);
-            assert!(output.contains("probe: corrupt page=77 gpa=0x4d000 generation=0 word=9 "), "{output}");
+            assert!(
+                output.contains("probe: corrupt page=77 gpa=0x4d000 generation=0 word=9 "),
+                "{output}"
+            );
             assert_eq!(field(output.lines().last().expect("heartbeats"), "corrupt"), "1");
         }
     }
@@ -297,9 +334,11 @@ mod tests {
 
     #[test]
     fn at_the_end_everything_is_checked_and_the_status_says_how_it_went() {
-        for (command_line, broken, status) in
-            [("fill=64K seconds=2", false, 0), ("fill=64K seconds=2", true, 1), ("fill=64K seconds=2 status=9", true, 9)]
-        {
+        for (command_line, broken, status) in [
+            ("fill=64K seconds=2", false, 0),
+            ("fill=64K seconds=2", true, 1),
+            ("fill=64K seconds=2 status=9", true, 9),
+        ] {
             let mut buffer = Buffer(Vec::new());
             let mut worker = worker(&mut buffer, command_line);
             let mut lines = Lines::default();
@@ -307,7 +346,10 @@ mod tests {
             assert_eq!(worker.exit_status(), None);
             worker.memory.0[15][0] ^= u64::from(broken);
             let output = run(&mut worker, &mut lines, 1999, 100);
-            assert!(output.ends_with(&format!("\nprobe: done corrupt={}\n", u8::from(broken))), "{output}");
+            assert!(
+                output.ends_with(&format!("\nprobe: done corrupt={}\n", u8::from(broken))),
+                "{output}"
+            );
             assert_eq!(worker.exit_status(), Some(status));
         }
     }

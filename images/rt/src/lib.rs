@@ -80,3 +80,19 @@ pub unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, length: usize) 
     // SAFETY: the caller's promise is the same.
     unsafe { memcmp(left, right, length) }
 }
+
+/// How many bytes come before the first zero byte.
+///
+/// # Safety
+/// As C's `strlen`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn strlen(text: *const u8) -> usize {
+    let left: usize;
+    // SAFETY: the caller's promise: there is a zero byte, where the scan ends; the ABI keeps the direction flag clear.
+    unsafe {
+        asm!("repne scasb", inout("rcx") usize::MAX => left, inout("rdi") text => _, in("al") 0u8,
+            options(nostack, readonly));
+    }
+    // The scan counts the zero byte too.
+    usize::MAX - left - 1
+}

@@ -47,24 +47,35 @@ pub fn heartbeats(console: &str) -> Vec<Heartbeat> {
     complete_lines(console).filter_map(Heartbeat::parse).collect()
 }
 
-/// Panics unless the heartbeats are without hole or repeat, the guest's clock rises and no page was ever corrupt.
-pub fn assert_unharmed(console: &str) {
+/// Whether the heartbeats are without hole or repeat, the guest's clock rises and no page was ever corrupt.
+///
+/// # Errors
+/// What was wrong, in words.
+pub fn check_unharmed(console: &str) -> Result<(), String> {
     let beats = heartbeats(console);
-    assert!(!beats.is_empty(), "no heartbeat in:\n{}", tail(console));
+    let Some(last) = beats.last() else {
+        return Err(format!("no heartbeat in:\n{}", tail(console)));
+    };
     let numbers: Vec<u64> = beats.iter().map(|beat| beat.n).collect();
-    assert_consecutive("heartbeats", &numbers);
+    check_consecutive("heartbeats", &numbers)?;
     for pair in beats.windows(2) {
-        assert!(
-            pair[1].uptime_ms > pair[0].uptime_ms,
-            "the guest's clock went back: {pair:?}"
-        );
-        assert!(
-            pair[1].dirtied >= pair[0].dirtied,
-            "the guest lost work: {pair:?}"
-        );
+        if pair[1].uptime_ms <= pair[0].uptime_ms {
+            return Err(format!("the guest's clock went back: {pair:?}"));
+        }
+        if pair[1].dirtied < pair[0].dirtied {
+            return Err(format!("the guest lost work: {pair:?}"));
+        }
     }
-    let last = &beats[beats.len() - 1];
-    assert_eq!(last.corrupt, 0, "memory was corrupted: {last:?}");
+    if last.corrupt == 0 {
+        Ok(())
+    } else {
+        Err(format!("memory was corrupted: {last:?}"))
+    }
+}
+
+/// [`check_unharmed`], as an assertion.
+pub fn assert_unharmed(console: &str) {
+    check_unharmed(console).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
 /// Numbers that a shell loop printed as `count N`.
@@ -75,17 +86,23 @@ pub fn counts(console: &str) -> Vec<u64> {
         .collect()
 }
 
-/// Panics unless each number is one more than the number before.
-pub fn assert_consecutive(what: &str, numbers: &[u64]) {
-    for pair in numbers.windows(2) {
-        assert_eq!(
-            pair[1],
-            pair[0] + 1,
+/// Whether each number is one more than the number before.
+///
+/// # Errors
+/// Between which it is not.
+pub fn check_consecutive(what: &str, numbers: &[u64]) -> Result<(), String> {
+    match numbers.windows(2).find(|pair| pair[1] != pair[0].wrapping_add(1)) {
+        None => Ok(()),
+        Some(pair) => Err(format!(
             "{what} have a hole or a repeat between {} and {}",
-            pair[0],
-            pair[1]
-        );
+            pair[0], pair[1]
+        )),
     }
+}
+
+/// [`check_consecutive`], as an assertion.
+pub fn assert_consecutive(what: &str, numbers: &[u64]) {
+    check_consecutive(what, numbers).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
 fn complete_lines(console: &str) -> impl Iterator<Item = &str> {

@@ -216,7 +216,11 @@ fn is_static_elf(program: &[u8]) -> bool {
 /// `None` if the program headers do not lie in the file.
 fn has_interpreter(program: &[u8]) -> Option<bool> {
     const PT_INTERP: u32 = 3;
-    let u16_at = |offset| Some(usize::from(u16::from_le_bytes(*program.get(offset..)?.first_chunk()?)));
+    let u16_at = |offset| {
+        Some(usize::from(u16::from_le_bytes(
+            *program.get(offset..)?.first_chunk()?,
+        )))
+    };
     let start = usize::try_from(u64::from_le_bytes(*program.get(32..)?.first_chunk()?)).ok()?;
     let (size, count) = (u16_at(54)?, u16_at(56)?);
     for index in 0..count {

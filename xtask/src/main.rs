@@ -2,11 +2,19 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod build;
+mod check;
 mod context;
 mod cpio;
+mod demo;
+#[allow(dead_code, reason = "what the tests assert, the demo checks")]
+#[path = "../../tests/src/guest.rs"]
+mod guest;
 mod images;
 mod kernel;
 mod packages;
+mod shoal;
+mod test;
 
 use clap::{Parser, Subcommand};
 
@@ -21,6 +29,23 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show a cluster that moves running VMs, with measured figures, and check every claim
+    Demo {
+        /// Leave the cluster up and say how to talk to it
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Run every test, or those whose name contains FILTER
+    Test {
+        /// Part of a test's name
+        filter: Option<String>,
+    },
+    /// Check formatting and lints and run the unit tests; needs no KVM
+    Check {
+        /// Formatting and lints only
+        #[arg(long)]
+        lints: bool,
+    },
     /// Build the guest images
     Images {
         /// Only this one
@@ -34,6 +59,9 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let context = Context::new()?;
     match arguments.command {
+        Command::Demo { keep } => demo::run_demo(&context, keep),
+        Command::Test { filter } => test::run_tests(&context, filter.as_deref()),
+        Command::Check { lints } => check::run_checks(&context, lints),
         Command::Images { only: None } => images::build_all(&context),
         Command::Images { only: Some(image) } => images::build(&context, image),
         Command::Packages => packages::ensure_all(),

@@ -1,0 +1,41 @@
+//! Builds the programs: always in release, because guests and clusters are measured.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::context::{Context, run, step};
+
+/// `cargo`, in the repository and with its target directory.
+#[must_use]
+pub fn cargo(context: &Context) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(context.root())
+        .env("CARGO_TARGET_DIR", context.target());
+    command
+}
+
+/// Builds `shoal` and `shoal-vmm`.
+///
+/// # Errors
+/// If they do not build.
+pub fn programs(context: &Context) -> Result<()> {
+    step("building shoal and shoal-vmm", || {
+        run(cargo(context).args([
+            "build",
+            "--release",
+            "--package",
+            "shoal-cli",
+            "--package",
+            "shoal-vmm",
+        ]))
+    })
+}
+
+/// A program that was built.
+#[must_use]
+pub fn program(context: &Context, name: &str) -> PathBuf {
+    context.target().join("release").join(name)
+}

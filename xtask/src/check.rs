@@ -1,0 +1,36 @@
+//! `cargo xtask check`: what needs no guest.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::build::cargo;
+use crate::context::{Context, run, step};
+
+/// Formatting and lints; unit tests too, unless `lints_only`.
+///
+/// # Errors
+/// The first that does not pass.
+pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
+    step("formatting", || {
+        run(cargo(context).args(["fmt", "--all", "--check"]))?;
+        run(guests(context).args(["fmt", "--all", "--check"]))
+    })?;
+    step("lints", || {
+        run(cargo(context).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        run(guests(context).args(["clippy", "--workspace", "--", "-D", "warnings"]))
+    })?;
+    if lints_only {
+        return Ok(());
+    }
+    step("unit tests", || {
+        run(cargo(context).args(["test", "--workspace", "--exclude", "shoal-tests"]))
+    })
+}
+
+/// `cargo` for the guest programs, which are a workspace of their own.
+fn guests(context: &Context) -> Command {
+    let mut command = cargo(context);
+    command.current_dir(context.root().join("images"));
+    command
+}

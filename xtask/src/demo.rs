@@ -1,0 +1,275 @@
+//! `cargo xtask demo`: a cluster, a Linux guest that is moved while it counts, and a node that is relieved of its VMs
+//! before it runs out of memory. Told with measured figures; every claim is checked.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::context::{Context, step};
+use crate::guest;
+use crate::shoal::{Cluster, wait_for};
+use crate::{build, images, packages};
+
+const COUNT_FOR_EVER: &str = "i=0; while :; do echo count $i; i=$((i+1)); sleep 1; done";
+const NODES: [&str; 3] = ["--nodes=3", "--node-memory=1GiB", "--node-cpus=2"];
+/// VMs that together do not fit node3 once they have filled their memory.
+const CROWD: [&str; 4] = ["crowd1", "crowd2", "crowd3", "crowd4"];
+const CROWD_FILL: u64 = 320 << 20;
+/// The scheduler must keep every node below this part of its memory.
+const THRESHOLD: f64 = 0.90;
+/// The cluster is at rest when nothing was moved for so long.
+const REST: Duration = Duration::from_secs(10);
+
+/// Runs the demo. `keep` leaves the cluster up.
+///
+/// # Errors
+/// If anything that it claims did not hold.
+pub fn run_demo(context: &Context, keep: bool) -> Result<()> {
+    packages::ensure_all()?;
+    build::programs(context)?;
+    images::build_all(context)?;
+    let state_dir = context.target_dir("demo")?.join("state");
+    let mut cluster = step("starting a cluster of three nodes of 1 GiB", || {
+        let program = build::program(context, "shoal");
+        Cluster::start(
+            program,
+            &state_dir,
+            &context.target().join("images"),
+            &NODES,
+            keep,
+        )
+    })?;
+    let story = tell(&cluster);
+    if keep {
+        println!("\nThe cluster is still up. Talk to it:");
+        println!(
+            "  export SHOAL_ENDPOINT={} PATH={}:$PATH",
+            cluster.endpoint(),
+            context.target().join("release").display()
+        );
+        println!("  shoal ps; shoal nodes; shoal logs -f counter; shoal events");
+        println!("  shoal down --purge --state-dir {}", state_dir.display());
+        return story;
+    }
+    if story.is_err() {
+        println!("\nLogs are kept in {}", state_dir.display());
+    }
+    step("tearing down", || cluster.down(story.is_ok()))?;
+    story
+}
+
+fn tell(cluster: &Cluster) -> Result<()> {
+    step(
+        "booting Linux on node1 (half a minute where KVM emulates ring 0)",
+        || boot_counter(cluster),
+    )?;
+    step("moving it to node2 while it counts", || move_counter(cluster))?;
+    step("overloading node3 with four VMs that will not fit it", || {
+        overload(cluster)
+    })?;
+    step("checking that nothing was lost", || check(cluster))?;
+    println!(
+        "\nAll of it held: no count was lost, no page corrupted, no node above {:.0} %.",
+        THRESHOLD * 100.0
+    );
+    Ok(())
+}
+
+fn boot_counter(cluster: &Cluster) -> Result<()> {
+    let run = [
+        "run",
+        "linux",
+        "--detach",
+        "--name",
+        "counter",
+        "--node",
+        "node1",
+        "--",
+        "sh",
+        "-c",
+        COUNT_FOR_EVER,
+    ];
+    cluster.json(&run)?;
+    wait_to_count(cluster, 3, Duration::from_secs(120))
+}
+
+fn move_counter(cluster: &Cluster) -> Result<()> {
+    let before = counts(cluster)?.len();
+    let report = cluster.json(&["migrate", "counter", "--to", "node2"])?;
+    ensure!(
+        report["result"] == "completed",
+        "the migration did not complete: {report}"
+    );
+    println!("    {}", figures(&report));
+    wait_to_count(cluster, before + 3, Duration::from_secs(60))
+}
+
+fn overload(cluster: &Cluster) -> Result<()> {
+    for name in CROWD {
+        let probe = [
+            "fill=320MiB",
+            "fill_rate=16MiB",
+            "wss=16MiB",
+            "rate=500",
+            "pattern=random",
+        ];
+        let mut run = vec![
+            "run", "probe", "--detach", "--name", name, "--node", "node3", "--memory", "384MiB", "--",
+        ];
+        run.extend(probe);
+        cluster.json(&run)?;
+    }
+    let mut watch = Watch {
+        cluster,
+        told: last_sequence(cluster)?,
+        moves: 0,
+        last_move: Instant::now(),
+        peak: 0.0,
+    };
+    wait_for(
+        "the VMs to fill their memory and the moves to end",
+        Duration::from_secs(180),
+        || {
+            watch.look()?;
+            let filled = CROWD
+                .iter()
+                .map(|name| Ok(filled(cluster, name)? >= CROWD_FILL))
+                .collect::<Result<Vec<_>>>()?;
+            let at_rest = watch.last_move.elapsed() >= REST && filled.iter().all(|&done| done);
+            Ok(at_rest.then_some(()))
+        },
+    )?;
+    ensure!(watch.moves > 0, "no VM was moved away from node3");
+    ensure!(
+        watch.peak < THRESHOLD,
+        "a node came to {:.0} % of its memory",
+        watch.peak * 100.0
+    );
+    println!(
+        "    {} automatic moves; the fullest node ever came to {:.0} % of its memory",
+        watch.moves,
+        watch.peak * 100.0
+    );
+    Ok(())
+}
+
+/// Tells what the scheduler does while it does it.
+struct Watch<'a> {
+    cluster: &'a Cluster,
+    told: u64,
+    moves: usize,
+    last_move: Instant,
+    peak: f64,
+}
+
+impl Watch<'_> {
+    fn look(&mut self) -> Result<()> {
+        for node in self.cluster.list(&["nodes"])? {
+            let bytes = |key: &str| node[key].as_f64().unwrap_or(0.0);
+            self.peak = self
+                .peak
+                .max(1.0 - bytes("memory_available_bytes") / bytes("memory_bytes"));
+        }
+        for event in self
+            .cluster
+            .list(&["events", "--after", &self.told.to_string()])?
+        {
+            self.told = event["sequence"].as_u64().context("an event's sequence number")?;
+            let kind = event["kind"].as_str().unwrap_or_default();
+            if kind.starts_with("migration-") {
+                self.last_move = Instant::now();
+                self.moves += usize::from(kind == "migration-completed");
+                println!("    {kind}: {}", event["message"].as_str().unwrap_or_default());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check(cluster: &Cluster) -> Result<()> {
+    let numbers = counts(cluster)?;
+    guest::check_consecutive("counts", &numbers).map_err(anyhow::Error::msg)?;
+    println!("    counter: {} counts, none missing, none twice", numbers.len());
+    for name in CROWD {
+        let console = cluster.console(name)?;
+        guest::check_unharmed(&console)
+            .map_err(anyhow::Error::msg)
+            .context(name)?;
+        println!(
+            "    {name}: {} heartbeats, no page corrupt",
+            guest::heartbeats(&console).len()
+        );
+        for migration in cluster.json(&["inspect", name])?["migrations"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            println!(
+                "      {}: {}",
+                figures(migration),
+                migration["requested_because"].as_str().unwrap_or_default()
+            );
+        }
+    }
+    for vm in cluster.list(&["ps"])? {
+        ensure!(
+            vm["state"] == "running",
+            "{} is {}: {}",
+            vm["name"],
+            vm["state"],
+            vm["message"]
+        );
+    }
+    Ok(())
+}
+
+fn figures(report: &Value) -> String {
+    let number = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
+    let word = |key: &str| report[key].as_str().unwrap_or("?").to_owned();
+    format!(
+        "{} -> {}: downtime {:.1} ms, total {:.0} ms, {} passes, {:.1} MiB sent",
+        word("from"),
+        word("to"),
+        number("downtime_ms"),
+        number("total_ms"),
+        number("passes"),
+        number("bytes_sent") / f64::from(1 << 20),
+    )
+}
+
+fn wait_to_count(cluster: &Cluster, wanted: usize, limit: Duration) -> Result<()> {
+    let counted = wait_for("Linux to count", limit, || {
+        let state = cluster.json(&["inspect", "counter"])?;
+        if state["state"] == "failed" || state["state"] == "exited" {
+            bail!(
+                "counter is {}: {}\n{}",
+                state["state"],
+                state["message"],
+                guest::tail(&cluster.console("counter")?)
+            );
+        }
+        let numbers = counts(cluster)?;
+        Ok((numbers.len() >= wanted).then_some(numbers))
+    })?;
+    println!("    it counts: {} so far", counted.len());
+    Ok(())
+}
+
+fn counts(cluster: &Cluster) -> Result<Vec<u64>> {
+    Ok(guest::counts(&cluster.console("counter")?))
+}
+
+fn filled(cluster: &Cluster, vm: &str) -> Result<u64> {
+    Ok(guest::heartbeats(&cluster.console(vm)?)
+        .last()
+        .map_or(0, |beat| beat.filled))
+}
+
+fn last_sequence(cluster: &Cluster) -> Result<u64> {
+    Ok(cluster
+        .list(&["events"])?
+        .last()
+        .and_then(|event| event["sequence"].as_u64())
+        .unwrap_or(0))
+}

@@ -1,0 +1,30 @@
+//! `cargo xtask test`: every test there is, the end-to-end tests on real guests last.
+
+use anyhow::Result;
+
+use crate::build::{cargo, programs};
+use crate::context::{Context, run, step};
+use crate::{images, packages};
+
+/// Builds what the tests need and runs those whose name contains `filter`.
+///
+/// # Errors
+/// If something cannot be built or a test fails.
+pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
+    packages::ensure_all()?;
+    programs(context)?;
+    images::build_all(context)?;
+    step("unit tests", || {
+        let mut command = cargo(context);
+        command.args(["test", "--release", "--workspace", "--exclude", "shoal-tests"]);
+        run(command.args(filter))
+    })?;
+    step("end-to-end tests", || {
+        let mut command = cargo(context);
+        // They use the whole machine, so one at a time; their lock would see to it, but this shows which one runs.
+        command
+            .args(["test", "--release", "--package", "shoal-tests", "--"])
+            .args(filter);
+        run(command.arg("--test-threads=1"))
+    })
+}

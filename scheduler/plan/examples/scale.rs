@@ -18,7 +18,8 @@ fn main() {
         ("balanced", 40, 40),
         ("uneven CPU", 40, 120),
         ("memory short on a part of the nodes", 75, 60),
-        ("memory short on every node", 140, 60),
+        ("memory short on many nodes", 140, 60),
+        ("memory short on every node", 260, 60),
     ] {
         let snapshot = cluster(nodes, vms, memory_factor, cpu_factor);
         let start = Instant::now();

@@ -439,8 +439,8 @@ pub(crate) fn duration(seconds: f64) -> Duration {
 }
 
 fn load(sample: f64) -> f64 {
-    if sample.is_finite() {
-        sample.clamp(0.0, 1e6)
+    if sample.is_finite() && sample > 0.0 {
+        sample.min(1e6)
     } else {
         0.0
     }

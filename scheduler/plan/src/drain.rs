@@ -4,7 +4,7 @@ use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, Immobile, bytes};
 use crate::model::{CannotMove, NodeState};
 use crate::place::{Newcomer, best_node, rejections};
-use crate::reject::{RejectReason, summarise};
+use crate::reject::summarise;
 
 /// So many notes a round list the nodes that were tried; that takes time in a large cluster.
 const DETAILED_NOTES: usize = 16;
@@ -82,8 +82,7 @@ fn decide(cluster: &mut Cluster<'_>, vm: usize, detailed: bool) -> Decision {
         "nothing fits: it needs {}: {reason}",
         bytes(newcomer.at_horizon())
     );
-    let is_busy = |node| matches!(newcomer.check(cluster, node), Err(RejectReason::Busy { .. }));
-    if (0..cluster.nodes.len()).any(is_busy) {
+    if newcomer.waits_for_a_move(cluster) {
         Decision::Wait(why)
     } else {
         Decision::Stuck(why)

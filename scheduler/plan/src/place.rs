@@ -286,6 +286,12 @@ impl Newcomer {
             .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
     }
 
+    /// Whether some node has room and only takes as many as allowed right now.
+    pub fn waits_for_a_move(&self, cluster: &Cluster<'_>) -> bool {
+        let busy = |number| matches!(self.check(cluster, number), Err(RejectReason::Busy { .. }));
+        (0..cluster.nodes.len()).any(busy)
+    }
+
     fn check_ahead(&self, policy: &Policy, node: &Node<'_>, ahead: f64) -> Result<(), RejectReason> {
         let (predicted, limit) = (node.projected + self.at_horizon, node.memory * ahead);
         if predicted > limit {

@@ -119,15 +119,23 @@ pub struct Rejection {
     pub reason: RejectReason,
 }
 
-/// Rejections in one line: each node's where there are few, otherwise how many for which reason, with one example each.
+/// Rejections in one line, but for the node where the VM is: each node's where there are few, otherwise how many for which
+/// reason, with one example each.
 #[must_use]
 pub fn summarise(rejections: &[Rejection]) -> String {
     const FEW: usize = 5;
     if rejections.is_empty() {
         return "the cluster has no nodes".to_owned();
     }
-    if rejections.len() <= FEW {
-        let each: Vec<String> = rejections
+    let elsewhere: Vec<&Rejection> = rejections
+        .iter()
+        .filter(|rejection| rejection.reason != RejectReason::SameNode)
+        .collect();
+    if elsewhere.is_empty() {
+        return "there is no other node".to_owned();
+    }
+    if elsewhere.len() <= FEW {
+        let each: Vec<String> = elsewhere
             .iter()
             .map(|r| format!("{}: {}", r.node, r.reason))
             .collect();
@@ -135,7 +143,7 @@ pub fn summarise(rejections: &[Rejection]) -> String {
     }
     // In order of first appearance, so that the text is stable.
     let mut groups: Vec<(&Rejection, usize)> = Vec::new();
-    for rejection in rejections {
+    for rejection in elsewhere {
         let kind = std::mem::discriminant(&rejection.reason);
         match groups
             .iter_mut()
@@ -147,7 +155,7 @@ pub fn summarise(rejections: &[Rejection]) -> String {
     }
     let each: Vec<String> = groups
         .iter()
-        .map(|(first, count)| format!("{count} nodes like {}: {}", first.node, first.reason))
+        .map(|(first, count)| format!("{count} like {}: {}", first.node, first.reason))
         .collect();
     each.join("; ")
 }

@@ -97,8 +97,8 @@ impl Growth {
 
 /// Machines have fewer than a million CPUs; anything else is a bad report.
 fn load(sample: f64) -> f64 {
-    if sample.is_finite() {
-        sample.clamp(0.0, 1e6)
+    if sample.is_finite() && sample > 0.0 {
+        sample.min(1e6)
     } else {
         0.0
     }

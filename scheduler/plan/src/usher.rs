@@ -87,6 +87,13 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
     let Some(alarm) = alarm(cluster, node, first, &candidates, leaving_seconds) else {
         return false;
     };
+    if placed.is_none()
+        && candidates
+            .iter()
+            .any(|candidate| waits_for_a_move(cluster, candidate.vm))
+    {
+        return false;
+    }
     match placed {
         Some((candidate, to)) => {
             let reason = reason(cluster, node, candidate, to, &alarm);
@@ -195,6 +202,11 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
     candidates
 }
 
+/// Whether a VM could go to a node that takes as many as allowed right now.
+fn waits_for_a_move(cluster: &Cluster<'_>, vm: usize) -> bool {
+    Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold).waits_for_a_move(cluster)
+}
+
 /// Where a VM can go and stay below the threshold.
 fn destination(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
     let newcomer = Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold);
@@ -229,6 +241,15 @@ fn describe(cluster: &Cluster<'_>, number: usize, alarm: &Alarm) -> String {
             node.pressure()
         );
     }
+    let limit = format!(
+        "its limit {} ({:.0} % of {})",
+        bytes(alarm.limit),
+        cluster.policy.usher_threshold * 100.0,
+        node.view.memory
+    );
+    if node.settled > alarm.limit {
+        return format!("{} holds {}, over {limit}", node.view.name, bytes(node.settled));
+    }
     let gone = match alarm.after {
         0 => String::new(),
         1 => " even with one VM gone by then".to_owned(),
@@ -236,13 +257,10 @@ fn describe(cluster: &Cluster<'_>, number: usize, alarm: &Alarm) -> String {
     };
     let growth: f64 = cluster.staying(number).map(|vm| cluster.vms[vm].growth).sum();
     format!(
-        "{} would hold {} in {:.1} s{gone}, over its limit {} ({:.0} % of {}): {} now, its VMs grow {}/s",
+        "{} would hold {} in {:.1} s{gone}, over {limit}: it holds {} and its VMs grow {}/s",
         node.view.name,
         bytes(alarm.predicted),
         alarm.seconds,
-        bytes(alarm.limit),
-        cluster.policy.usher_threshold * 100.0,
-        node.view.memory,
         bytes(node.settled),
         bytes(growth),
     )

@@ -1,0 +1,152 @@
+//! What several tests need: random clusters, and plans carried out at once.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use shoal_plan::{
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, Plan, VmView,
+};
+
+/// A cluster whose numbers agree with each other, as a server makes it.
+pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
+    (1usize..9)
+        .prop_flat_map(|count| {
+            (
+                prop::collection::vec(node(), count),
+                prop::collection::vec((vm(), 0..count, 0..count), 0..40),
+            )
+        })
+        .prop_map(|(mut nodes, vms)| {
+            for (number, node) in nodes.iter_mut().enumerate() {
+                node.name = NodeName::new(&format!("node{number}"));
+            }
+            let mut snapshot = ClusterSnapshot {
+                nodes,
+                vms: Vec::new(),
+            };
+            for (number, (mut vm, on, to)) in vms.into_iter().enumerate() {
+                vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));
+                vm.name = format!("name{number}");
+                vm.node = snapshot.nodes[on].name.clone();
+                match &mut vm.in_flight {
+                    Some(flight) if on != to => flight.to = snapshot.nodes[to].name.clone(),
+                    flight => *flight = None,
+                }
+                snapshot.vms.push(vm);
+            }
+            settle(&mut snapshot);
+            snapshot
+        })
+}
+
+fn node() -> impl Strategy<Value = NodeView> {
+    let state = prop_oneof![
+        8 => Just(NodeState::Ready),
+        1 => Just(NodeState::Cordoned),
+        1 => Just(NodeState::Draining),
+        1 => Just(NodeState::Unreachable),
+    ];
+    let pressure = prop_oneof![9 => Just(0.0), 1 => 0.0..100.0f64];
+    (
+        1u32..17,
+        256u64..8192,
+        prop_oneof![Just(1.0), 0.5..3.0f64],
+        state,
+        pressure,
+    )
+        .prop_map(|(cpus, mib, speed, state, pressure_memory)| NodeView {
+            speed,
+            state,
+            pressure_memory,
+            ..NodeView::new("", cpus, Bytes::mib(mib))
+        })
+}
+
+fn vm() -> impl Strategy<Value = VmView> {
+    let growth = prop_oneof![3 => Just(0u64), 1 => 0u64..100 << 20];
+    let cannot_move = prop_oneof![
+        9 => Just(None),
+        1 => Just(Some(CannotMove::Locked)),
+        1 => Just(Some(CannotMove::Starting)),
+    ];
+    let in_flight = prop_oneof![
+        9 => Just(None),
+        1 => (0u64..64).prop_map(|mib| Some(InFlight { to: NodeName::new(""), received: Bytes::mib(mib) })),
+    ];
+    let moved = prop_oneof![2 => Just(None), 1 => (0u64..120).prop_map(|s| Some(Duration::from_secs(s)))];
+    let resident = prop_oneof![1 => Just(None), 9 => (0.0..1.0f64).prop_map(Some)];
+    let dirty = prop::option::of((0u64..200 << 20).prop_map(BytesPerSecond));
+    (
+        (1u32..5, 16u64..2048, resident, 0.0..1.0f64),
+        growth,
+        dirty,
+        cannot_move,
+        in_flight,
+        moved,
+    )
+        .prop_map(
+            |((cpus, mib, resident, busy), growth, dirty_rate, cannot_move, in_flight, since_last_move)| {
+                VmView {
+                    resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
+                    cpu_use: busy * f64::from(cpus),
+                    growth: BytesPerSecond(growth),
+                    dirty_rate,
+                    cannot_move,
+                    in_flight,
+                    since_last_move,
+                    ..VmView::new("", "", cpus, Bytes::mib(mib))
+                }
+            },
+        )
+}
+
+/// Makes the nodes' figures the sums of their VMs', and gives VMs on a node with too few CPUs their share.
+pub fn settle(snapshot: &mut ClusterSnapshot) {
+    for node in &mut snapshot.nodes {
+        let here = snapshot.vms.iter().filter(|vm| vm.node == node.name);
+        let residents: u64 = here
+            .clone()
+            .filter_map(|vm| vm.resident)
+            .map(|bytes| bytes.0)
+            .sum();
+        let flights = snapshot.vms.iter().filter_map(|vm| vm.in_flight.as_ref());
+        let received: u64 = flights
+            .filter(|flight| flight.to == node.name)
+            .map(|flight| flight.received.0)
+            .sum();
+        node.memory_available = Bytes(node.memory.0.saturating_sub(residents + received));
+        node.load_local = here.filter(|vm| vm.resident.is_some()).map(|vm| vm.cpu_use).sum();
+        node.load_exported = node.load_local;
+    }
+}
+
+/// Marks a plan's moves as under way.
+pub fn start(snapshot: &mut ClusterSnapshot, plan: &Plan) {
+    for action in &plan.actions {
+        let vm = snapshot
+            .vms
+            .iter_mut()
+            .find(|vm| vm.id == action.vm)
+            .expect("a plan names VMs of the snapshot");
+        vm.in_flight = Some(InFlight {
+            to: action.to.clone(),
+            received: Bytes(0),
+        });
+    }
+}
+
+/// Ends every move under way; nothing is remembered of them.
+pub fn finish(snapshot: &mut ClusterSnapshot) {
+    for vm in &mut snapshot.vms {
+        if let Some(flight) = vm.in_flight.take() {
+            vm.node = flight.to;
+        }
+        vm.since_last_move = None;
+    }
+    settle(snapshot);
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // float casts saturate
+fn bytes(amount: f64) -> Bytes {
+    Bytes(amount as u64)
+}

@@ -1,0 +1,184 @@
+//! What a user is told about a place for a VM.
+
+use shoal_plan::{
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, LaunchRequest, NodeName, NodeState,
+    NodeView, PlaceError, Policy, VmId, VmView, place_launch, place_migration,
+};
+
+/// node1 is full, node2 has room, node3 is cordoned, node4 has one CPU.
+fn cluster() -> ClusterSnapshot {
+    let mut nodes: Vec<NodeView> = (1..=4)
+        .map(|number| NodeView::new(&format!("node{number}"), 2, Bytes::gib(1)))
+        .collect();
+    nodes[0].memory_available = Bytes::mib(224);
+    nodes[2].state = NodeState::Cordoned;
+    nodes[3].cpus = 1;
+    let mut full = VmView::new("full", "node1", 2, Bytes::gib(1));
+    full.resident = Some(Bytes::mib(800));
+    let mut small = VmView::new("small", "node2", 1, Bytes::mib(256));
+    small.resident = Some(Bytes::mib(128));
+    nodes[1].memory_available = Bytes::mib(896);
+    ClusterSnapshot {
+        nodes,
+        vms: vec![full, small],
+    }
+}
+
+fn launch(cpus: u32, memory: Bytes, node: Option<&str>) -> Result<String, String> {
+    let request = LaunchRequest {
+        cpus,
+        memory,
+        node: node.map(NodeName::new),
+    };
+    match place_launch(&cluster(), &Policy::default(), &request) {
+        Ok(placement) => Ok(placement.node.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn migrate(snapshot: &ClusterSnapshot, vm: &str, node: Option<&str>) -> Result<String, String> {
+    let node = node.map(NodeName::new);
+    match place_migration(snapshot, &Policy::default(), &VmId::new(vm), node.as_ref()) {
+        Ok(placement) => Ok(placement.node.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[test]
+fn a_launch_goes_to_the_cheapest_node_that_fits() {
+    assert_eq!(launch(2, Bytes::mib(384), None), Ok("node2".to_owned()));
+    assert_eq!(launch(1, Bytes::mib(384), Some("node4")), Ok("node4".to_owned()));
+}
+
+#[test]
+fn every_node_says_why_it_cannot_take_a_launch() {
+    let request = LaunchRequest {
+        cpus: 2,
+        memory: Bytes::gib(2),
+        node: None,
+    };
+    let Err(PlaceError::NothingFits { rejections }) = place_launch(&cluster(), &Policy::default(), &request)
+    else {
+        panic!("2 GiB fit nowhere");
+    };
+    let reasons: Vec<String> = rejections
+        .iter()
+        .map(|r| format!("{}: {}", r.node, r.reason))
+        .collect();
+    assert_eq!(
+        reasons,
+        [
+            "node1: 1 GiB declared there and 2 GiB more would pass its limit of 1536 MiB declared memory",
+            "node2: 256 MiB declared there and 2 GiB more would pass its limit of 1536 MiB declared memory",
+            "node3: it is cordoned",
+            "node4: it has 1 CPUs, the VM asks for 2",
+        ]
+    );
+    let text = launch(1, Bytes::mib(256), Some("node1")).expect_err("node1 is full");
+    assert!(
+        text.contains("node1: 800 MiB used or reserved there and 170 MiB expected of the VM"),
+        "{text}"
+    );
+    assert!(text.contains("node2: node1 was asked for"), "{text}");
+    let text = launch(1, Bytes::mib(256), Some("node9")).expect_err("there is no node9");
+    assert!(text.starts_with("node node9 is unknown"), "{text}");
+}
+
+#[test]
+fn an_empty_cluster_says_so() {
+    let request = LaunchRequest {
+        cpus: 1,
+        memory: Bytes::mib(64),
+        node: None,
+    };
+    let error =
+        place_launch(&ClusterSnapshot::default(), &Policy::default(), &request).expect_err("no nodes");
+    assert_eq!(error.to_string(), "nothing fits: the cluster has no nodes");
+}
+
+#[test]
+fn each_wrong_migration_has_its_own_error() {
+    let snapshot = cluster();
+    for (vm, node, starts) in [
+        ("none", Some("node2"), "VM none is unknown"),
+        ("small", Some("node9"), "node node9 is unknown"),
+        ("small", Some("node2"), "VM small is on node2 already"),
+        ("small", Some("node3"), "node node3 is cordoned"),
+        (
+            "small",
+            Some("node1"),
+            "VM small does not fit on node1: 800 MiB used",
+        ),
+        (
+            "full",
+            Some("node4"),
+            "VM full does not fit on node4: it has 1 CPUs",
+        ),
+        ("full", None, "nothing fits: node2: 128 MiB used"),
+    ] {
+        let text = migrate(&snapshot, vm, node).expect_err(starts);
+        assert!(text.starts_with(starts), "{text}");
+    }
+    assert_eq!(migrate(&snapshot, "small", None), Ok("node4".to_owned()));
+}
+
+#[test]
+fn a_vm_that_cannot_move_says_why() {
+    let mut snapshot = cluster();
+    for (why, text) in [
+        (CannotMove::Starting, "VM small cannot be moved: it is starting"),
+        (
+            CannotMove::InDoubt,
+            "VM small cannot be moved: it is in doubt after a migration",
+        ),
+        (
+            CannotMove::Locked,
+            "VM small cannot be moved: it is locked to its node",
+        ),
+    ] {
+        snapshot.vms[1].cannot_move = Some(why);
+        assert_eq!(migrate(&snapshot, "small", None), Err(text.to_owned()));
+    }
+    snapshot.vms[1].in_flight = Some(InFlight {
+        to: NodeName::new("node4"),
+        received: Bytes(0),
+    });
+    let text = "VM small cannot be moved: it is migrating to node4";
+    assert_eq!(migrate(&snapshot, "small", Some("node1")), Err(text.to_owned()));
+    snapshot.vms[1].in_flight = None;
+    snapshot.vms[1].cannot_move = None;
+    snapshot.nodes[1].state = NodeState::Unreachable;
+    let text = "VM small cannot be moved: its node node2 is unreachable";
+    assert_eq!(migrate(&snapshot, "small", None), Err(text.to_owned()));
+}
+
+#[test]
+fn what_is_on_its_way_is_reserved_once() {
+    let mut snapshot = cluster();
+    // 600 MiB of `full` are on their way to node2, 500 of them there and in its report.
+    snapshot.vms[0].resident = Some(Bytes::mib(600));
+    snapshot.vms[0].declared = Bytes::mib(768);
+    snapshot.vms[0].in_flight = Some(InFlight {
+        to: NodeName::new("node2"),
+        received: Bytes::mib(500),
+    });
+    snapshot.nodes[1].memory_available = Bytes::mib(1024 - 128 - 500);
+    let request = |mib| LaunchRequest {
+        cpus: 1,
+        memory: Bytes::mib(mib),
+        node: Some(NodeName::new("node2")),
+    };
+    // 728 MiB are used or reserved; up to 921 there is room for two thirds of 288, not of 300.
+    assert!(place_launch(&snapshot, &Policy::default(), &request(288)).is_ok());
+    assert!(place_launch(&snapshot, &Policy::default(), &request(300)).is_err());
+}
+
+#[test]
+fn a_vm_not_yet_reported_counts_with_what_is_expected_of_it() {
+    let mut snapshot = cluster();
+    snapshot.vms[1].resident = None;
+    snapshot.vms[1].growth = BytesPerSecond(1 << 30);
+    snapshot.nodes[1].memory_available = Bytes::gib(1);
+    let text = migrate(&snapshot, "full", Some("node2")).expect_err("too much");
+    assert!(text.contains("170 MiB used or reserved there"), "{text}");
+}

@@ -1,1 +1,21 @@
-//! Placeholder.
+//! The Shoal VMM: one process, one microVM. It knows nothing of clusters.
+//!
+//! Where to start reading:
+//! - [`spec`]: what a VM is made from; [`build`]: how, in one readable order; [`vm`]: the result
+//! - [`control`]: the one owner of the VM, a queue of commands; [`api`]: gRPC in front of it
+//! - [`migration`]: pre-copy, `source` and `destination` with the same phases
+//! - [`vcpu`], [`devices`], [`memory`], [`dirty`], [`console`], [`arch`]: the machine; [`state`]: the machine saved
+
+pub mod api;
+pub mod arch;
+pub mod build;
+pub mod console;
+pub mod control;
+pub mod devices;
+pub mod dirty;
+pub mod memory;
+pub mod migration;
+pub mod spec;
+pub mod state;
+pub mod vcpu;
+pub mod vm;

@@ -1,0 +1,92 @@
+//! A VM from a spec, in one readable order; and the empty VM that an incoming migration is loaded into.
+
+use kvm_bindings::Msrs;
+use kvm_ioctls::Kvm;
+
+use crate::arch::{acpi, boot, msr, selftest, tables};
+use crate::memory::GuestMemory;
+use crate::spec::VmSpec;
+use crate::vm::{Platform, Vm, VmError, VmHooks};
+
+/// Why a VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The image cannot be booted.
+    #[error(transparent)]
+    Image(#[from] boot::BootError),
+    /// KVM or the host refused something.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A KVM call on the boot CPU failed.
+    #[error("{ioctl}: {source}")]
+    BootCpu {
+        /// The call.
+        ioctl: &'static str,
+        /// Its error.
+        source: kvm_ioctls::Error,
+    },
+    /// Boot structures do not fit guest memory.
+    #[error("boot structures: {0}")]
+    Structures(#[from] vm_memory::GuestMemoryError),
+}
+
+impl BuildError {
+    /// Whether the spec or the image is at fault, rather than this host.
+    #[must_use]
+    pub fn is_callers_fault(&self) -> bool {
+        matches!(self, BuildError::Image(_))
+    }
+}
+
+/// Opens /dev/kvm.
+///
+/// # Errors
+/// Says what to check.
+pub fn open_kvm() -> Result<Kvm, VmError> {
+    Kvm::new().map_err(VmError::NoKvm)
+}
+
+/// Builds the VM that `spec` describes, ready to run its first instruction.
+///
+/// # Errors
+/// What is wrong with the image, or what the host refused.
+pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildError> {
+    let memory = GuestMemory::new(spec.memory_bytes).map_err(VmError::from)?;
+    let software_kvm = !spec.cmdline_software_kvm.is_empty() && selftest::is_software_kvm(kvm);
+    let cmdline = spec.effective_cmdline(software_kvm);
+    let rsdp = acpi::write_tables(&memory, spec.cpus)?;
+    let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &cmdline, rsdp)?;
+    let platform = Platform::of_host(kvm, spec.cpus)?;
+    let vm = Vm::new(kvm, memory, spec.cpus, platform, hooks)?;
+    start_boot_cpu(&vm, kernel)?;
+    Ok(vm)
+}
+
+/// Builds an empty VM with the platform that the source of a migration has.
+///
+/// # Errors
+/// What the host refused.
+pub fn incoming_vm(
+    kvm: &Kvm,
+    spec: &VmSpec,
+    platform: Platform,
+    hooks: VmHooks,
+) -> Result<Vm, BuildError> {
+    let memory = GuestMemory::new(spec.memory_bytes).map_err(VmError::from)?;
+    Ok(Vm::new(kvm, memory, spec.cpus, platform, hooks)?)
+}
+
+fn start_boot_cpu(vm: &Vm, kernel: boot::LoadedKernel) -> Result<(), BuildError> {
+    let failed = |ioctl| move |source| BuildError::BootCpu { ioctl, source };
+    let fd = vm.boot_vcpu().fd();
+    let reset = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    let (regs, sregs) = tables::boot_registers(vm.memory(), kernel.mode, kernel.entry, reset)?;
+    fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+    fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+    let msrs = Msrs::from_entries(&msr::boot_entries()).expect("two entries");
+    let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+    if set < msrs.as_slice().len() {
+        tracing::warn!(set, "this host's KVM did not take all boot MSRs; guests rarely need them");
+    }
+    Ok(())
+}

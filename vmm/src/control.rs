@@ -1,0 +1,525 @@
+//! The one owner of the VM: a thread that takes commands from a queue, and the state machine they go through.
+//!
+//! While a migration runs, the VM belongs to the migration's thread; it comes back through the same queue. Status and
+//! progress are published as they change, so nobody waits on this thread to read them.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use kvm_ioctls::Kvm;
+use shoal_proto::vm::{MigrationProgress, MigrationReport, MigrationResult, VmState, VmStatus};
+use shoal_proto::{Epoch, MigrationId};
+use tokio::sync::{oneshot, watch};
+
+use crate::build::{self, BuildError};
+use crate::console::Console;
+use crate::migration::destination::{self, Arbiter, DestinationError, Incoming};
+use crate::migration::negotiate::Prepared;
+use crate::migration::source::{self, CancelSwitch, Outgoing};
+use crate::spec::{SpecError, VmSpec};
+use crate::vcpu::GuestEnd;
+use crate::vm::{Vm, VmError, VmHooks};
+
+/// Why a command was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A field of the spec.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The VM could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Kvm(#[from] VmError),
+    /// Not in this state.
+    #[error("the VM is {state}: {needs}")]
+    WrongState {
+        /// What it is.
+        state: &'static str,
+        /// What the command needs.
+        needs: &'static str,
+    },
+    /// A migration nobody here knows.
+    #[error("migration_id: {0} is not known here")]
+    UnknownMigration(MigrationId),
+    /// Commit has been sent.
+    #[error("too late to cancel: Commit has been sent")]
+    TooLate,
+    /// Another epoch.
+    #[error("epoch: {asked} was asked for and this VM has {has}")]
+    Epoch {
+        /// Asked for.
+        asked: Epoch,
+        /// The VM's.
+        has: Epoch,
+    },
+    /// No listening socket.
+    #[error("listen_address {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// The process is ending.
+    #[error("this VMM is ending")]
+    Ending,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
+
+/// What can be asked of the owner.
+#[derive(Debug)]
+pub enum Command {
+    /// Build and run a VM.
+    Boot(Box<VmSpec>, Reply<VmStatus>),
+    /// Wait for an incoming migration.
+    PrepareIncoming(Box<IncomingRequest>, Reply<SocketAddr>),
+    /// End it unless committed; answers whether it is.
+    AbortIncoming(MigrationId, Reply<bool>),
+    /// Begin an outgoing migration.
+    StartMigration(Box<Outgoing>, Reply<()>),
+    /// Cancel it.
+    CancelMigration(MigrationId, Reply<()>),
+    /// Run again after an in-doubt migration.
+    Resume(Epoch, Reply<VmStatus>),
+    /// Power off.
+    Stop(Reply<VmStatus>),
+    /// Console input; answers how many bytes were taken.
+    ConsoleInput(Vec<u8>, Reply<usize>),
+    /// From a vCPU thread.
+    GuestEnded(GuestEnd),
+    /// From the outgoing migration's thread.
+    OutgoingEnded(Box<Vm>, Box<MigrationReport>),
+    /// From the incoming migration's thread.
+    IncomingEnded(Box<Result<Vm, DestinationError>>),
+}
+
+/// What PrepareIncoming asks for.
+#[derive(Debug)]
+pub struct IncomingRequest {
+    /// The VM and the migration.
+    pub prepared: Prepared,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// How long to wait for Commit once everything is loaded.
+    pub commit_timeout: Duration,
+}
+
+enum State {
+    Empty,
+    Running(Box<Vm>),
+    Migrating(Arc<CancelSwitch>),
+    Incoming(MigrationId, Arbiter),
+    InDoubt(Box<Vm>),
+    Ended,
+}
+
+/// How others reach the owner.
+#[derive(Debug, Clone)]
+pub struct ControlHandle {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<VmStatus>,
+    progress: watch::Receiver<Option<MigrationProgress>>,
+    console: Arc<Console>,
+    emulated: Arc<AtomicU64>,
+}
+
+impl ControlHandle {
+    /// Sends a command and waits for its answer.
+    ///
+    /// # Errors
+    /// The owner's refusal.
+    pub async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).map_err(|_| ControlError::Ending)?;
+        answer.await.map_err(|_| ControlError::Ending)?
+    }
+
+    /// The VM's status, now and at every change.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<VmStatus> {
+        self.status.clone()
+    }
+
+    /// A status with the counters that change without an event.
+    #[must_use]
+    pub fn with_counters(&self, mut status: VmStatus) -> VmStatus {
+        status.console_offset = self.console.end();
+        status.emulated_instructions = self.emulated.load(std::sync::atomic::Ordering::Relaxed);
+        status
+    }
+
+    /// Progress of the latest outgoing migration.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<Option<MigrationProgress>> {
+        self.progress.clone()
+    }
+
+    /// Console output.
+    #[must_use]
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+}
+
+/// Settings of the process.
+#[derive(Debug, Default)]
+pub struct ControlConfig {
+    /// Where to leave the mark that vCPUs have run ([`mark_as_run`]); none for a VM run by hand.
+    pub ran_mark: Option<PathBuf>,
+    /// Console output also goes to standard output.
+    pub mirror_console: bool,
+}
+
+/// Leaves an empty file that says that vCPUs have run here, so that it is known even after this process has died.
+/// A failure is logged and the VM runs all the same: as long as this process lives it can say so itself.
+pub fn mark_as_run(mark: Option<&Path>) {
+    if let Some(path) = mark
+        && let Err(error) = std::fs::write(path, [])
+    {
+        tracing::error!(%error, "cannot leave the mark that this VM has run here");
+    }
+}
+
+struct Control {
+    kvm: Kvm,
+    config: ControlConfig,
+    commands: mpsc::Sender<Command>,
+    console: Arc<Console>,
+    emulated: Arc<AtomicU64>,
+    status: watch::Sender<VmStatus>,
+    progress: watch::Sender<Option<MigrationProgress>>,
+    state: State,
+    spec: Option<VmSpec>,
+    stops: Vec<Reply<VmStatus>>,
+}
+
+/// Starts the owner's thread.
+///
+/// # Errors
+/// When KVM cannot be opened or a thread cannot be started.
+pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
+    let kvm = build::open_kvm()?;
+    crate::vcpu::install_kick_handler().map_err(VmError::from)?;
+    let (commands, queue) = mpsc::channel();
+    let pid = std::process::id();
+    let (status, status_seen) = watch::channel(VmStatus { state: VmState::Empty.into(), pid, ..Default::default() });
+    let (progress, progress_seen) = watch::channel(None);
+    let console = Arc::new(Console::new(config.mirror_console));
+    let emulated = Arc::new(AtomicU64::new(0));
+    let handle = ControlHandle {
+        commands: commands.clone(),
+        status: status_seen,
+        progress: progress_seen,
+        console: Arc::clone(&console),
+        emulated: Arc::clone(&emulated),
+    };
+    let mut control = Control {
+        kvm,
+        config,
+        commands,
+        console,
+        emulated,
+        status,
+        progress,
+        state: State::Empty,
+        spec: None,
+        stops: vec![],
+    };
+    spawn("control", move || {
+        for command in queue {
+            control.handle(command);
+        }
+    })?;
+    Ok(handle)
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), ControlError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map(|_| ()).map_err(ControlError::Thread)
+}
+
+/// Answers a command; an asker that has gone away does not matter.
+fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {
+    let _ = reply.send(result);
+}
+
+impl Control {
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Boot(spec, reply) => answer(reply, self.boot(*spec)),
+            Command::PrepareIncoming(request, reply) => answer(reply, self.prepare_incoming(*request)),
+            Command::AbortIncoming(id, reply) => answer(reply, self.abort_incoming(id)),
+            Command::StartMigration(request, reply) => answer(reply, self.start_migration(*request)),
+            Command::CancelMigration(id, reply) => answer(reply, self.cancel_migration(id)),
+            Command::Resume(epoch, reply) => answer(reply, self.resume(epoch)),
+            Command::Stop(reply) => self.stop(reply),
+            Command::ConsoleInput(data, reply) => answer(reply, self.console_input(&data)),
+            Command::GuestEnded(end) => self.guest_ended(&end),
+            Command::OutgoingEnded(vm, report) => self.outgoing_ended(vm, &report),
+            Command::IncomingEnded(result) => self.incoming_ended(*result),
+        }
+    }
+
+    fn state_name(&self) -> &'static str {
+        match &self.state {
+            State::Empty => "not there yet",
+            State::Running(_) => "running",
+            State::Migrating(_) => "migrating",
+            State::Incoming(..) => "waiting for an incoming migration",
+            State::InDoubt(_) => "in doubt",
+            State::Ended => "not here any more",
+        }
+    }
+
+    fn wrong_state(&self, needs: &'static str) -> ControlError {
+        ControlError::WrongState { state: self.state_name(), needs }
+    }
+
+    fn publish(&mut self, state: VmState, message: impl Into<String>) {
+        let message = message.into();
+        tracing::info!(state = state.as_str_name(), %message, "VM state");
+        self.status.send_modify(|status| {
+            status.state = state.into();
+            status.status_message = message;
+        });
+    }
+
+    fn describe(&mut self, spec: &VmSpec) {
+        self.status.send_modify(|status| {
+            status.vm_id = spec.vm_id.to_string();
+            status.name.clone_from(&spec.name);
+            status.epoch = spec.epoch.0;
+            status.memory_bytes = spec.memory_bytes;
+            status.cpus = spec.cpus;
+        });
+    }
+
+    fn hooks(&self) -> VmHooks {
+        let commands = self.commands.clone();
+        VmHooks {
+            console: Arc::clone(&self.console),
+            emulated: Arc::clone(&self.emulated),
+            ended: Box::new(move |end| {
+                // The queue is gone only when the process ends.
+                let _ = commands.send(Command::GuestEnded(end));
+            }),
+        }
+    }
+
+    fn boot(&mut self, spec: VmSpec) -> Result<VmStatus, ControlError> {
+        let State::Empty = self.state else { return Err(self.wrong_state("one VMM boots one VM, once")) };
+        self.describe(&spec);
+        let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
+        mark_as_run(self.config.ran_mark.as_deref());
+        vm.resume();
+        self.state = State::Running(Box::new(vm));
+        self.spec = Some(spec);
+        self.publish(VmState::Running, "");
+        Ok(self.status.borrow().clone())
+    }
+
+    fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<SocketAddr, ControlError> {
+        let State::Empty = self.state else { return Err(self.wrong_state("one VMM takes one VM, once")) };
+        let listen_error = |source| ControlError::Listen { address: request.listen, source };
+        let listener = TcpListener::bind(request.listen).map_err(listen_error)?;
+        let address = listener.local_addr().map_err(listen_error)?;
+        let migration_id = request.prepared.migration_id;
+        let spec = request.prepared.spec.clone();
+        let arbiter = Arbiter::default();
+        let incoming = Incoming {
+            prepared: request.prepared,
+            commit_timeout: request.commit_timeout,
+            ran_mark: self.config.ran_mark.clone(),
+        };
+        let (kvm, hooks, commands) = (build::open_kvm()?, self.hooks(), self.commands.clone());
+        let for_thread = arbiter.clone();
+        spawn("incoming", move || {
+            let result = destination::receive(&listener, &kvm, &incoming, &for_thread, hooks);
+            let _ = commands.send(Command::IncomingEnded(Box::new(result)));
+        })?;
+        self.describe(&spec);
+        self.status.send_modify(|status| status.incoming_migration_id = migration_id.to_string());
+        self.state = State::Incoming(migration_id, arbiter);
+        self.spec = Some(spec);
+        self.publish(VmState::Incoming, format!("waits for migration {migration_id}"));
+        Ok(address)
+    }
+
+    fn abort_incoming(&mut self, id: MigrationId) -> Result<bool, ControlError> {
+        if let State::Incoming(own, arbiter) = &self.state
+            && *own == id
+        {
+            let committed = arbiter.abort();
+            if !committed {
+                self.state = State::Ended;
+                self.publish(VmState::Failed, "the incoming migration was ended on request");
+            }
+            return Ok(committed);
+        }
+        let status = self.status.borrow();
+        if status.incoming_migration_id != id.to_string() {
+            return Err(ControlError::UnknownMigration(id));
+        }
+        // It ended already: failed before Commit, or became a VM that ran.
+        Ok(status.state() != VmState::Failed || self.console_has_run())
+    }
+
+    /// A VM that came in, ran and then failed has a spec and did commit.
+    fn console_has_run(&self) -> bool {
+        self.config.ran_mark.as_deref().is_some_and(Path::exists)
+    }
+
+    fn incoming_ended(&mut self, result: Result<Vm, DestinationError>) {
+        match result {
+            Ok(vm) => {
+                self.state = State::Running(Box::new(vm));
+                self.publish(VmState::Running, "");
+                self.take_guest_end();
+            }
+            Err(error) => {
+                if let State::Incoming(..) = self.state {
+                    self.state = State::Ended;
+                    self.publish(VmState::Failed, format!("incoming migration: {error}"));
+                }
+            }
+        }
+    }
+
+    fn start_migration(&mut self, request: Outgoing) -> Result<(), ControlError> {
+        let State::Running(_) = self.state else { return Err(self.wrong_state("only a running VM migrates")) };
+        let kvm = build::open_kvm()?;
+        let Some(spec) = self.spec.clone() else { return Err(self.wrong_state("only a running VM migrates")) };
+        let cancel = Arc::new(CancelSwitch::default());
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(Arc::clone(&cancel))) else {
+            return Err(self.wrong_state("only a running VM migrates"));
+        };
+        let id = request.migration_id;
+        self.status.send_modify(|status| status.outgoing_migration_id = id.to_string());
+        self.progress.send_replace(Some(MigrationProgress { migration_id: id.to_string(), ..Default::default() }));
+        self.publish(VmState::Migrating, format!("to {}", request.destination));
+        let (progress, commands) = (self.progress.clone(), self.commands.clone());
+        spawn("migration", move || {
+            let report = source::migrate(&vm, &spec, &kvm, &request, &cancel, progress);
+            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(report)));
+        })
+    }
+
+    fn outgoing_ended(&mut self, vm: Box<Vm>, report: &MigrationReport) {
+        match report.result() {
+            MigrationResult::Completed => {
+                self.state = State::Ended;
+                self.publish(VmState::Migrated, "runs at its destination");
+                drop(vm);
+            }
+            MigrationResult::InDoubt => {
+                self.state = State::InDoubt(vm);
+                self.publish(VmState::InDoubt, report.reason.clone());
+            }
+            _ => {
+                self.state = State::Running(vm);
+                self.publish(VmState::Running, format!("migration ended: {}", report.reason));
+                self.take_guest_end();
+            }
+        }
+        for reply in std::mem::take(&mut self.stops) {
+            self.stop(reply);
+        }
+    }
+
+    fn cancel_migration(&mut self, id: MigrationId) -> Result<(), ControlError> {
+        let same = self.status.borrow().outgoing_migration_id == id.to_string();
+        let State::Migrating(cancel) = &self.state else { return Err(ControlError::UnknownMigration(id)) };
+        if !same {
+            return Err(ControlError::UnknownMigration(id));
+        }
+        if cancel.cancel() { Ok(()) } else { Err(ControlError::TooLate) }
+    }
+
+    fn resume(&mut self, asked: Epoch) -> Result<VmStatus, ControlError> {
+        let has = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
+        if asked != has {
+            return Err(ControlError::Epoch { asked, has });
+        }
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::InDoubt(vm) => {
+                vm.resume();
+                self.state = State::Running(vm);
+                self.publish(VmState::Running, "resumed: the destination never committed");
+                Ok(self.status.borrow().clone())
+            }
+            other => {
+                self.state = other;
+                Err(self.wrong_state("only a VM in doubt is resumed"))
+            }
+        }
+    }
+
+    fn stop(&mut self, reply: Reply<VmStatus>) {
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::Running(vm) | State::InDoubt(vm) => {
+                vm.pause();
+                self.end(*vm, VmState::Exited, "stopped on request");
+            }
+            State::Migrating(cancel) => {
+                // Too late to cancel: the destination has it, and the answer is this VMM's last state.
+                cancel.cancel();
+                self.state = State::Migrating(cancel);
+                self.stops.push(reply);
+                return;
+            }
+            State::Incoming(id, arbiter) => {
+                self.state = State::Incoming(id, arbiter);
+                return answer(reply, Err(self.wrong_state("abort the incoming migration instead")));
+            }
+            State::Empty => {
+                self.state = State::Empty;
+                return answer(reply, Err(self.wrong_state("there is nothing to stop")));
+            }
+            State::Ended => {}
+        }
+        answer(reply, Ok(self.status.borrow().clone()));
+    }
+
+    fn console_input(&mut self, data: &[u8]) -> Result<usize, ControlError> {
+        match &self.state {
+            State::Running(vm) => Ok(vm.devices().console_input(data)),
+            _ => Err(self.wrong_state("console input needs a running VM; try again once it runs")),
+        }
+    }
+
+    fn guest_ended(&mut self, _end: &GuestEnd) {
+        // While a migration has the VM, its thread finds the end and gives the VM back.
+        if let State::Running(_) = self.state {
+            self.take_guest_end();
+        }
+    }
+
+    fn take_guest_end(&mut self) {
+        let State::Running(vm) = &self.state else { return };
+        let Some(end) = vm.guest_end() else { return };
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Ended) else { return };
+        vm.pause();
+        match end {
+            GuestEnd::PowerOff => self.end(*vm, VmState::Exited, "the guest powered off"),
+            GuestEnd::Reset => self.end(*vm, VmState::Exited, "the guest reset"),
+            GuestEnd::Failed(why) => self.end(*vm, VmState::Failed, &why),
+        }
+    }
+
+    /// Frees the VM and publishes how it ended. Console output and status stay until the process is told to quit.
+    fn end(&mut self, vm: Vm, state: VmState, message: &str) {
+        let exit_status = vm.devices().exit_status().map(u32::from);
+        drop(vm);
+        self.status.send_modify(|status| status.exit_status = exit_status);
+        self.publish(state, message);
+    }
+}

@@ -1,0 +1,162 @@
+//! `shoal-vmm`: one process, one microVM. Normally started by the agent, which passes it a listening Unix socket as
+//! standard input; can be run by hand as well.
+
+use std::os::fd::FromRawFd as _;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use lexopt::prelude::*;
+use shoal_proto::vm::VmState;
+use shoal_proto::vm::vmm_server::VmmServer;
+use shoal_proto::{Epoch, VmId};
+use shoal_vmm::api::{self, Api};
+use shoal_vmm::arch::boot;
+use shoal_vmm::control::{self, ControlConfig};
+use shoal_vmm::spec::VmSpec;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+
+const USAGE: &str = "\
+usage: shoal-vmm --api-fd N                     serve the VMM API on an inherited listening Unix socket
+       shoal-vmm --api-socket PATH              serve it on a new one
+       shoal-vmm --kernel PATH [--initrd PATH] [--cmdline TEXT] [--cmdline-software-kvm TEXT]
+                 [--memory SIZE] [--cpus N] [--api-socket PATH]
+                                                boot a VM with its console on standard output; exits with the
+                                                status that the workload reports
+       shoal-vmm check-image --kernel PATH [--initrd PATH]
+                                                say whether an image can be booted; needs no KVM
+The API is proto/vm.proto. Logs go to standard error; RUST_LOG sets the level.";
+
+const RAN_MARK: &str = "ran";
+const FAILED: u8 = 1;
+const USAGE_ERROR: u8 = 2;
+
+#[derive(Default)]
+struct Options {
+    check_image: bool,
+    api_fd: Option<i32>,
+    api_socket: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    cmdline_software_kvm: String,
+    memory_bytes: u64,
+    cpus: u32,
+}
+
+fn parse() -> Result<Option<Options>, lexopt::Error> {
+    let mut options = Options { memory_bytes: 128 << 20, cpus: 1, ..Default::default() };
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Value(word) if word == "check-image" => options.check_image = true,
+            Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
+            Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
+            Long("kernel") => options.kernel = Some(parser.value()?.into()),
+            Long("initrd") => options.initrd = Some(parser.value()?.into()),
+            Long("cmdline") => options.cmdline = parser.value()?.string()?,
+            Long("cmdline-software-kvm") => options.cmdline_software_kvm = parser.value()?.string()?,
+            Long("memory") => options.memory_bytes = parser.value()?.parse::<bytesize::ByteSize>()?.as_u64(),
+            Long("cpus") => options.cpus = parser.value()?.parse()?,
+            Short('h') | Long("help") => return Ok(None),
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(Some(options))
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let options = match parse() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(USAGE_ERROR, &format!("{error}\n{USAGE}")),
+    };
+    let result = if options.check_image { check_image(&options) } else { run(options) };
+    result.unwrap_or_else(|error| fail(FAILED, &error.to_string()))
+}
+
+fn fail(code: u8, message: &str) -> ExitCode {
+    eprintln!("shoal-vmm: {message}");
+    ExitCode::from(code)
+}
+
+type AnyError = Box<dyn std::error::Error>;
+
+fn check_image(options: &Options) -> Result<ExitCode, AnyError> {
+    let kernel = options.kernel.as_deref().ok_or("check-image needs --kernel PATH")?;
+    boot::check_image(kernel, options.initrd.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn listener(options: &Options) -> Result<Option<UnixListener>, AnyError> {
+    let listener = match (options.api_fd, &options.api_socket) {
+        // SAFETY: whoever started this process says that it passed an open listening socket under this number and has
+        // given it away; nothing else here uses it. Another kind of descriptor fails at the first accept.
+        (Some(fd), _) => unsafe { UnixListener::from_raw_fd(fd) },
+        (None, Some(path)) => UnixListener::bind(path).map_err(|error| format!("--api-socket {}: {error}", path.display()))?,
+        (None, None) => return Ok(None),
+    };
+    listener.set_nonblocking(true)?;
+    Ok(Some(listener))
+}
+
+fn run(options: Options) -> Result<ExitCode, AnyError> {
+    let listener = listener(&options)?;
+    let spec = options.kernel.map(|kernel| VmSpec {
+        vm_id: VmId::new(),
+        name: "by-hand".into(),
+        epoch: Epoch(1),
+        cpus: options.cpus,
+        memory_bytes: options.memory_bytes,
+        kernel,
+        initrd: options.initrd,
+        cmdline: options.cmdline,
+        cmdline_software_kvm: options.cmdline_software_kvm,
+    });
+    if listener.is_none() && spec.is_none() {
+        return Ok(fail(USAGE_ERROR, &format!("nothing to do\n{USAGE}")));
+    }
+    let config = ControlConfig {
+        ran_mark: options.api_fd.map(|_| RAN_MARK.into()),
+        mirror_console: spec.is_some(),
+    };
+    let control = control::start(config)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async move {
+        let by_hand = spec.is_some();
+        if let Some(spec) = spec {
+            spec.check()?;
+            api::boot(&control, spec).await?;
+        }
+        let (quit, quit_asked) = watch::channel(false);
+        let serve = async {
+            let Some(listener) = listener else { return std::future::pending().await };
+            let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+            let service = VmmServer::new(Api::new(control.clone(), quit));
+            let server = tonic::transport::Server::builder().add_service(service);
+            server.serve_with_incoming_shutdown(incoming, api::quit_requested(quit_asked.clone())).await?;
+            Ok::<_, AnyError>(ExitCode::SUCCESS)
+        };
+        let mut status = control.status();
+        let ended = async {
+            let over = |state| matches!(state, VmState::Exited | VmState::Failed | VmState::Migrated);
+            let last = status.wait_for(|status| by_hand && over(status.state())).await?.clone();
+            let failed = last.state() == VmState::Failed;
+            if failed {
+                tracing::error!(reason = %last.status_message, "the VM failed");
+            }
+            let code = last.exit_status.and_then(|code| u8::try_from(code).ok()).unwrap_or(if failed { FAILED } else { 0 });
+            Ok(ExitCode::from(code))
+        };
+        tokio::select! {
+            result = serve => result,
+            result = ended => result,
+            () = api::quit_requested(quit_asked.clone()) => Ok(ExitCode::SUCCESS),
+        }
+    })
+}

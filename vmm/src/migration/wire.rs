@@ -1,0 +1,535 @@
+//! Frames of the migration stream.
+//!
+//! ```text
+//! preamble   magic "SHOALMIG" (8)  version u16  reserved u16  reserved u32          once, source to destination
+//! frame      kind u8  reserved u8 x3  length u32  sequence u32  crc32c u32  payload
+//! ```
+//! Integers are little-endian. The checksum covers the frame header (with the checksum field zero) and the payload. Each
+//! kind has its own length limit, checked before anything is allocated. Sequence numbers count frames per direction from
+//! zero, so that a frame lost, repeated or inserted is noticed.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use prost::Message;
+
+/// First bytes of every migration stream.
+pub const MAGIC: [u8; 8] = *b"SHOALMIG";
+/// The protocol version this build speaks.
+pub const VERSION: u16 = 1;
+/// Versions this build accepts from a source: its own and, once there is one, the previous.
+pub const ACCEPTED_VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+/// A peer that neither sends nor takes a byte for this long is taken for gone.
+pub const PEER_TIMEOUT: Duration = Duration::from_secs(10);
+
+const PREAMBLE_LEN: usize = 16;
+const HEADER_LEN: usize = 16;
+const CRC_AT: usize = 12;
+/// Page bytes in one frame, at most.
+pub const MAX_PAGE_DATA: usize = 1 << 20;
+/// Runs in one frame, at most.
+pub const MAX_RUNS: usize = 1024;
+
+/// What a frame says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// Source: who it is and what the VM needs. First frame.
+    Hello = 1,
+    /// Destination: it can take the VM.
+    HelloAck = 2,
+    /// Source: page runs, with their bytes.
+    Pages = 3,
+    /// Source: a pass is complete.
+    PassEnd = 4,
+    /// Destination: everything up to that pass is in guest memory.
+    PassAck = 5,
+    /// Source: all but memory.
+    State = 6,
+    /// Destination: memory and state are loaded and verified.
+    Ready = 7,
+    /// Source: the VM is yours; from here on the source never resumes on its own.
+    Commit = 8,
+    /// Destination: the VM runs.
+    Running = 9,
+    /// Either side: it ends here, and why.
+    Abort = 10,
+}
+
+impl FrameKind {
+    const ALL: [FrameKind; 10] = [
+        FrameKind::Hello,
+        FrameKind::HelloAck,
+        FrameKind::Pages,
+        FrameKind::PassEnd,
+        FrameKind::PassAck,
+        FrameKind::State,
+        FrameKind::Ready,
+        FrameKind::Commit,
+        FrameKind::Running,
+        FrameKind::Abort,
+    ];
+
+    /// Longest payload of this kind.
+    #[must_use]
+    pub fn max_len(self) -> usize {
+        match self {
+            FrameKind::Hello => 256 << 10,
+            FrameKind::Pages => PAGES_HEAD_LEN + MAX_RUNS * RUN_LEN + MAX_PAGE_DATA,
+            FrameKind::State => 16 << 20,
+            FrameKind::Abort => 4 << 10,
+            _ => 256,
+        }
+    }
+}
+
+/// Payload of a Pages frame before the runs: how many runs follow.
+pub const PAGES_HEAD_LEN: usize = 8;
+/// One run: guest physical address u64, pages u32, encoding u32.
+pub const RUN_LEN: usize = 16;
+
+/// What is wrong with the stream.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection failed or ended.
+    #[error("connection: {0}")]
+    Io(#[from] io::Error),
+    /// Not a migration stream.
+    #[error("preamble: not a Shoal migration stream")]
+    Magic,
+    /// Another protocol version.
+    #[error("preamble: protocol version {0}, this build accepts {first} to {last}", first = ACCEPTED_VERSIONS.start(), last = ACCEPTED_VERSIONS.end())]
+    Version(u16),
+    /// A kind this build does not know.
+    #[error("frame kind {0}: unknown")]
+    UnknownKind(u8),
+    /// Longer than its kind may be.
+    #[error("frame {kind:?}: length {length} is over the limit of {limit}")]
+    TooLong {
+        /// The kind.
+        kind: FrameKind,
+        /// What it claims.
+        length: usize,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// A frame is missing, repeated or inserted.
+    #[error("frame {kind:?}: sequence {found}, expected {expected}")]
+    Sequence {
+        /// The kind.
+        kind: FrameKind,
+        /// Its number.
+        found: u32,
+        /// The number it should have.
+        expected: u32,
+    },
+    /// Damaged on the way.
+    #[error("frame {kind:?}: checksum does not match; the link or a host damages data")]
+    Checksum {
+        /// The kind.
+        kind: FrameKind,
+    },
+    /// Another frame was due.
+    #[error("frame {found:?}: expected {expected}")]
+    Unexpected {
+        /// What came.
+        found: FrameKind,
+        /// What was due.
+        expected: &'static str,
+    },
+    /// A payload that does not make sense.
+    #[error("frame {kind:?}: {why}")]
+    Malformed {
+        /// The kind.
+        kind: FrameKind,
+        /// What is wrong.
+        why: String,
+    },
+    /// The peer ended the migration.
+    #[error("the other side ended the migration: {0}")]
+    Aborted(String),
+}
+
+/// A frame's header, checked.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameHeader {
+    /// What the frame says.
+    pub kind: FrameKind,
+    /// Payload bytes that follow.
+    pub length: usize,
+    crc: u32,
+    /// Checksum so far: over the header.
+    running_crc: u32,
+}
+
+/// One end of the control stream.
+#[derive(Debug)]
+pub struct Connection<S> {
+    stream: S,
+    sent: u32,
+    received: u32,
+    bytes_sent: u64,
+}
+
+/// Sets what every migration connection wants: no Nagle delay, bounded waits.
+///
+/// # Errors
+/// When the socket refuses.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+    stream.set_write_timeout(Some(PEER_TIMEOUT))
+}
+
+impl<S: Read + Write> Connection<S> {
+    /// Over a connected stream.
+    pub fn new(stream: S) -> Self {
+        Self { stream, sent: 0, received: 0, bytes_sent: 0 }
+    }
+
+    /// Bytes written to the stream so far.
+    pub fn bytes_sent(&self) -> u64 {
+        self.bytes_sent
+    }
+
+    /// The stream, to set its timeouts.
+    pub fn stream(&self) -> &S {
+        &self.stream
+    }
+
+    /// Source: opens the stream.
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn send_preamble(&mut self) -> Result<(), WireError> {
+        let mut bytes = [0u8; PREAMBLE_LEN];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        self.stream.write_all(&bytes)?;
+        self.bytes_sent += PREAMBLE_LEN as u64;
+        Ok(())
+    }
+
+    /// Destination: checks who opens the stream.
+    ///
+    /// # Errors
+    /// When it is not a migration stream, or of a version this build does not accept.
+    pub fn receive_preamble(&mut self) -> Result<u16, WireError> {
+        let mut bytes = [0u8; PREAMBLE_LEN];
+        self.stream.read_exact(&mut bytes)?;
+        if bytes[..8] != MAGIC {
+            return Err(WireError::Magic);
+        }
+        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
+        if !ACCEPTED_VERSIONS.contains(&version) {
+            return Err(WireError::Version(version));
+        }
+        Ok(version)
+    }
+
+    /// Sends a frame whose payload is a message.
+    ///
+    /// # Errors
+    /// When the connection fails or the message is over its limit.
+    pub fn send(&mut self, kind: FrameKind, message: &impl Message) -> Result<(), WireError> {
+        self.send_parts(kind, &message.encode_to_vec(), &[])
+    }
+
+    /// Sends a frame whose payload is `head` followed by `body`.
+    ///
+    /// # Errors
+    /// When the connection fails or the payload is over its limit.
+    pub fn send_parts(&mut self, kind: FrameKind, head: &[u8], body: &[u8]) -> Result<(), WireError> {
+        let length = head.len() + body.len();
+        let limit = kind.max_len();
+        let Some(wire_length) = u32::try_from(length).ok().filter(|_| length <= limit) else {
+            return Err(WireError::TooLong { kind, length, limit });
+        };
+        let mut header = [0u8; HEADER_LEN];
+        header[0] = kind as u8;
+        header[4..8].copy_from_slice(&wire_length.to_le_bytes());
+        header[8..12].copy_from_slice(&self.sent.to_le_bytes());
+        let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&header), head), body);
+        header[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+        write_all_vectored(&mut self.stream, &mut [IoSlice::new(&header), IoSlice::new(head), IoSlice::new(body)])?;
+        self.sent = self.sent.wrapping_add(1);
+        self.bytes_sent += (HEADER_LEN + length) as u64;
+        Ok(())
+    }
+
+    /// Receives a frame's header. The payload is to be read next, whole.
+    ///
+    /// # Errors
+    /// When the connection fails or the header is wrong.
+    pub fn receive_header(&mut self) -> Result<FrameHeader, WireError> {
+        let mut bytes = [0u8; HEADER_LEN];
+        self.stream.read_exact(&mut bytes)?;
+        let kind = FrameKind::ALL
+            .into_iter()
+            .find(|kind| *kind as u8 == bytes[0])
+            .ok_or(WireError::UnknownKind(bytes[0]))?;
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let length = usize::try_from(u32_at(4)).unwrap_or(usize::MAX);
+        let limit = kind.max_len();
+        if length > limit {
+            return Err(WireError::TooLong { kind, length, limit });
+        }
+        let (found, expected) = (u32_at(8), self.received);
+        if found != expected {
+            return Err(WireError::Sequence { kind, found, expected });
+        }
+        self.received = self.received.wrapping_add(1);
+        let crc = u32_at(CRC_AT);
+        bytes[CRC_AT..].fill(0);
+        Ok(FrameHeader { kind, length, crc, running_crc: crc32c::crc32c(&bytes) })
+    }
+
+    /// Reads part of a payload.
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn receive_into(&mut self, header: &mut FrameHeader, buffer: &mut [u8]) -> Result<(), WireError> {
+        self.stream.read_exact(buffer)?;
+        header.running_crc = crc32c::crc32c_append(header.running_crc, buffer);
+        Ok(())
+    }
+
+    /// Reads part of a payload into several buffers, in order.
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn receive_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> Result<(), WireError> {
+        let mut rest = buffers;
+        while !rest.is_empty() {
+            match self.stream.read_vectored(rest) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(count) => IoSliceMut::advance_slices(&mut rest, count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives a whole small frame.
+    ///
+    /// # Errors
+    /// When the connection fails or the frame is damaged.
+    pub fn receive(&mut self) -> Result<(FrameKind, Vec<u8>), WireError> {
+        let mut header = self.receive_header()?;
+        let payload = self.receive_payload(&mut header)?;
+        Ok((header.kind, payload))
+    }
+
+    /// Receives the rest of a frame whose header has come, and checks it.
+    ///
+    /// # Errors
+    /// When the connection fails or the frame is damaged.
+    pub fn receive_payload(&mut self, header: &mut FrameHeader) -> Result<Vec<u8>, WireError> {
+        let mut payload = vec![0u8; header.length];
+        self.receive_into(header, &mut payload)?;
+        header.verify()?;
+        Ok(payload)
+    }
+
+    /// Receives the frame that is due.
+    ///
+    /// # Errors
+    /// When another frame comes; an Abort becomes [`WireError::Aborted`].
+    pub fn expect<M: Message + Default>(&mut self, kind: FrameKind, name: &'static str) -> Result<M, WireError> {
+        let (found, payload) = self.receive()?;
+        if found == FrameKind::Abort {
+            return Err(aborted(&payload));
+        }
+        if found != kind {
+            return Err(WireError::Unexpected { found, expected: name });
+        }
+        decode(kind, &payload)
+    }
+}
+
+/// Decodes a message payload.
+///
+/// # Errors
+/// When it is malformed.
+pub fn decode<M: Message + Default>(kind: FrameKind, payload: &[u8]) -> Result<M, WireError> {
+    M::decode(payload).map_err(|error| WireError::Malformed { kind, why: error.to_string() })
+}
+
+/// The error that an Abort frame stands for.
+#[must_use]
+pub fn aborted(payload: &[u8]) -> WireError {
+    match decode::<Abort>(FrameKind::Abort, payload) {
+        Ok(abort) => WireError::Aborted(abort.reason.chars().filter(|c| !c.is_control()).take(500).collect()),
+        Err(error) => error,
+    }
+}
+
+impl FrameHeader {
+    /// Adds payload bytes that were read by other means to the checksum.
+    pub fn add_to_checksum(&mut self, bytes: &[u8]) {
+        self.running_crc = crc32c::crc32c_append(self.running_crc, bytes);
+    }
+
+    /// Whether what was read is what was sent.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn verify(&self) -> Result<(), WireError> {
+        if self.running_crc == self.crc { Ok(()) } else { Err(WireError::Checksum { kind: self.kind }) }
+    }
+}
+
+fn write_all_vectored(stream: &mut impl Write, buffers: &mut [IoSlice<'_>]) -> io::Result<()> {
+    let mut rest = buffers;
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match stream.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => IoSlice::advance_slices(&mut rest, count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// First message of the source.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hello {
+    /// Migration id, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub migration_id: Vec<u8>,
+    /// The secret that the control plane gave both sides.
+    #[prost(string, tag = "2")]
+    pub token: String,
+    /// VM id, 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub vm_id: Vec<u8>,
+    /// The epoch the destination is to run it at.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// Guest RAM in bytes.
+    #[prost(uint64, tag = "5")]
+    pub memory_bytes: u64,
+    /// vCPUs.
+    #[prost(uint32, tag = "6")]
+    pub cpus: u32,
+    /// TSC frequency.
+    #[prost(uint32, tag = "7")]
+    pub tsc_khz: u32,
+    /// `struct kvm_cpuid_entry2`, one after another.
+    #[prost(bytes = "vec", tag = "8")]
+    pub cpuid: Vec<u8>,
+    /// MSRs whose values will be sent.
+    #[prost(uint32, repeated, tag = "9")]
+    pub msr_indices: Vec<u32>,
+    /// Names of the devices in the state.
+    #[prost(string, repeated, tag = "10")]
+    pub devices: Vec<String>,
+    /// The source's KVM emulates ring 0.
+    #[prost(bool, tag = "11")]
+    pub software_kvm: bool,
+}
+
+/// The destination takes the VM.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct HelloAck {
+    /// Protocol version it speaks.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+}
+
+/// End of a pass, and its acknowledgement.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Pass {
+    /// From 1.
+    #[prost(uint32, tag = "1")]
+    pub pass: u32,
+    /// Pages sent in the whole migration, with and without bytes.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+}
+
+/// Ready, Commit and Running carry nothing but which migration they mean.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Step {
+    /// Migration id, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub migration_id: Vec<u8>,
+}
+
+/// Why a side ends it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Abort {
+    /// In words.
+    #[prost(string, tag = "1")]
+    pub reason: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Cursor;
+
+    fn written(kind: FrameKind, head: &[u8], body: &[u8]) -> Vec<u8> {
+        let mut connection = Connection::new(Cursor::new(vec![]));
+        connection.send_parts(kind, head, body).expect("within the limit");
+        connection.stream.into_inner()
+    }
+
+    fn reader(bytes: Vec<u8>) -> Connection<Cursor<Vec<u8>>> {
+        Connection::new(Cursor::new(bytes))
+    }
+
+    proptest! {
+        #[test]
+        fn frames_come_back_whole(head in proptest::collection::vec(any::<u8>(), 0..100), body in proptest::collection::vec(any::<u8>(), 0..5000)) {
+            let (kind, payload) = reader(written(FrameKind::State, &head, &body)).receive().expect("own frame");
+            prop_assert_eq!(kind, FrameKind::State);
+            prop_assert_eq!(payload, [head, body].concat());
+        }
+
+        #[test]
+        fn one_damaged_bit_is_noticed(body in proptest::collection::vec(any::<u8>(), 1..200), at in 0usize..200, bit in 0u8..8) {
+            let mut bytes = written(FrameKind::State, &[], &body);
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            // Reserved bytes are covered by the checksum like all others.
+            prop_assert!(reader(bytes).receive().is_err());
+        }
+
+        #[test]
+        fn no_bytes_panic_the_reader(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = reader(bytes.clone()).receive();
+            let _ = reader(bytes).receive_preamble();
+        }
+    }
+
+    #[test]
+    fn a_length_over_the_limit_is_refused_before_allocation() {
+        let mut bytes = written(FrameKind::Ready, &[], &[]);
+        bytes[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(reader(bytes).receive(), Err(WireError::TooLong { kind: FrameKind::Ready, .. })));
+    }
+
+    #[test]
+    fn a_repeated_frame_is_refused() {
+        let frame = written(FrameKind::Ready, &[], &[]);
+        let mut connection = reader([frame.clone(), frame].concat());
+        connection.receive().expect("the first");
+        assert!(matches!(connection.receive(), Err(WireError::Sequence { found: 0, expected: 1, .. })));
+    }
+
+    #[test]
+    fn another_version_is_refused_by_number() {
+        let mut connection = Connection::new(Cursor::new(vec![]));
+        connection.send_preamble().expect("memory");
+        let mut bytes = connection.stream.into_inner();
+        bytes[8] = 99;
+        let error = reader(bytes).receive_preamble().expect_err("newer").to_string();
+        assert_eq!(error, "preamble: protocol version 99, this build accepts 1 to 1");
+    }
+}

@@ -1,0 +1,172 @@
+//! The validated description of one VM. Nothing past this module sees an unchecked field.
+
+use std::path::PathBuf;
+
+use shoal_proto::vm::VmSpec as WireSpec;
+use shoal_proto::{Epoch, IdError, VmId};
+
+/// Guest page size, bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// Least guest memory: room for the boot structures and a small kernel.
+pub const MIN_MEMORY: u64 = 2 << 20;
+/// Most guest memory: what the 64-bit boot page tables and a 46-bit guest physical address space leave room for.
+pub const MAX_MEMORY: u64 = 16 << 40;
+/// Most vCPUs: one 8-bit xAPIC id each, with room for the I/O APIC.
+pub const MAX_CPUS: u32 = 64;
+/// Longest kernel command line, bytes, without the terminating zero (Linux x86: COMMAND_LINE_SIZE 2048).
+pub const MAX_CMDLINE: usize = 2047;
+
+/// A checked VM specification.
+#[derive(Debug, Clone)]
+pub struct VmSpec {
+    /// The VM, for its whole life.
+    pub vm_id: VmId,
+    /// Its name, for logs.
+    pub name: String,
+    /// The incarnation this process may run.
+    pub epoch: Epoch,
+    /// vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// Guest RAM in bytes, a multiple of [`PAGE_SIZE`].
+    pub memory_bytes: u64,
+    /// Kernel: ELF or bzImage. Not opened for an incoming migration.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Appended where KVM emulates ring 0 instead of using hardware virtualization.
+    pub cmdline_software_kvm: String,
+}
+
+/// Which field of a spec is wrong, and how.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// An id or name does not parse.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// The whole message is missing.
+    #[error("spec: missing")]
+    Missing,
+    /// Guest memory out of range.
+    #[error("memory_bytes: {0} is not between 2 MiB and 16 TiB")]
+    MemoryRange(u64),
+    /// Guest memory is not whole pages.
+    #[error("memory_bytes: {0} is not a multiple of 4096")]
+    MemoryAlignment(u64),
+    /// vCPU count out of range.
+    #[error("cpus: {0} is not between 1 and 64")]
+    Cpus(u32),
+    /// The command line does not fit.
+    #[error("cmdline: {0} bytes are more than the 2047 a kernel takes")]
+    CmdlineLength(usize),
+    /// The command line holds a byte that would end or corrupt it.
+    #[error("cmdline: contains a NUL or a non-ASCII byte")]
+    CmdlineBytes,
+}
+
+impl TryFrom<Option<WireSpec>> for VmSpec {
+    type Error = SpecError;
+
+    fn try_from(wire: Option<WireSpec>) -> Result<Self, SpecError> {
+        let wire = wire.ok_or(SpecError::Missing)?;
+        let spec = Self {
+            vm_id: wire.vm_id.parse()?,
+            name: wire.name.chars().take(63).collect(),
+            epoch: Epoch(wire.epoch),
+            cpus: wire.cpus,
+            memory_bytes: wire.memory_bytes,
+            kernel: wire.kernel_path.into(),
+            initrd: (!wire.initrd_path.is_empty()).then(|| wire.initrd_path.into()),
+            cmdline: wire.cmdline,
+            cmdline_software_kvm: wire.cmdline_software_kvm,
+        };
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+impl VmSpec {
+    /// Checks the ranges that the rest of the VMM relies on.
+    ///
+    /// # Errors
+    /// The first field that is out of range.
+    pub fn check(&self) -> Result<(), SpecError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) {
+            return Err(SpecError::MemoryRange(self.memory_bytes));
+        }
+        if !self.memory_bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(SpecError::MemoryAlignment(self.memory_bytes));
+        }
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(SpecError::Cpus(self.cpus));
+        }
+        let cmdline_len = self.cmdline.len() + 1 + self.cmdline_software_kvm.len();
+        if cmdline_len > MAX_CMDLINE {
+            return Err(SpecError::CmdlineLength(cmdline_len));
+        }
+        let printable = |s: &str| s.bytes().all(|b| b.is_ascii() && b != 0);
+        if !printable(&self.cmdline) || !printable(&self.cmdline_software_kvm) {
+            return Err(SpecError::CmdlineBytes);
+        }
+        Ok(())
+    }
+
+    /// The command line for this host. What follows ` -- ` belongs to init, so host options go before it.
+    #[must_use]
+    pub fn effective_cmdline(&self, software_kvm: bool) -> String {
+        let extra = self.cmdline_software_kvm.trim();
+        if !software_kvm || extra.is_empty() {
+            return self.cmdline.clone();
+        }
+        match self.cmdline.split_once(" -- ") {
+            Some((kernel, init)) => format!("{kernel} {extra} -- {init}"),
+            None => format!("{} {extra}", self.cmdline),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wire() -> WireSpec {
+        WireSpec {
+            vm_id: VmId::new().to_string(),
+            name: "t".into(),
+            epoch: 1,
+            cpus: 1,
+            memory_bytes: 64 << 20,
+            ..WireSpec::default()
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_out_of_range_and_names_the_field() {
+        type Change = fn(&mut WireSpec);
+        let cases: [(&str, Change); 6] = [
+            ("vm_id", |s| s.vm_id = "x".into()),
+            ("memory_bytes", |s| s.memory_bytes = 0),
+            ("memory_bytes", |s| s.memory_bytes = 100 << 40),
+            ("memory_bytes", |s| s.memory_bytes = (64 << 20) + 1),
+            ("cpus", |s| s.cpus = 0),
+            ("cmdline", |s| s.cmdline = "x".repeat(4000)),
+        ];
+        assert!(VmSpec::try_from(Some(wire())).is_ok());
+        for (field, change) in cases {
+            let mut spec = wire();
+            change(&mut spec);
+            let error = VmSpec::try_from(Some(spec)).expect_err(field).to_string();
+            assert!(error.starts_with(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn host_options_go_before_the_arguments_of_init() {
+        let mut spec = VmSpec::try_from(Some(wire())).expect("valid");
+        spec.cmdline = "quiet -- sh".into();
+        spec.cmdline_software_kvm = "clearcpuid=smap".into();
+        assert_eq!(spec.effective_cmdline(true), "quiet clearcpuid=smap -- sh");
+        assert_eq!(spec.effective_cmdline(false), "quiet -- sh");
+    }
+}

@@ -1,0 +1,295 @@
+//! A vCPU: one thread that runs guest code until it is told to park or the guest ends.
+//!
+//! The thread holds the vCPU's descriptor only while it runs guest code. Once parked, the owner of the VM may lock the
+//! descriptor to save or restore its state.
+
+mod emulate;
+mod state;
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
+
+pub use state::{VcpuStateError, read_tsc_khz, restore, save};
+
+use crate::devices::{Devices, PowerRequest};
+use crate::memory::GuestMemory;
+
+/// How a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// ACPI power off.
+    PowerOff,
+    /// Reset by keyboard controller, ACPI, or triple fault.
+    Reset,
+    /// Guest or KVM did something that cannot be gone on from.
+    Failed(String),
+}
+
+/// What vCPU threads share with the rest of the VM.
+pub struct VcpuContext {
+    /// Port I/O goes here.
+    pub devices: Arc<Devices>,
+    /// For completing what software KVM cannot emulate.
+    pub memory: GuestMemory,
+    /// Instructions completed so.
+    pub emulated: Arc<AtomicU64>,
+    /// Told once by each vCPU that ends.
+    pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
+}
+
+impl std::fmt::Debug for VcpuContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VcpuContext").finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Park,
+    Quit,
+}
+
+#[derive(Debug)]
+struct Gate {
+    wanted: Wanted,
+    parked: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    gate: Mutex<Gate>,
+    changed: Condvar,
+    fd: Mutex<VcpuFd>,
+}
+
+/// A handle on a vCPU and its thread, which starts parked.
+#[derive(Debug)]
+pub struct Vcpu {
+    id: u32,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why a vCPU thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// No thread.
+    #[error("cannot start the thread of vCPU {id}: {source}")]
+    Thread {
+        /// Which vCPU.
+        id: u32,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// No signal handler.
+    #[error("cannot install the signal handler that stops vCPUs: {0}")]
+    Signal(vmm_sys_util::errno::Error),
+}
+
+thread_local! {
+    /// The `kvm_run` page of the vCPU that this thread runs, for the signal handler.
+    static CURRENT_RUN: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Makes the next, or the present, KVM_RUN of this thread return: without it a signal that lands between the check of
+/// the gate and KVM_RUN would be lost (Documentation/virt/kvm/api.rst, immediate_exit).
+extern "C" fn kick_handler(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    CURRENT_RUN.with(|run| {
+        let run = run.get();
+        if !run.is_null() {
+            // SAFETY: set by this very thread to the kvm_run mapping of a VcpuFd that it keeps alive, and cleared before
+            // the thread ends; a one-byte store is what KVM defines for this field from a signal handler.
+            unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+        }
+    });
+}
+
+/// Installs the handler for the kick signal. Once per process, before any vCPU runs.
+///
+/// # Errors
+/// When the host refuses the handler.
+pub fn install_kick_handler() -> Result<(), VcpuError> {
+    register_signal_handler(SIGRTMIN(), kick_handler).map_err(VcpuError::Signal)
+}
+
+impl Vcpu {
+    /// Starts the thread, parked.
+    ///
+    /// # Errors
+    /// When the host has no thread to give.
+    pub fn spawn(id: u32, fd: VcpuFd, context: Arc<VcpuContext>) -> Result<Self, VcpuError> {
+        let gate = Gate { wanted: Wanted::Park, parked: false };
+        let shared = Arc::new(Shared { gate: Mutex::new(gate), changed: Condvar::new(), fd: Mutex::new(fd) });
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || thread_main(id, &for_thread, &context))
+            .map_err(|source| VcpuError::Thread { id, source })?;
+        Ok(Self { id, shared, thread: Some(thread) })
+    }
+
+    /// Lets the thread run guest code.
+    pub fn run(&self) {
+        self.want(Wanted::Run);
+    }
+
+    /// Asks the thread to park; [`Vcpu::wait_parked`] tells when it has.
+    pub fn request_park(&self) {
+        self.want(Wanted::Park);
+        self.kick();
+    }
+
+    /// Returns once the thread runs no guest code.
+    pub fn wait_parked(&self) {
+        let mut gate = lock(&self.shared.gate);
+        while !gate.parked {
+            gate = self.shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The descriptor of a parked vCPU.
+    pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        lock(&self.shared.fd)
+    }
+
+    /// Its number, which is also its local APIC id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn want(&self, wanted: Wanted) {
+        let mut gate = lock(&self.shared.gate);
+        gate.wanted = wanted;
+        if wanted == Wanted::Run {
+            gate.parked = false;
+        }
+        self.shared.changed.notify_all();
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread
+            && let Err(error) = thread.kill(SIGRTMIN())
+        {
+            tracing::debug!(vcpu = self.id, %error, "kick: the thread has ended");
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.want(Wanted::Quit);
+        self.kick();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = self.id, "vCPU thread panicked");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Marks this thread as the runner of `fd` for the signal handler, as long as it lives.
+struct CurrentRun;
+
+impl CurrentRun {
+    fn new(fd: &mut VcpuFd) -> Self {
+        let run: *mut kvm_run = fd.get_kvm_run();
+        CURRENT_RUN.with(|current| current.set(run));
+        Self
+    }
+}
+
+impl Drop for CurrentRun {
+    fn drop(&mut self) {
+        CURRENT_RUN.with(|current| current.set(std::ptr::null_mut()));
+    }
+}
+
+fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
+    let _current = CurrentRun::new(&mut lock(&shared.fd));
+    loop {
+        {
+            let mut gate = lock(&shared.gate);
+            loop {
+                match gate.wanted {
+                    Wanted::Run => break,
+                    Wanted::Quit => return,
+                    Wanted::Park => {
+                        gate.parked = true;
+                        shared.changed.notify_all();
+                        gate = shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
+            }
+        }
+        let end = run_until_kicked(&mut lock(&shared.fd), context);
+        if let Some(end) = end {
+            let mut gate = lock(&shared.gate);
+            if gate.wanted == Wanted::Run {
+                gate.wanted = Wanted::Park;
+            }
+            drop(gate);
+            (context.ended)(id, end);
+        }
+    }
+}
+
+/// Runs guest code until a kick (`None`) or the guest's end. Pending port I/O is complete on return from a kick: KVM
+/// completes it on entry, before it looks at `immediate_exit`.
+fn run_until_kicked(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
+    loop {
+        let exit = match fd.run() {
+            Ok(exit) => exit,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                fd.set_kvm_immediate_exit(0);
+                return None;
+            }
+            Err(error) => return Some(GuestEnd::Failed(format!("KVM_RUN: {error}"))),
+        };
+        match exit {
+            VcpuExit::IoOut(port, data) => {
+                if let Some(request) = context.devices.port_write(port, data) {
+                    return Some(match request {
+                        PowerRequest::Off => GuestEnd::PowerOff,
+                        PowerRequest::Reset => GuestEnd::Reset,
+                    });
+                }
+            }
+            VcpuExit::IoIn(port, data) => context.devices.port_read(port, data),
+            VcpuExit::MmioRead(_, data) => data.fill(0xff),
+            VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+            VcpuExit::Shutdown => return Some(GuestEnd::Reset),
+            VcpuExit::Hlt => return Some(GuestEnd::PowerOff),
+            VcpuExit::SystemEvent(event, _) => return Some(system_event(event)),
+            VcpuExit::InternalError => match emulate::complete(fd, &context.memory) {
+                Ok(()) => {
+                    context.emulated.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => return Some(GuestEnd::Failed(error.to_string())),
+            },
+            VcpuExit::FailEntry(reason, _) => {
+                return Some(GuestEnd::Failed(format!("KVM could not enter the guest: hardware reason {reason:#x}")));
+            }
+            other => return Some(GuestEnd::Failed(format!("unexpected exit {other:?}"))),
+        }
+    }
+}
+
+fn system_event(event: u32) -> GuestEnd {
+    match event {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => GuestEnd::PowerOff,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => GuestEnd::Reset,
+        other => GuestEnd::Failed(format!("KVM system event {other}")),
+    }
+}

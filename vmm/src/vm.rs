@@ -1,0 +1,312 @@
+//! One VM: its memory, vCPUs, interrupt controllers and devices, and what can be done to all of them at once.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
+};
+use kvm_ioctls::{Kvm, VmFd};
+
+use crate::arch::{cpuid, layout, msr};
+use crate::console::Console;
+use crate::devices::{DeviceError, Devices};
+use crate::dirty;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::state::{self, ClockState, IrqChipState, Kind, PitState, StateError, from_bytes, to_bytes};
+use crate::vcpu::{self, GuestEnd, Vcpu, VcpuContext, VcpuError, VcpuStateError};
+
+const IRQCHIP_IDS: std::ops::Range<u32> = 0..3;
+const NS_PER_MS: u64 = 1_000_000;
+
+/// Why a VM could not be made, saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// /dev/kvm cannot be opened.
+    #[error("/dev/kvm: {0}; is KVM enabled, and may this user open it?")]
+    NoKvm(kvm_ioctls::Error),
+    /// A KVM call failed.
+    #[error("{ioctl}: {source}")]
+    Ioctl {
+        /// The call.
+        ioctl: &'static str,
+        /// Its error.
+        source: kvm_ioctls::Error,
+    },
+    /// The CPUID table is too long for KVM.
+    #[error("CPUID table: {0}")]
+    Cpuid(vmm_sys_util::fam::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Devices.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A vCPU thread.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A vCPU's state.
+    #[error("vCPU {id}: {source}")]
+    VcpuState {
+        /// Which.
+        id: u32,
+        /// Why.
+        source: VcpuStateError,
+    },
+    /// Saved state that cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+fn call<T>(ioctl: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, VmError> {
+    result.map_err(|source| VmError::Ioctl { ioctl, source })
+}
+
+/// What the guest sees of CPU and time; agreed on before a migration, equal on both sides.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Platform {
+    /// CPUID, without what differs between vCPUs.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// TSC frequency, kHz.
+    pub tsc_khz: u32,
+    /// MSRs that are saved, in the order in which they are restored.
+    pub msr_indices: Vec<u32>,
+}
+
+impl Platform {
+    /// What this host's KVM offers a VM of `cpus` CPUs.
+    ///
+    /// # Errors
+    /// When KVM does not say.
+    pub fn of_host(kvm: &Kvm, cpus: u32) -> Result<Self, VmError> {
+        let tsc_khz = host_tsc_khz(kvm)?;
+        Ok(Self {
+            cpuid: call("KVM_GET_SUPPORTED_CPUID", cpuid::supported(kvm, cpus, tsc_khz))?,
+            tsc_khz,
+            msr_indices: call("KVM_GET_MSR_INDEX_LIST", msr::saved_indices(kvm))?,
+        })
+    }
+}
+
+/// KVM tells the TSC frequency per vCPU only, so this makes one and throws it away.
+fn host_tsc_khz(kvm: &Kvm) -> Result<u32, VmError> {
+    let vm = call("KVM_CREATE_VM", kvm.create_vm())?;
+    let fd = call("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
+    Ok(vcpu::read_tsc_khz(&fd))
+}
+
+/// What connects a VM to the process around it.
+pub struct VmHooks {
+    /// Where console output goes.
+    pub console: Arc<Console>,
+    /// Counts instructions completed for software KVM.
+    pub emulated: Arc<AtomicU64>,
+    /// Told once, by a vCPU thread, when the guest ends.
+    pub ended: Box<dyn Fn(GuestEnd) + Send + Sync>,
+}
+
+impl std::fmt::Debug for VmHooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmHooks").finish_non_exhaustive()
+    }
+}
+
+/// A built VM. All vCPUs are parked until [`Vm::resume`].
+///
+/// Fields drop in order: vCPU threads first, then the VM descriptor, then the memory that KVM maps.
+#[derive(Debug)]
+pub struct Vm {
+    vcpus: Vec<Vcpu>,
+    fd: VmFd,
+    devices: Arc<Devices>,
+    memory: GuestMemory,
+    console: Arc<Console>,
+    platform: Platform,
+    end: Arc<Mutex<Option<GuestEnd>>>,
+    manual_dirty_protect: bool,
+}
+
+impl Vm {
+    /// Builds a VM with `memory` and one vCPU thread per CPU, all parked, registers as after reset.
+    ///
+    /// # Errors
+    /// The first step that KVM or the host refuses.
+    pub fn new(
+        kvm: &Kvm,
+        memory: GuestMemory,
+        cpus: u32,
+        platform: Platform,
+        hooks: VmHooks,
+    ) -> Result<Self, VmError> {
+        let VmHooks { console, emulated, ended } = hooks;
+        let fd = call("KVM_CREATE_VM", kvm.create_vm())?;
+        call("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS))?;
+        call("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
+        call("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        call("KVM_CREATE_PIT2", fd.create_pit2(pit))?;
+        let manual_dirty_protect = call("KVM_ENABLE_CAP(dirty log)", dirty::enable_manual_protect(kvm, &fd))?;
+        memory.register(&fd, false)?;
+        let devices = Arc::new(Devices::new(&fd, Arc::clone(&console))?);
+
+        let end = Arc::new(Mutex::new(None));
+        let first_end = Arc::clone(&end);
+        let context = Arc::new(VcpuContext {
+            devices: Arc::clone(&devices),
+            memory: memory.clone(),
+            emulated,
+            ended: Box::new(move |_, how| {
+                let mut first = first_end.lock().unwrap_or_else(PoisonError::into_inner);
+                if first.is_none() {
+                    *first = Some(how.clone());
+                    drop(first);
+                    ended(how);
+                }
+            }),
+        });
+        let mut vcpus = vec![];
+        for id in 0..cpus {
+            let vcpu = call("KVM_CREATE_VCPU", fd.create_vcpu(u64::from(id)))?;
+            let table = cpuid::to_kvm(&cpuid::for_vcpu(&platform.cpuid, id)).map_err(VmError::Cpuid)?;
+            call("KVM_SET_CPUID2", vcpu.set_cpuid2(&table))?;
+            if vcpu::read_tsc_khz(&vcpu) != platform.tsc_khz {
+                call("KVM_SET_TSC_KHZ", vcpu.set_tsc_khz(platform.tsc_khz))?;
+            }
+            vcpus.push(Vcpu::spawn(id, vcpu, Arc::clone(&context))?);
+        }
+        for vcpu in &vcpus {
+            vcpu.wait_parked();
+        }
+        Ok(Self { vcpus, fd, devices, memory, console, platform, end, manual_dirty_protect })
+    }
+
+    /// Lets every vCPU run.
+    pub fn resume(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.run();
+        }
+    }
+
+    /// Stops every vCPU and returns when none runs guest code. Port I/O in flight is complete.
+    pub fn pause(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.request_park();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_parked();
+        }
+    }
+
+    /// How the guest ended, if it has.
+    #[must_use]
+    pub fn guest_end(&self) -> Option<GuestEnd> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The KVM VM.
+    #[must_use]
+    pub fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The boot CPU.
+    #[must_use]
+    pub fn boot_vcpu(&self) -> &Vcpu {
+        &self.vcpus[0]
+    }
+
+    /// vCPUs.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        u32::try_from(self.vcpus.len()).expect("at most MAX_CPUS")
+    }
+
+    /// Devices.
+    #[must_use]
+    pub fn devices(&self) -> &Arc<Devices> {
+        &self.devices
+    }
+
+    /// Console output.
+    #[must_use]
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// What the guest sees of CPU and time.
+    #[must_use]
+    pub fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    /// Whether write protection waits for explicit clears (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    #[must_use]
+    pub fn manual_dirty_protect(&self) -> bool {
+        self.manual_dirty_protect
+    }
+
+    /// Saves all but memory. vCPUs must be paused.
+    ///
+    /// # Errors
+    /// The part that could not be read.
+    pub fn save(&self) -> Result<Vec<u8>, VmError> {
+        let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
+        let mut writer = state::Writer::new();
+        for vcpu in &self.vcpus {
+            let saved = vcpu::save(&vcpu.fd(), &self.platform.msr_indices)
+                .map_err(|source| VmError::VcpuState { id: vcpu.id(), source })?;
+            writer.section(Kind::Vcpu, vcpu.id(), &saved);
+        }
+        for chip_id in IRQCHIP_IDS {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            call("KVM_GET_IRQCHIP", self.fd.get_irqchip(&mut chip))?;
+            writer.section(Kind::IrqChip, chip_id, &IrqChipState { chip: to_bytes(&chip) });
+        }
+        let pit = call("KVM_GET_PIT2", self.fd.get_pit2())?;
+        writer.section(Kind::Pit, 0, &PitState { pit: to_bytes(&pit) });
+        let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 { clock.realtime } else { realtime_now_ns() };
+        let clock = ClockState { kvmclock_ns: clock.clock, realtime_ns, tsc_khz: self.platform.tsc_khz };
+        writer.section(Kind::Clock, 0, &clock);
+        self.devices.save(&mut writer);
+        Ok(writer.finish())
+    }
+
+    /// Loads what [`Vm::save`] gave, into a VM built with the same platform and memory. Guest clocks are advanced by the
+    /// time since the save, as the two hosts' real-time clocks tell it, and never set back.
+    ///
+    /// # Errors
+    /// The section that is missing or malformed, or the KVM call that failed.
+    pub fn restore(&self, saved: &[u8]) -> Result<(), VmError> {
+        let reader = state::Reader::parse(saved)?;
+        self.devices.restore(&reader)?;
+        let pit: PitState = reader.section(Kind::Pit, 0)?;
+        call("KVM_SET_PIT2", self.fd.set_pit2(&from_bytes(Kind::Pit, "pit", &pit.pit)?))?;
+        for chip_id in IRQCHIP_IDS {
+            let chip: IrqChipState = reader.section(Kind::IrqChip, chip_id)?;
+            call("KVM_SET_IRQCHIP", self.fd.set_irqchip(&from_bytes(Kind::IrqChip, "chip", &chip.chip)?))?;
+        }
+        let clock: ClockState = reader.section(Kind::Clock, 0)?;
+        let away_ns = realtime_now_ns().saturating_sub(clock.realtime_ns);
+        let kvmclock = kvm_clock_data { clock: clock.kvmclock_ns.saturating_add(away_ns), ..Default::default() };
+        call("KVM_SET_CLOCK", self.fd.set_clock(&kvmclock))?;
+        let ticks = u128::from(away_ns) * u128::from(clock.tsc_khz) / u128::from(NS_PER_MS);
+        let tsc_advance = u64::try_from(ticks).unwrap_or(0);
+        for vcpu in &self.vcpus {
+            let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
+            vcpu::restore(&vcpu.fd(), &saved, tsc_advance)
+                .map_err(|source| VmError::VcpuState { id: vcpu.id(), source })?;
+        }
+        Ok(())
+    }
+}
+
+fn realtime_now_ns() -> u64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX)
+}

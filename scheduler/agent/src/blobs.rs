@@ -10,7 +10,7 @@ use shoal_proto::node;
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 use tokio_stream::{Stream, StreamExt};
-use tonic::{Code, Status};
+use tonic::Status;
 
 use crate::keyed_lock::KeyedLocks;
 use crate::uplink::Registry;
@@ -33,18 +33,6 @@ pub(crate) enum BlobError {
     WrongDigest { sha256: String, got: String },
     #[error("blob {sha256}: cannot be stored on this node: {source}")]
     Io { sha256: String, source: io::Error },
-}
-
-impl BlobError {
-    /// The gRPC code that tells a caller what to do.
-    pub(crate) fn code(&self) -> Code {
-        match self {
-            Self::BadDigest { .. } => Code::InvalidArgument,
-            Self::Fetch { status, .. } => status.code(),
-            Self::Silence { .. } | Self::WrongSize { .. } | Self::WrongDigest { .. } => Code::Unavailable,
-            Self::Io { .. } => Code::Internal,
-        }
-    }
 }
 
 /// A blob that a message names, checked: the digest is also a file name.
@@ -295,7 +283,7 @@ mod tests {
         }
         let broken = tokio_stream::iter([Ok(b"hello".to_vec()), Err(Status::unavailable("gone"))]);
         let result = cache.store(&blob, broken, &path).await;
-        assert_eq!(result.expect_err("broken").code(), Code::Unavailable);
+        assert!(matches!(result, Err(BlobError::Fetch { .. })), "{result:?}");
         assert_eq!(files(dir.path()), 0);
     }
 

@@ -30,7 +30,6 @@ pub(crate) async fn pump(vm: &Vm, mut sessions: watch::Receiver<Session>) -> Inf
 
 /// Before it is booted, or loaded by a migration, a VMM has no console.
 async fn wait_until_it_has_a_console(vm: &Vm) {
-    let has_console = |state| !matches!(state, VmState::Unspecified | VmState::Empty | VmState::Incoming);
     if vm
         .watch_status()
         .wait_for(|status| has_console(status.state()))
@@ -39,6 +38,10 @@ async fn wait_until_it_has_a_console(vm: &Vm) {
     {
         std::future::pending::<()>().await;
     }
+}
+
+fn has_console(state: VmState) -> bool {
+    !matches!(state, VmState::Unspecified | VmState::Empty | VmState::Incoming)
 }
 
 async fn follow(vm: &Vm, sessions: &mut watch::Receiver<Session>) -> Result<(), Status> {
@@ -103,18 +106,17 @@ async fn deliver(vm: &Vm, piece: ConsoleChunk, sessions: &mut watch::Receiver<Se
     }
 }
 
-/// Waits until the scheduler has all that the guest has written so far, or the limit has passed.
+/// Waits until the scheduler has all that the VMM still holds of the console now, or the limit has passed.
 pub(crate) async fn drain(vm: &Vm, limit: Duration) {
     let all_arrived = async {
-        let status = vm.refresh_status().await?;
-        if matches!(status.state(), VmState::Empty | VmState::Incoming) {
-            return Ok(());
-        }
-        let mut acked = vm.console_acked.subscribe();
-        let arrived = acked.wait_for(|&acked| acked >= status.console_offset).await;
-        arrived
-            .map(|_| ())
-            .map_err(|_| Status::cancelled("the agent is shutting down"))
+        let end = end_of_unacknowledged(vm).await?;
+        let arrived = vm
+            .console_acked
+            .subscribe()
+            .wait_for(|&acked| acked >= end)
+            .await
+            .map(drop);
+        arrived.map_err(|_| Status::cancelled("the agent is shutting down"))
     };
     match tokio::time::timeout(limit, all_arrived).await {
         Ok(Ok(())) => {}
@@ -125,6 +127,26 @@ pub(crate) async fn drain(vm: &Vm, limit: Duration) {
             "the scheduler did not take the rest of the console in time"
         ),
     }
+}
+
+/// The offset after the last byte that the VMM holds. What it does not hold was acknowledged, perhaps to an earlier
+/// agent, so the guest's own offset would not do.
+async fn end_of_unacknowledged(vm: &Vm) -> Result<u64, Status> {
+    if !has_console(vm.refresh_status().await?.state()) {
+        return Ok(0);
+    }
+    let request = ReadConsoleRequest {
+        from_offset: *vm.console_acked.borrow(),
+        follow: false,
+    };
+    let mut chunks = vm.client().read_console(request).await?.into_inner();
+    let mut end = 0;
+    while let Some(chunk) = chunks.message().await? {
+        if !chunk.data.is_empty() {
+            end = chunk.offset.saturating_add(chunk.data.len() as u64);
+        }
+    }
+    Ok(end)
 }
 
 #[cfg(test)]

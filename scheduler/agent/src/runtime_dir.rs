@@ -98,7 +98,7 @@ impl RuntimeDir {
         write_whole(&self.path.join(PID), format!("{identity}\n").as_bytes())
     }
 
-    /// The VMM's process. `None` if the agent died before it could write it.
+    /// The VMM's process. `None` if the agent, or the host, died before it was written.
     pub(crate) fn read_identity(&self) -> io::Result<Option<ProcessIdentity>> {
         match fs::read_to_string(self.path.join(PID)) {
             Ok(text) => text

@@ -22,12 +22,13 @@ use shoal_proto::node::{
 };
 use shoal_proto::vm::{MigrationProgress, VmStatus};
 use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::blobs::BlobError;
 use crate::epochs::EpochError;
 use crate::key::VmKey;
 use crate::node::Node;
+use crate::retire::{Console, retire};
 use crate::spawn::SpawnError;
 use crate::vm::Vm;
 
@@ -156,6 +157,8 @@ enum Refusal {
     },
     #[error("VM {} at epoch {} is not on this node", .0.id, .0.epoch)]
     NotHere(VmKey),
+    #[error("{0}; nothing of it is left on this node")]
+    NotStarted(String),
     /// In the VMM's own words, or why the VMM could not be asked.
     #[error("{}", .0.message())]
     Vmm(Box<Status>),
@@ -173,10 +176,11 @@ impl From<Refusal> for Status {
         match refusal {
             Refusal::Missing(_) | Refusal::Id(_) => Self::invalid_argument(words),
             Refusal::Epoch(EpochError::Stale { .. }) => Self::aborted(words),
-            Refusal::Epoch(EpochError::File { .. }) | Refusal::Spawn(_) => Self::internal(words),
-            Refusal::Blob(error) => Self::new(error.code(), words),
+            Refusal::Epoch(EpochError::File { .. }) => Self::internal(words),
+            Refusal::Blob(BlobError::BadDigest { .. }) => Self::invalid_argument(words),
+            Refusal::Blob(_) | Refusal::Spawn(_) => Self::failed_precondition(words),
             Refusal::AlreadyHere(_) => Self::already_exists(words),
-            Refusal::Rival { .. } => Self::failed_precondition(words),
+            Refusal::Rival { .. } | Refusal::NotStarted(_) => Self::failed_precondition(words),
             Refusal::NotHere(_) => Self::not_found(words),
             Refusal::Vmm(status) => *status,
         }
@@ -204,5 +208,22 @@ fn refuse_company(node: &Node, key: VmKey) -> Result<(), Refusal> {
             state: state.as_str_name(),
         }),
         None => Ok(()),
+    }
+}
+
+/// Ends a VMM whose VM could not be started, and says why. Codes that mean "it is not known what happened" would be
+/// wrong once nothing is left.
+async fn discard(node: &Arc<Node>, vm: Arc<Vm>, cause: Status) -> Refusal {
+    tracing::warn!(vm = %vm.key.id, epoch = %vm.key.epoch, %cause, "could not be started");
+    if let Err(error) = retire(node, &vm, Console::Drop).await {
+        tracing::error!(vm = %vm.key.id, %error, "the VMM is still here");
+        node.keep(vm); // so that it is reported, and can be destroyed
+        return cause.into();
+    }
+    match cause.code() {
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal => {
+            Refusal::NotStarted(cause.message().to_owned())
+        }
+        _ => cause.into(),
     }
 }

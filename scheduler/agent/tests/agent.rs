@@ -106,7 +106,13 @@ async fn a_failed_boot_is_told_in_the_vmms_words_and_leaves_nothing() {
         .launch_vm(launch(&new_vm(1), &unknown, "x"))
         .await
         .expect_err("refused");
-    assert_eq!(refused.code(), Code::NotFound, "{refused}");
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    let refused = client
+        .launch_vm(launch(&new_vm(1), &kernel, "crash"))
+        .await
+        .expect_err("refused");
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("SIGABRT"), "{refused}");
     let evil = shoal_proto::node::Blob {
         sha256: "../../x".into(),
         size_bytes: 3,

@@ -11,7 +11,7 @@ use shoal_proto::{MigrationId, vm};
 use tonic::{Code, Status};
 
 use super::workload::Workload;
-use super::{Refusal, key_of, refuse_company};
+use super::{Refusal, discard, key_of, refuse_company};
 use crate::node::Node;
 use crate::retire::{Console, retire};
 use crate::vm::{ANSWER_LIMIT, Vm};
@@ -46,14 +46,7 @@ pub(super) async fn prepare(
                 address: address.to_string(),
             })
         }
-        Err(status) => {
-            tracing::warn!(vm = %key.id, epoch = %key.epoch, %migration, %status, "preparation failed");
-            if let Err(error) = retire(&node, &vm, Console::Drop).await {
-                tracing::error!(vm = %key.id, %error, "the VMM of a failed preparation is still here");
-                node.keep(vm); // so that it is reported, and can be destroyed
-            }
-            Err(status.into())
-        }
+        Err(status) => Err(discard(&node, vm, status).await),
     }
 }
 

@@ -7,9 +7,8 @@ use shoal_proto::node::LaunchVmRequest;
 use shoal_proto::vm::{BootRequest, VmStatus};
 
 use super::workload::Workload;
-use super::{Refusal, refuse_company};
+use super::{Refusal, discard, refuse_company};
 use crate::node::Node;
-use crate::retire::{Console, retire};
 
 /// How long a VMM may take to build a VM and start it.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
@@ -42,13 +41,6 @@ pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<
             node.keep(Arc::clone(&vm));
             Ok(vm.status())
         }
-        Err(status) => {
-            tracing::warn!(vm = %key.id, epoch = %key.epoch, %status, "launch failed");
-            if let Err(error) = retire(&node, &vm, Console::Drop).await {
-                tracing::error!(vm = %key.id, %error, "the VMM of a failed launch is still here");
-                node.keep(vm); // so that it is reported, and can be destroyed
-            }
-            Err(status.into())
-        }
+        Err(status) => Err(discard(&node, vm, status).await),
     }
 }

@@ -25,10 +25,12 @@ pub(super) async fn describe(node: Arc<Node>, vm: VmRef) -> Result<VmFacts, Refu
             Err(Refusal::NotHere(key))
         };
     };
+    // The scheduler decides by this answer: while the VMM lives, an old status is none.
     if !vm.process.is_gone()
         && let Err(status) = vm.refresh_status().await
+        && !vm.process.is_gone()
     {
-        tracing::debug!(vm = %key.id, %status, "described from the last known status");
+        return Err(status.into());
     }
     Ok(vm.facts())
 }

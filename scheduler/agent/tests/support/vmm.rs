@@ -80,7 +80,10 @@ impl Scripted {
 
     fn take_spec(&self, spec: Option<VmSpec>, state: VmState, migration: String) -> Result<(), Status> {
         let spec = spec.ok_or_else(|| Status::invalid_argument("spec: missing"))?;
-        if spec.cmdline.contains("bad") {
+        if spec.cmdline == "crash" {
+            std::process::abort();
+        }
+        if spec.cmdline == "bad" {
             return Err(Status::invalid_argument("cmdline: it says bad"));
         }
         self.vm.send_modify(|vm| {
@@ -200,7 +203,17 @@ impl Vmm for Scripted {
         &self,
         request: Request<ReadConsoleRequest>,
     ) -> Result<Response<Self::ReadConsoleStream>, Status> {
-        let mut sent = usize::try_from(request.into_inner().from_offset).expect("an offset");
+        let request = request.into_inner();
+        let mut sent = usize::try_from(request.from_offset).expect("an offset");
+        if !request.follow {
+            let vm = self.vm.borrow().clone();
+            let from = sent.clamp(vm.acked, vm.console.len());
+            let chunk = ConsoleChunk {
+                offset: from as u64,
+                data: vm.console[from..].to_vec(),
+            };
+            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(chunk)))));
+        }
         let chunks = WatchStream::new(self.vm.subscribe()).map(move |vm| {
             sent = sent.clamp(vm.acked, vm.console.len());
             let chunk = ConsoleChunk {

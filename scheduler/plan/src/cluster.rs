@@ -292,14 +292,25 @@ impl<'a> Cluster<'a> {
             .filter(move |&vm| self.vms[vm].node == node && !self.vms[vm].leaving)
     }
 
-    /// Memory the node will hold in so many seconds, the moves under way having ended.
+    /// Memory the node will hold in so many seconds. What leaves counts until all of that is expected to have left.
     pub fn memory_at(&self, node: usize, seconds: f64) -> f64 {
+        let left = self.leaving_seconds(node) <= seconds;
         let vms = self.nodes[node].vms.iter().map(|&number| &self.vms[number]);
-        let of_vms: f64 = vms
-            .filter(|vm| vm.to == Some(node) || !vm.leaving)
-            .map(|vm| vm.memory_at(seconds))
-            .sum();
+        let counts = |vm: &&Vm<'_>| !vm.leaving || vm.to == Some(node) || !left;
+        let of_vms: f64 = vms.filter(counts).map(|vm| vm.memory_at(seconds)).sum();
         self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * seconds + of_vms
+    }
+
+    /// The most memory the node will hold at the horizon or, where VMs leave, just before they have left.
+    pub fn peak(&self, node: usize) -> f64 {
+        let horizon = self.policy.usher_horizon.as_secs_f64();
+        let at_horizon = self.memory_at(node, horizon);
+        let leaving_seconds = self.leaving_seconds(node).min(horizon);
+        if leaving_seconds > 0.0 {
+            at_horizon.max(self.memory_at(node, leaving_seconds.next_down()))
+        } else {
+            at_horizon
+        }
     }
 
     /// How long the moves out of this node still take, sharing its link.

@@ -3,8 +3,9 @@
 //!
 //! For each node that growth would bring over its threshold within the horizon: take the VM that frees the most of what is
 //! needed per second of transfer and that fits elsewhere, growth counted. If waiting longer would make its move, or one of
-//! those that must follow it, end too late, move it; if not, wait. Moves already under way count as done, and as taking up the link first: two at once would
-//! share it, and the first would end later, so the next starts when those under way are nearly done.
+//! those that must follow it, end too late, move it; if not, wait. Two moves at once would share the link, and the first
+//! would end later; so the next starts when those under way are nearly done, or when they take so long that it ends before
+//! them all the same.
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
@@ -20,6 +21,8 @@ const SHED_UNDER_PRESSURE: f64 = 0.05;
 const LONGEST_CHAIN: usize = 16;
 /// The next move off a node may start when those under way have no longer to go than this.
 const NEARLY_DONE_SECONDS: f64 = 0.5;
+/// Moves under way that take at least this long are not waited for if another ends sooner.
+const LONG_SECONDS: f64 = 10.0;
 
 /// Plans the moves that are urgent, into `plan`.
 pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
@@ -27,10 +30,8 @@ pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let mut nodes: Vec<(usize, f64)> = (0..cluster.nodes.len())
         .filter(|&number| cluster.nodes[number].view.state != NodeState::Unreachable)
         .map(|number| {
-            (
-                number,
-                cluster.nodes[number].projected / cluster.nodes[number].memory.max(1.0),
-            )
+            let part = cluster.peak(number) / cluster.nodes[number].memory.max(1.0);
+            (number, part)
         })
         .filter(|&(number, part)| part > threshold || is_pressed(cluster, number))
         .collect();
@@ -66,14 +67,12 @@ struct Alarm {
 
 /// One step for one node; true if a move was planned.
 fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
-    let leaving_seconds = cluster.leaving_seconds(node);
-    if !cluster.may_send(node) || leaving_seconds > NEARLY_DONE_SECONDS {
-        return false; // what is under way comes first
+    if !cluster.may_send(node) {
+        return false; // as many moves as allowed are under way
     }
-    let horizon = cluster.policy.usher_horizon.as_secs_f64();
     let pressed = is_pressed(cluster, node);
     let memory = cluster.nodes[node].memory;
-    let mut needed = cluster.memory_at(node, horizon) - memory * cluster.policy.usher_target;
+    let mut needed = cluster.peak(node) - memory * cluster.policy.usher_target;
     if pressed {
         needed = needed.max(memory * SHED_UNDER_PRESSURE);
     }
@@ -84,7 +83,18 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
     let first = placed
         .map(|(candidate, _)| candidate.vm)
         .or(candidates.first().map(|candidate| candidate.vm));
-    let Some(alarm) = alarm(cluster, node, first, &candidates, leaving_seconds) else {
+    let leaving_seconds = cluster.leaving_seconds(node);
+    let move_seconds = first.map_or(0.0, |vm| cluster.vms[vm].move_seconds);
+    if leaving_seconds > NEARLY_DONE_SECONDS && leaving_seconds < LONG_SECONDS.max(2.0 * move_seconds) {
+        return false; // what is under way ends sooner alone
+    }
+    let Some(alarm) = alarm(
+        cluster,
+        node,
+        first,
+        &candidates,
+        leaving_seconds.min(move_seconds),
+    ) else {
         return false;
     };
     if placed.is_none()
@@ -123,13 +133,14 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
 }
 
 /// Follows the moves that would be made one after the other, `first` first, and answers the first that would end with the
-/// node over its threshold before it: then there is no time to lose. A node under pressure has none either.
+/// node over its threshold before it: then there is no time to lose. A node under pressure has none either. The link is
+/// taken for `busy_seconds` by what is under way.
 fn alarm(
     cluster: &Cluster<'_>,
     node: usize,
     first: Option<usize>,
     candidates: &[Candidate],
-    leaving_seconds: f64,
+    busy_seconds: f64,
 ) -> Option<Alarm> {
     let policy = cluster.policy;
     let horizon = policy.usher_horizon.as_secs_f64();
@@ -141,7 +152,7 @@ fn alarm(
             .map(|candidate| candidate.vm)
             .filter(|&vm| Some(vm) != first),
     );
-    let mut seconds = policy.detect.as_secs_f64() + leaving_seconds;
+    let mut seconds = policy.detect.as_secs_f64() + busy_seconds;
     let mut gone: Vec<usize> = Vec::new();
     let predicted_at = |seconds: f64, gone: &[usize]| {
         let freed: f64 = gone.iter().map(|&vm| cluster.vms[vm].memory_at(seconds)).sum();
@@ -247,8 +258,9 @@ fn describe(cluster: &Cluster<'_>, number: usize, alarm: &Alarm) -> String {
         cluster.policy.usher_threshold * 100.0,
         node.view.memory
     );
-    if node.settled > alarm.limit {
-        return format!("{} holds {}, over {limit}", node.view.name, bytes(node.settled));
+    let held = cluster.memory_at(number, 0.0);
+    if held > alarm.limit {
+        return format!("{} holds {}, over {limit}", node.view.name, bytes(held));
     }
     let gone = match alarm.after {
         0 => String::new(),
@@ -261,7 +273,7 @@ fn describe(cluster: &Cluster<'_>, number: usize, alarm: &Alarm) -> String {
         node.view.name,
         bytes(alarm.predicted),
         alarm.seconds,
-        bytes(node.settled),
+        bytes(held),
         bytes(growth),
     )
 }

@@ -35,9 +35,10 @@ mod supervise;
 mod uplink;
 mod vm;
 
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -152,7 +153,12 @@ fn lock_state_dir(path: &Path) -> Result<(PathBuf, File), AgentError> {
         path: path.to_owned(),
         source,
     };
-    std::fs::create_dir_all(path).map_err(error)?;
+    // A VMM obeys whoever reaches its socket.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(error)?;
     let absolute = path.canonicalize().map_err(error)?;
     let lock = File::options()
         .create(true)

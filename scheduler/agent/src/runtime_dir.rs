@@ -101,10 +101,7 @@ impl RuntimeDir {
     /// The VMM's process. `None` if the agent, or the host, died before it was written.
     pub(crate) fn read_identity(&self) -> io::Result<Option<ProcessIdentity>> {
         match fs::read_to_string(self.path.join(PID)) {
-            Ok(text) => text
-                .parse()
-                .map(Some)
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
+            Ok(text) => Ok(text.parse().ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -201,6 +198,12 @@ mod tests {
         let again = RuntimeDir::open(dir.path().to_owned()).expect("opened");
         assert_eq!(again.read_record().expect("readable"), record);
         assert_eq!(again.read_identity().expect("readable"), Some(identity));
+        fs::write(dir.path().join(PID), "").expect("written");
+        assert_eq!(
+            again.read_identity().expect("readable"),
+            None,
+            "the host went down in the middle"
+        );
         assert!(!again.has_run());
         fs::write(dir.path().join(RAN), b"").expect("written");
         assert!(again.has_run());

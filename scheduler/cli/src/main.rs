@@ -1,2 +1,40 @@
-//! Placeholder.
-fn main() {}
+//! The `shoal` command line.
+//!
+//! - [`args`]: what can be typed; one enum variant per command
+//! - [`commands`]: one file per command
+//! - [`client`]: the connection to the cluster API, the only door there is
+//! - [`error`]: every failure, with its exit code and its JSON form
+//! - [`output`], [`view`], [`format`]: tables for people, JSON for scripts
+//! - [`image_source`]: reads an image directory or tar
+//! - [`local`]: a whole cluster on this machine (`up` and `down`)
+//!
+//! Exit codes: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 cluster unreachable. `run` without `--detach` exits with
+//! the workload's own status. Errors are said on stderr; with `-o json` an object `{"error": {...}}` is also written
+//! to stdout, so that a script always finds JSON there.
+#![forbid(unsafe_code)]
+
+mod args;
+mod client;
+mod commands;
+mod daemon;
+mod error;
+mod format;
+mod image_source;
+mod local;
+mod output;
+mod view;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = cli.global.output();
+    match commands::run(cli) {
+        Ok(code) => code,
+        Err(error) => output.error(&error),
+    }
+}

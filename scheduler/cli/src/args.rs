@@ -1,0 +1,130 @@
+//! What can be typed.
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands;
+use crate::output::{Format, Output};
+
+/// Many small machines used as one big one: every workload in its own microVM, moved live between hosts.
+#[derive(Debug, Parser)]
+#[command(
+    name = "shoal",
+    version,
+    about,
+    propagate_version = true,
+    infer_long_args = false
+)]
+pub struct Cli {
+    /// Options that every command takes.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalArgs {
+    /// Where the cluster answers.
+    #[arg(
+        long,
+        global = true,
+        env = "SHOAL_ENDPOINT",
+        default_value = "http://127.0.0.1:7470",
+        value_name = "URL"
+    )]
+    pub endpoint: String,
+    /// Tables for people or JSON for scripts.
+    #[arg(short, long = "output", global = true, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
+}
+
+impl GlobalArgs {
+    /// Where and how results are written.
+    #[must_use]
+    pub fn output(&self) -> Output {
+        Output::new(self.output)
+    }
+}
+
+/// Every command; each has its own file under `commands/`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a whole cluster on this machine: a scheduler and N nodes, each with a budget.
+    Up(commands::up::UpArgs),
+    /// Stop the cluster that `up` started, and its VMs.
+    Down(commands::down::DownArgs),
+    /// The scheduler daemon, for real hosts.
+    Scheduler(commands::scheduler::SchedulerArgs),
+    /// The node daemon, for real hosts.
+    Agent(commands::agent::AgentArgs),
+    /// Import and list images.
+    #[command(subcommand)]
+    Image(commands::image::ImageCommand),
+    /// Run a workload in a new microVM.
+    Run(commands::run::RunArgs),
+    /// List VMs.
+    Ps(commands::ps::PsArgs),
+    /// List nodes.
+    Nodes(commands::nodes::NodesArgs),
+    /// Show all that is known of a VM.
+    Inspect(commands::inspect::InspectArgs),
+    /// Show a VM's console.
+    Logs(commands::logs::LogsArgs),
+    /// Move a running VM to another node.
+    Migrate(commands::migrate::MigrateArgs),
+    /// Power a VM off.
+    Stop(commands::stop::StopArgs),
+    /// Remove a VM that has ended.
+    Rm(commands::rm::RmArgs),
+    /// Move every VM off a node and keep new ones away.
+    Drain(commands::drain::DrainArgs),
+    /// Let a drained node take VMs again.
+    Uncordon(commands::uncordon::UncordonArgs),
+    /// Balance the cluster now, or show what would be done.
+    Rebalance(commands::rebalance::RebalanceArgs),
+    /// End a migration in doubt by an operator's decision.
+    Resolve(commands::resolve::ResolveArgs),
+    /// Show what the cluster did, and why.
+    Events(commands::events::EventsArgs),
+    /// Write a completion script for a shell.
+    Completions(commands::completions::CompletionsArgs),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_readme_shows_can_be_typed() {
+        for line in [
+            "shoal up --nodes 3 --node-memory 1GiB --node-cpus 1 --state-dir d --listen 127.0.0.1:1 --detach",
+            "shoal image import images/probe --name p",
+            "shoal run linux --name a --cpus 1 --memory 64MiB --node node1 --detach -- sh -c true",
+            "shoal migrate a --to node2 --max-downtime 50ms --timeout 2m -o json",
+            "shoal ps -o json",
+            "shoal logs -f a",
+            "shoal rebalance --dry-run",
+            "shoal resolve a --keep node1",
+            "shoal completions bash",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
+        for line in [
+            "shoal",
+            "shoal migrate",
+            "shoal run",
+            "shoal run x --memory lots",
+            "shoal migrate a --max-downtime 0s",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}

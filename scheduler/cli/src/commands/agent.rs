@@ -1,0 +1,82 @@
+//! `shoal agent`
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use shoal_agent::AgentConfig;
+use shoal_proto::NodeName;
+
+use crate::client::Context;
+use crate::daemon;
+use crate::error::CliError;
+use crate::format::parse_size;
+
+/// Arguments of `agent`. `--endpoint` says where the scheduler is.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// The node's name in the cluster; otherwise the host's.
+    #[arg(long)]
+    pub name: Option<NodeName>,
+    /// Where the scheduler reaches this agent; VMs migrate over the same IP address.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7471")]
+    pub listen: SocketAddr,
+    /// How others reach it, if not by the address it listens on.
+    #[arg(long, value_name = "ADDRESS")]
+    pub advertise: Option<SocketAddr>,
+    /// Its own directory; otherwise `agent` in $XDG_STATE_HOME/shoal or ~/.local/state/shoal.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Memory that the node lends, such as 8GiB; otherwise all of the host's.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// CPUs that the node lends; otherwise all of the host's.
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// The VMM; otherwise `shoal-vmm` beside this program.
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    pub vmm_binary: Option<PathBuf>,
+    /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+/// Serves until SIGTERM or Ctrl-C. VMs go on without it, and the next agent adopts them.
+pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
+    daemon::log_to_stderr();
+    let state_dir = match args.state_dir {
+        Some(dir) => dir,
+        None => daemon::default_state_dir()?.join("agent"),
+    };
+    let config = AgentConfig {
+        node: args.name.map_or_else(host_name, Ok)?,
+        listen: args.listen,
+        advertise: args.advertise,
+        scheduler: context.endpoint.clone(),
+        state_dir,
+        memory_budget: args.memory,
+        cpus: args.cpus,
+        vmm_binary: daemon::vmm_binary(args.vmm_binary)?,
+        insecure: args.insecure,
+        shutdown: daemon::shutdown()?,
+    };
+    shoal_agent::serve(config)
+        .await
+        .map_err(|error| CliError::Daemon(Box::new(error)))
+}
+
+fn host_name() -> Result<NodeName, CliError> {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let label = name
+        .trim()
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    label.parse().map_err(|_| {
+        CliError::Usage(format!(
+            "--name: the host's name '{label}' cannot name a node: say one"
+        ))
+    })
+}

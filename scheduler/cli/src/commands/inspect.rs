@@ -1,0 +1,112 @@
+//! `shoal inspect VM`
+
+use clap::Args;
+use serde::Serialize;
+use shoal_proto::cluster::{GetVmRequest, Vm};
+
+use crate::client::Context;
+use crate::error::CliError;
+use crate::format;
+use crate::output::table;
+use crate::view::{MigrationView, VmView};
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Name or id.
+    pub vm: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Inspection {
+    #[serde(flatten)]
+    vm: VmView,
+    image_digest: String,
+    created: String,
+    migrations: Vec<MigrationView>,
+}
+
+/// Shows all that is known of a VM.
+pub async fn run(context: &Context, args: InspectArgs) -> Result<(), CliError> {
+    let vm = context
+        .client()
+        .await?
+        .get_vm(GetVmRequest { vm: args.vm })
+        .await?
+        .into_inner();
+    context.output.show(&inspection(&vm), text)
+}
+
+fn inspection(vm: &Vm) -> Inspection {
+    Inspection {
+        vm: VmView::from(vm),
+        image_digest: vm.image_digest.clone(),
+        created: format::time(vm.created_unix_ms),
+        migrations: vm.migrations.iter().map(MigrationView::from).collect(),
+    }
+}
+
+fn text(inspection: &Inspection) -> String {
+    let vm = &inspection.vm;
+    let mut lines = vec![
+        format!("name:        {}", vm.name),
+        format!("id:          {}", vm.id),
+        format!("state:       {}", vm.state),
+        format!("node:        {}", vm.node),
+        format!("epoch:       {}", vm.epoch),
+        format!("image:       {} ({})", vm.image, inspection.image_digest),
+        format!("arguments:   {}", vm.args.join(" ")),
+        format!("cpus:        {} ({:.2} in use)", vm.cpus, vm.cpu_use),
+        format!(
+            "memory:      {} ({} resident)",
+            format::size(vm.memory_bytes),
+            format::size(vm.resident_bytes)
+        ),
+        format!(
+            "created:     {} ({} ago)",
+            inspection.created,
+            format::age(vm.age_seconds)
+        ),
+    ];
+    if let Some(status) = vm.exit_status {
+        lines.push(format!("exit status: {status}"));
+    }
+    if !vm.message.is_empty() {
+        lines.push(format!("message:     {}", vm.message));
+    }
+    if !inspection.migrations.is_empty() {
+        lines.push(String::new());
+        lines.push(migration_table(&inspection.migrations));
+    }
+    lines
+        .iter()
+        .map(|line| line.trim_end())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// Migrations as a table.
+#[must_use]
+pub fn migration_table(migrations: &[MigrationView]) -> String {
+    let header = [
+        "STARTED", "VM", "FROM", "TO", "EPOCH", "RESULT", "DOWNTIME", "TOTAL", "PASSES", "SENT", "REASON",
+    ];
+    table(
+        header,
+        migrations.iter().map(|m| {
+            [
+                m.started.clone(),
+                m.vm.clone(),
+                m.from.clone(),
+                m.to.clone(),
+                m.epoch.to_string(),
+                m.result.to_owned(),
+                format!("{:.1} ms", m.downtime_ms),
+                format!("{:.0} ms", m.total_ms),
+                m.passes.to_string(),
+                format::size(m.bytes_sent),
+                m.reason.clone(),
+            ]
+        }),
+    )
+}

@@ -1,0 +1,65 @@
+//! `shoal logs VM`
+
+use clap::Args;
+use serde::Serialize;
+use shoal_proto::cluster::{LogChunk, StreamLogsRequest};
+
+use crate::client::Context;
+use crate::error::CliError;
+
+/// Arguments of `logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on until the VM has ended; with `-o json`, one object a line.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Name or id.
+    pub vm: String,
+    /// Start at this byte of the console stream.
+    #[arg(long, value_name = "OFFSET", default_value_t = 0)]
+    pub from: u64,
+}
+
+/// A piece of the console. Bytes that are not UTF-8 are shown as U+FFFD.
+#[derive(Debug, Serialize)]
+struct LogView {
+    offset: u64,
+    text: String,
+}
+
+impl From<&LogChunk> for LogView {
+    fn from(chunk: &LogChunk) -> Self {
+        Self {
+            offset: chunk.offset,
+            text: String::from_utf8_lossy(&chunk.data).into_owned(),
+        }
+    }
+}
+
+/// Shows a VM's console, byte by byte as the guest wrote it.
+pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
+    let request = StreamLogsRequest {
+        vm: args.vm,
+        follow: args.follow,
+        from_offset: args.from,
+    };
+    let mut stream = context.client().await?.stream_logs(request).await?.into_inner();
+    let as_array = context.output.is_json() && !args.follow;
+    let mut all = Vec::new();
+    while let Some(chunk) = stream.message().await? {
+        if as_array {
+            all.push(LogView::from(&chunk));
+        } else if context.output.is_json() {
+            context
+                .output
+                .show_line(&LogView::from(&chunk), |_| String::new())?;
+        } else {
+            context.output.bytes(&chunk.data)?;
+        }
+    }
+    if as_array {
+        context.output.show(&all, |_| String::new())
+    } else {
+        Ok(())
+    }
+}

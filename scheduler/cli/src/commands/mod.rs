@@ -1,0 +1,72 @@
+//! One file per command. Each has its arguments and a `run` that does it.
+
+pub mod agent;
+pub mod completions;
+pub mod down;
+pub mod drain;
+pub mod events;
+pub mod image;
+pub mod inspect;
+pub mod logs;
+pub mod migrate;
+pub mod nodes;
+pub mod ps;
+pub mod rebalance;
+pub mod resolve;
+pub mod rm;
+pub mod run;
+pub mod scheduler;
+pub mod stop;
+pub mod uncordon;
+pub mod up;
+
+use std::process::ExitCode;
+
+use tokio::runtime::Builder;
+
+use crate::args::{Cli, Command};
+use crate::client::Context;
+use crate::error::CliError;
+
+/// Does what was typed; answers the exit code.
+pub fn run(cli: Cli) -> Result<ExitCode, CliError> {
+    let daemon = matches!(cli.command, Command::Scheduler(_) | Command::Agent(_));
+    let mut builder = if daemon {
+        Builder::new_multi_thread()
+    } else {
+        Builder::new_current_thread()
+    };
+    let runtime = builder
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::Failed(format!("cannot start the async runtime: {error}")))?;
+    let code = runtime.block_on(run_command(&Context::new(&cli.global), cli.command));
+    // A thread that still reads a file or the terminal must not keep a command that is done from ending.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run_command(context: &Context, command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Run(args) => return run::run(context, args).await,
+        Command::Up(args) => return up::run(context, args).await,
+        Command::Down(args) => down::run(context, args).await,
+        Command::Scheduler(args) => scheduler::run(args).await,
+        Command::Agent(args) => agent::run(context, args).await,
+        Command::Image(command) => image::run(context, command).await,
+        Command::Ps(args) => ps::run(context, args).await,
+        Command::Nodes(args) => nodes::run(context, args).await,
+        Command::Inspect(args) => inspect::run(context, args).await,
+        Command::Logs(args) => logs::run(context, args).await,
+        Command::Migrate(args) => migrate::run(context, args).await,
+        Command::Stop(args) => stop::run(context, args).await,
+        Command::Rm(args) => rm::run(context, args).await,
+        Command::Drain(args) => drain::run(context, args).await,
+        Command::Uncordon(args) => uncordon::run(context, args).await,
+        Command::Rebalance(args) => rebalance::run(context, args).await,
+        Command::Resolve(args) => resolve::run(context, args).await,
+        Command::Events(args) => events::run(context, args).await,
+        Command::Completions(args) => completions::run(context, &args),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,94 @@
+//! `shoal rebalance`
+
+use clap::Args;
+use serde::Serialize;
+use shoal_proto::cluster::{RebalanceRequest, RebalanceResponse};
+
+use crate::client::Context;
+use crate::commands::inspect::migration_table;
+use crate::error::CliError;
+use crate::output::table;
+use crate::view::MigrationView;
+
+/// Arguments of `rebalance`.
+#[derive(Debug, Args)]
+pub struct RebalanceArgs {
+    /// Show what would be done, and why, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct RebalanceView {
+    dry_run: bool,
+    moves: Vec<MoveView>,
+    score_before: f64,
+    score_after: f64,
+    summary: String,
+    results: Vec<MigrationView>,
+}
+
+#[derive(Debug, Serialize)]
+struct MoveView {
+    vm: String,
+    from: String,
+    to: String,
+    kind: String,
+    reason: String,
+}
+
+/// Plans now and shows the plan; unless `--dry-run`, waits for the moves and shows how they went.
+pub async fn run(context: &Context, args: RebalanceArgs) -> Result<(), CliError> {
+    let request = RebalanceRequest {
+        dry_run: args.dry_run,
+    };
+    let response = context.client().await?.rebalance(request).await?.into_inner();
+    let view = view(response, args.dry_run);
+    context.output.show(&view, text)?;
+    let failed = view.results.iter().filter(|m| m.result != "completed").count();
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(CliError::Reported(format!(
+            "{failed} of {} moves did not complete: see the reasons above",
+            view.results.len()
+        )))
+    }
+}
+
+fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
+    let moves = response.moves.into_iter().map(|m| MoveView {
+        vm: m.vm,
+        from: m.from_node,
+        to: m.to_node,
+        kind: m.kind,
+        reason: m.reason,
+    });
+    RebalanceView {
+        dry_run,
+        moves: moves.collect(),
+        score_before: response.score_before,
+        score_after: response.score_after,
+        summary: response.summary,
+        results: response.results.iter().map(MigrationView::from).collect(),
+    }
+}
+
+fn text(view: &RebalanceView) -> String {
+    let mut parts = Vec::new();
+    if !view.moves.is_empty() {
+        let rows = view
+            .moves
+            .iter()
+            .map(|m| [&m.kind, &m.vm, &m.from, &m.to, &m.reason].map(Clone::clone));
+        parts.push(table(["WHY", "VM", "FROM", "TO", "REASON"], rows));
+    }
+    if !view.results.is_empty() {
+        parts.push(migration_table(&view.results));
+    }
+    parts.push(format!(
+        "{} (score {:.3} -> {:.3})",
+        view.summary, view.score_before, view.score_after
+    ));
+    parts.join("\n\n")
+}

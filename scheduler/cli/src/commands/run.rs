@@ -1,0 +1,115 @@
+//! `shoal run IMAGE`
+
+use std::process::ExitCode;
+
+use clap::Args;
+use shoal_proto::cluster::{GetVmRequest, RunVmRequest, StreamLogsRequest, Vm, VmPhase};
+
+use crate::client::{Client, Context, until_interrupted};
+use crate::error::CliError;
+use crate::format::parse_size;
+use crate::view::{VmView, vm_state};
+
+/// What a shell reports of a command that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Which image.
+    pub image: String,
+    /// A name for it; otherwise one is made.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// How many vCPUs; otherwise as the image says.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpus: Option<u32>,
+    /// How much memory, such as 256MiB; otherwise as the image says.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// On this node; otherwise where it fits best.
+    #[arg(long)]
+    pub node: Option<String>,
+    /// Return when it runs, instead of showing its console until it ends.
+    #[arg(long, short)]
+    pub detach: bool,
+    /// For the workload: a bare kernel's command line, or the command that Linux runs.
+    #[arg(last = true)]
+    pub args: Vec<String>,
+}
+
+/// Runs a workload. Without `--detach` shows its console and answers its exit status; then with `-o json` the console
+/// goes to stderr and the VM to stdout.
+pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError> {
+    let mut client = context.client().await?;
+    let detach = args.detach;
+    let vm = client.run_vm(request(args)).await?.into_inner();
+    if detach {
+        context.output.show(&VmView::from(&vm), |vm| {
+            format!("{} runs on {}", vm.name, vm.node)
+        })?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    match until_interrupted(follow(context, &mut client, &vm)).await? {
+        Some(ended) => finish(context, &ended),
+        None => {
+            let name = &vm.name;
+            context.output.note(&format!(
+                "\n{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it"
+            ));
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+    }
+}
+
+fn request(args: RunArgs) -> RunVmRequest {
+    RunVmRequest {
+        image: args.image,
+        name: args.name.unwrap_or_default(),
+        cpus: args.cpus.unwrap_or_default(),
+        memory_set: args.memory.is_some(),
+        memory_bytes: args.memory.unwrap_or_default(),
+        node: args.node.unwrap_or_default(),
+        args: args.args,
+    }
+}
+
+async fn follow(context: &Context, client: &mut Client, vm: &Vm) -> Result<Vm, CliError> {
+    let request = StreamLogsRequest {
+        vm: vm.id.clone(),
+        follow: true,
+        from_offset: 0,
+    };
+    let mut stream = client.stream_logs(request).await?.into_inner();
+    while let Some(chunk) = stream.message().await? {
+        if context.output.is_json() {
+            context.output.error_bytes(&chunk.data);
+        } else {
+            context.output.bytes(&chunk.data)?;
+        }
+    }
+    Ok(client
+        .wait_vm(GetVmRequest { vm: vm.id.clone() })
+        .await?
+        .into_inner())
+}
+
+fn finish(context: &Context, vm: &Vm) -> Result<ExitCode, CliError> {
+    if context.output.is_json() {
+        context.output.show(&VmView::from(vm), |_| String::new())?;
+    }
+    if vm.phase() == VmPhase::Exited {
+        // A status is one byte on the guest's side; what does not fit must not look like success.
+        return Ok(ExitCode::from(
+            vm.exit_status
+                .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX)),
+        ));
+    }
+    context.output.note(&format!(
+        "error: {} is {}: {}",
+        vm.name,
+        vm_state(vm.phase()),
+        vm.message
+    ));
+    Ok(ExitCode::FAILURE)
+}

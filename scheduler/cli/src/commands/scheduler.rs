@@ -1,0 +1,51 @@
+//! `shoal scheduler`
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use shoal_server::{Policy, SchedulerConfig};
+
+use crate::daemon;
+use crate::error::CliError;
+
+/// Arguments of `scheduler`.
+#[derive(Debug, Args)]
+pub struct SchedulerArgs {
+    /// Where users and agents reach it.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7470")]
+    pub listen: SocketAddr,
+    /// Its own directory; otherwise `scheduler` in $XDG_STATE_HOME/shoal or ~/.local/state/shoal.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The VMM, which checks kernels at import; otherwise `shoal-vmm` beside this program.
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    pub vmm_binary: Option<PathBuf>,
+    /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Move nothing unless asked to.
+    #[arg(long)]
+    pub manual: bool,
+}
+
+/// Serves until SIGTERM or Ctrl-C. VMs go on without it.
+pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
+    daemon::log_to_stderr();
+    let state_dir = match args.state_dir {
+        Some(dir) => dir,
+        None => daemon::default_state_dir()?.join("scheduler"),
+    };
+    let config = SchedulerConfig {
+        listen: args.listen,
+        insecure: args.insecure,
+        state_dir,
+        vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
+        policy: Policy::default(),
+        automatic: !args.manual,
+        shutdown: daemon::shutdown()?,
+    };
+    shoal_server::serve(config)
+        .await
+        .map_err(|error| CliError::Daemon(Box::new(error)))
+}

@@ -1,0 +1,267 @@
+//! `shoal up`
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::client::{Client, Context};
+use crate::commands::image::import;
+use crate::daemon;
+use crate::error::CliError;
+use crate::format;
+use crate::format::parse_size;
+use crate::local::record::{StateLock, UpProcess, UpRecord};
+use crate::local::start::{LocalCluster, LocalConfig};
+use crate::local::stop::stop;
+
+/// The part of the host's available memory that the nodes share.
+const MEMORY_SHARE_PERCENT: u64 = 75;
+/// Default budgets are multiples of this.
+const MEMORY_STEP: u64 = 64 << 20;
+/// Between two looks at the daemons.
+const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Arguments of `up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// How many nodes; they are named node1, node2, …
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub nodes: u32,
+    /// What each node lends, such as 1GiB; otherwise an equal part of 75 % of what is available.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub node_memory: Option<u64>,
+    /// What each node lends; otherwise an equal part, at least 1.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub node_cpus: Option<u32>,
+    /// Where everything is kept; otherwise $XDG_STATE_HOME/shoal or ~/.local/state/shoal.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where the cluster answers.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7470")]
+    pub listen: SocketAddr,
+    /// Return when it is up, instead of staying until Ctrl-C and then stopping it.
+    #[arg(long, short)]
+    pub detach: bool,
+    /// Import the images in this directory; otherwise those that the workspace built.
+    #[arg(long, value_name = "DIR")]
+    pub images_dir: Option<PathBuf>,
+    /// The VMM; otherwise `shoal-vmm` beside this program.
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    pub vmm_binary: Option<PathBuf>,
+    /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Move nothing unless asked to.
+    #[arg(long)]
+    pub manual: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct UpView {
+    endpoint: String,
+    state_dir: PathBuf,
+    nodes: u32,
+    node_memory_bytes: u64,
+    node_cpus: u32,
+    images: Vec<String>,
+    processes: Vec<UpProcess>,
+}
+
+/// Starts a cluster on this machine. What was started is stopped again if it does not come up.
+pub async fn run(context: &Context, args: UpArgs) -> Result<ExitCode, CliError> {
+    let config = config(&args)?;
+    let state_dir = config.state_dir.clone();
+    let lock = StateLock::take(&state_dir)?;
+    if let Some(record) = UpRecord::load(&state_dir)?.filter(UpRecord::is_running) {
+        return Err(CliError::Failed(format!(
+            "a cluster is up already at {} (state in {}): `shoal down` stops it, --state-dir and --listen make another",
+            record.endpoint,
+            state_dir.display()
+        )));
+    }
+    // What an earlier cluster left when the machine or its daemons were killed.
+    stop(&state_dir, false).await?;
+    let mut cluster = match start(config, args.images_dir.as_deref()).await {
+        Ok((cluster, view)) => {
+            context.output.show(&view, text)?;
+            cluster
+        }
+        Err(error) => {
+            stop(&state_dir, false).await?;
+            return Err(error);
+        }
+    };
+    drop(lock);
+    if args.detach {
+        return Ok(ExitCode::SUCCESS);
+    }
+    context.output.note("Ctrl-C stops the cluster and its VMs");
+    watch(context, &mut cluster).await?;
+    context.output.note("\nstopping");
+    let _lock = StateLock::take(&state_dir)?;
+    stop(&state_dir, false).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn start(config: LocalConfig, images_dir: Option<&Path>) -> Result<(LocalCluster, UpView), CliError> {
+    let (cluster, mut client) = LocalCluster::start(config.clone()).await?;
+    let images = import_images(&mut client, images_dir).await?;
+    let view = UpView {
+        endpoint: cluster.record.endpoint.clone(),
+        state_dir: config.state_dir,
+        nodes: config.nodes,
+        node_memory_bytes: config.node_memory,
+        node_cpus: config.node_cpus,
+        images,
+        processes: cluster.record.processes.clone(),
+    };
+    Ok((cluster, view))
+}
+
+/// Until Ctrl-C or SIGTERM; says if a daemon ends by itself.
+async fn watch(context: &Context, cluster: &mut LocalCluster) -> Result<(), CliError> {
+    let mut shutdown = daemon::shutdown()?;
+    let mut ticks = tokio::time::interval(WATCH_INTERVAL);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return Ok(()),
+            _ = ticks.tick() => {
+                for name in cluster.ended() {
+                    context.output.note(&format!("{name} has ended; see {name}.log; its VMs, if any, go on"));
+                }
+            }
+        }
+    }
+}
+
+fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
+    let state_dir = args
+        .state_dir
+        .clone()
+        .map_or_else(daemon::default_state_dir, Ok)?;
+    let state_dir = std::path::absolute(&state_dir).map_err(|source| CliError::File {
+        path: state_dir,
+        what: "not a usable path".into(),
+        source,
+    })?;
+    let cpus = available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+    Ok(LocalConfig {
+        state_dir,
+        listen: args.listen,
+        nodes: args.nodes,
+        node_memory: args.node_memory.map_or_else(|| default_memory(args.nodes), Ok)?,
+        node_cpus: args.node_cpus.unwrap_or((cpus / args.nodes).max(1)),
+        insecure: args.insecure,
+        manual: args.manual,
+        vmm_binary: daemon::vmm_binary(args.vmm_binary.clone())?,
+    })
+}
+
+fn default_memory(nodes: u32) -> Result<u64, CliError> {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = mem_available(&text).ok_or_else(|| {
+        CliError::Failed("--node-memory: the host's memory cannot be read, so say how much".into())
+    })?;
+    let share = available / 100 * MEMORY_SHARE_PERCENT / u64::from(nodes);
+    Ok((share / MEMORY_STEP * MEMORY_STEP).max(MEMORY_STEP))
+}
+
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+/// Imports every image found; the default place is `images` beside the directory of this program.
+async fn import_images(client: &mut Client, said: Option<&Path>) -> Result<Vec<String>, CliError> {
+    let directory = match said {
+        Some(path) => path.to_owned(),
+        None => daemon::own_binary()?
+            .parent()
+            .and_then(Path::parent)
+            .unwrap_or(Path::new("/"))
+            .join("images"),
+    };
+    let mut paths: Vec<PathBuf> = match fs::read_dir(&directory) {
+        Ok(entries) => entries.filter_map(Result::ok).map(|entry| entry.path()).collect(),
+        Err(_) if said.is_none() => Vec::new(),
+        Err(source) => {
+            return Err(CliError::File {
+                path: directory,
+                what: "--images-dir".into(),
+                source,
+            });
+        }
+    };
+    paths.retain(|path| path.join("image.toml").is_file());
+    paths.sort();
+    let mut names = Vec::new();
+    for path in paths {
+        names.push(import(client, &path, String::new()).await?.name);
+    }
+    Ok(names)
+}
+
+fn text(view: &UpView) -> String {
+    let has = |name: &str| view.images.iter().any(|image| image == name);
+    let mut lines = vec![
+        format!(
+            "the cluster is up at {}: {} nodes of {} and {} CPUs (state in {})",
+            view.endpoint,
+            view.nodes,
+            format::size(view.node_memory_bytes),
+            view.node_cpus,
+            view.state_dir.display()
+        ),
+        format!("  export SHOAL_ENDPOINT={}", view.endpoint),
+    ];
+    if has("linux") {
+        lines.push("  shoal run --detach --name counter linux -- \\".into());
+        lines.push("    sh -c 'i=0; while :; do echo count $i; i=$((i+1)); sleep 1; done'".into());
+    } else if has("probe") {
+        lines.push("  shoal run --detach --name counter probe -- wss=16MiB rate=1000".into());
+    } else {
+        lines.push(
+            "no images were found: `cargo xtask images` builds some, `shoal image import` brings them in"
+                .into(),
+        );
+        return lines.join("\n");
+    }
+    lines.push("  shoal migrate counter".into());
+    lines.push("  shoal logs -f counter".into());
+    lines.push(format!("  shoal down --state-dir {}", view.state_dir.display()));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_and_garbage_is_not() {
+        assert_eq!(
+            mem_available("MemTotal: 9 kB\nMemAvailable:     2048 kB\n"),
+            Some(2 << 20)
+        );
+        for bad in [
+            "",
+            "MemAvailable:",
+            "MemAvailable: x kB",
+            "MemAvailable: 99999999999999999999 kB",
+        ] {
+            assert_eq!(mem_available(bad), None, "{bad}");
+        }
+    }
+}

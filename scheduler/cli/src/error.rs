@@ -1,0 +1,219 @@
+//! Every failure of a command, with its exit code and its JSON form.
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use prost::Message;
+use serde_json::{Value, json};
+use shoal_proto::cluster::{NodeRejection, PlacementFailure};
+use tonic::{Code, Status};
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// What was typed cannot be.
+    #[error("{0}")]
+    Usage(String),
+    /// Nothing answers at the endpoint.
+    #[error(
+        "cannot reach the cluster at {endpoint}: {reason}\nstart one with `shoal up`, or say where it is with --endpoint or SHOAL_ENDPOINT"
+    )]
+    Unreachable {
+        /// Where it was looked for.
+        endpoint: String,
+        /// What the connection said.
+        reason: String,
+    },
+    /// The connection broke during a call.
+    #[error(
+        "lost the cluster during the call: {0}\nwhat was asked may have been done: look with `shoal ps` and `shoal events`"
+    )]
+    Lost(String),
+    /// No node can take the VM.
+    #[error("{}", nothing_fits_text(.message, .rejections))]
+    NothingFits {
+        /// The scheduler's words.
+        message: String,
+        /// Why not, node by node.
+        rejections: Vec<NodeRejection>,
+    },
+    /// The cluster refused.
+    #[error("{message}")]
+    Refused {
+        /// The gRPC code.
+        code: Code,
+        /// The scheduler's words.
+        message: String,
+    },
+    /// It was tried and ended badly.
+    #[error("{0}")]
+    Failed(String),
+    /// It was tried and ended badly, and the result on stdout already says so to a script.
+    #[error("{0}")]
+    Reported(String),
+    /// A file could not be read or written.
+    #[error("{path}: {what}: {source}", path = .path.display())]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A daemon ended with an error.
+    #[error("{}", chain(.0.as_ref()))]
+    Daemon(Box<dyn Error + Send + Sync>),
+    /// Standard output is closed or full.
+    #[error("cannot write to standard output: {0}")]
+    Output(#[source] io::Error),
+}
+
+impl CliError {
+    /// The process's exit code for this failure.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Usage(_) => ExitCode::from(2),
+            Self::NothingFits { .. } => ExitCode::from(3),
+            Self::Unreachable { .. } | Self::Lost(_) => ExitCode::from(4),
+            _ => ExitCode::FAILURE,
+        }
+    }
+
+    /// One word for scripts.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Usage(_) => "usage",
+            Self::NothingFits { .. } => "nothing-fits",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Lost(_) => "lost",
+            Self::Refused {
+                code: Code::NotFound, ..
+            } => "not-found",
+            Self::Refused {
+                code: Code::AlreadyExists,
+                ..
+            } => "already-exists",
+            Self::Refused {
+                code: Code::InvalidArgument,
+                ..
+            } => "invalid-argument",
+            Self::Refused {
+                code: Code::FailedPrecondition,
+                ..
+            } => "failed-precondition",
+            Self::Refused { .. } => "refused",
+            Self::File { .. } => "file",
+            Self::Failed(_) | Self::Reported(_) | Self::Daemon(_) | Self::Output(_) => "failed",
+        }
+    }
+
+    /// `{"error": {"kind", "message", "rejections"}}`.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let mut error = json!({ "kind": self.kind(), "message": self.to_string() });
+        if let Self::NothingFits { message, rejections } = self {
+            error["message"] = json!(message);
+            error["rejections"] = rejections
+                .iter()
+                .map(|r| json!({ "node": r.node, "reason": r.reason }))
+                .collect();
+        }
+        json!({ "error": error })
+    }
+
+    /// True if standard output has its result already, so that an error object would be a second one.
+    #[must_use]
+    pub fn is_reported(&self) -> bool {
+        matches!(self, Self::Reported(_))
+    }
+
+    /// True if the reader of standard output went away, which is no failure of ours.
+    #[must_use]
+    pub fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+impl From<Status> for CliError {
+    fn from(status: Status) -> Self {
+        // A status made by the transport, not by the scheduler, carries the transport's error as its source.
+        if let Some(source) = status.source() {
+            return Self::Lost(chain(source));
+        }
+        let message = status.message().to_owned();
+        match status.code() {
+            Code::ResourceExhausted => {
+                let rejections = PlacementFailure::decode(status.details())
+                    .map(|f| f.rejections)
+                    .unwrap_or_default();
+                Self::NothingFits { message, rejections }
+            }
+            code => Self::Refused { code, message },
+        }
+    }
+}
+
+/// An error and its sources in one line.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let part = source.to_string();
+        if !text.ends_with(&part) {
+            text = format!("{text}: {part}");
+        }
+        next = source.source();
+    }
+    text
+}
+
+fn nothing_fits_text(message: &str, rejections: &[NodeRejection]) -> String {
+    let width = rejections.iter().map(|r| r.node.len()).max().unwrap_or_default();
+    let mut text = message.to_owned();
+    for rejection in rejections {
+        text.push_str(&format!("\n  {:width$}  {}", rejection.node, rejection.reason));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rejected() -> Status {
+        let failure = PlacementFailure {
+            rejections: vec![NodeRejection {
+                node: "node1".into(),
+                reason: "needs 2.0 GiB, has 1.0 GiB".into(),
+            }],
+        };
+        Status::with_details(
+            Code::ResourceExhausted,
+            "nothing fits",
+            failure.encode_to_vec().into(),
+        )
+    }
+
+    #[test]
+    fn placement_failures_say_why_for_every_node() {
+        let error = CliError::from(rejected());
+        assert_eq!(
+            error.to_string(),
+            "nothing fits\n  node1  needs 2.0 GiB, has 1.0 GiB"
+        );
+        assert_eq!(error.to_json()["error"]["rejections"][0]["node"], "node1");
+        assert_eq!(error.kind(), "nothing-fits");
+    }
+
+    #[test]
+    fn details_that_are_no_placement_failure_are_ignored() {
+        let status = Status::with_details(Code::ResourceExhausted, "full", vec![0xff; 9].into());
+        assert_eq!(CliError::from(status).to_string(), "full");
+    }
+}

@@ -1,0 +1,276 @@
+//! What is shown of VMs, nodes, images, migrations and events. The JSON keys are an interface: scripts rely on them.
+
+use serde::Serialize;
+use shoal_proto::{cluster, vm};
+
+use crate::format;
+
+/// A VM, for `ps`, `run`, `stop` and `inspect`.
+#[derive(Debug, Serialize)]
+pub struct VmView {
+    /// UUID.
+    pub id: String,
+    /// Unique name.
+    pub name: String,
+    /// Where it is; empty while pending.
+    pub node: String,
+    /// In one word.
+    pub state: &'static str,
+    /// Which incarnation owns it.
+    pub epoch: u64,
+    /// What it booted.
+    pub image: String,
+    /// How many vCPUs.
+    pub cpus: u32,
+    /// Guest memory, as declared.
+    pub memory_bytes: u64,
+    /// Since it was asked for.
+    pub age_seconds: u64,
+    /// Of the VMM process, guest memory included.
+    pub resident_bytes: u64,
+    /// CPUs in use.
+    pub cpu_use: f64,
+    /// What the workload reported, if it did.
+    pub exit_status: Option<u32>,
+    /// Why, where there is something to say.
+    pub message: String,
+    /// Arguments for the workload.
+    pub args: Vec<String>,
+}
+
+impl From<&cluster::Vm> for VmView {
+    fn from(vm: &cluster::Vm) -> Self {
+        Self {
+            id: vm.id.clone(),
+            name: vm.name.clone(),
+            node: vm.node.clone(),
+            state: vm_state(vm.phase()),
+            epoch: vm.epoch,
+            image: vm.image.clone(),
+            cpus: vm.cpus,
+            memory_bytes: vm.memory_bytes,
+            age_seconds: format::seconds_since(vm.created_unix_ms),
+            resident_bytes: vm.resident_bytes,
+            cpu_use: vm.cpu_use,
+            exit_status: vm.exit_status,
+            message: vm.message.clone(),
+            args: vm.args.clone(),
+        }
+    }
+}
+
+/// A VM's phase in one word.
+#[must_use]
+pub fn vm_state(phase: cluster::VmPhase) -> &'static str {
+    use cluster::VmPhase;
+    match phase {
+        VmPhase::Pending => "pending",
+        VmPhase::Starting => "starting",
+        VmPhase::Running => "running",
+        VmPhase::Migrating => "migrating",
+        VmPhase::InDoubt => "in-doubt",
+        VmPhase::Stopping => "stopping",
+        VmPhase::Exited => "exited",
+        VmPhase::Failed => "failed",
+        VmPhase::Unknown | VmPhase::Unspecified => "unknown",
+    }
+}
+
+/// A node, for `nodes` and `uncordon`.
+#[derive(Debug, Serialize)]
+pub struct NodeView {
+    /// Unique name.
+    pub name: String,
+    /// Where its agent answers.
+    pub address: String,
+    /// In one word.
+    pub state: &'static str,
+    /// What it lends.
+    pub cpus: u32,
+    /// What it lends.
+    pub memory_bytes: u64,
+    /// What is left of it.
+    pub memory_available_bytes: u64,
+    /// Smoothed, in CPUs.
+    pub cpu_load: f64,
+    /// How many VMs it owns.
+    pub vms: u32,
+    /// PSI "some avg10" of memory, percent.
+    pub pressure_memory: f64,
+    /// PSI "some avg10" of CPU, percent.
+    pub pressure_cpu: f64,
+}
+
+impl From<&cluster::Node> for NodeView {
+    fn from(node: &cluster::Node) -> Self {
+        use cluster::NodeState;
+        Self {
+            name: node.name.clone(),
+            address: node.address.clone(),
+            state: match node.state() {
+                NodeState::Ready => "ready",
+                NodeState::Draining => "draining",
+                NodeState::Cordoned => "cordoned",
+                NodeState::Unreachable | NodeState::Unspecified => "unreachable",
+            },
+            cpus: node.cpus,
+            memory_bytes: node.memory_bytes,
+            memory_available_bytes: node.memory_available_bytes,
+            cpu_load: node.cpu_load,
+            vms: node.vms,
+            pressure_memory: node.pressure_memory,
+            pressure_cpu: node.pressure_cpu,
+        }
+    }
+}
+
+/// An image, for `image ls` and `image import`.
+#[derive(Debug, Serialize)]
+pub struct ImageView {
+    /// Unique name.
+    pub name: String,
+    /// SHA-256 over the canonical manifest.
+    pub digest: String,
+    /// Kernel and initrd together.
+    pub size_bytes: u64,
+    /// Default number of vCPUs.
+    pub cpus: u32,
+    /// Default guest memory.
+    pub memory_bytes: u64,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Since it was imported.
+    pub age_seconds: u64,
+}
+
+impl From<&cluster::Image> for ImageView {
+    fn from(image: &cluster::Image) -> Self {
+        Self {
+            name: image.name.clone(),
+            digest: image.digest.clone(),
+            size_bytes: image.size_bytes,
+            cpus: image.cpus,
+            memory_bytes: image.memory_bytes,
+            cmdline: image.cmdline.clone(),
+            age_seconds: format::seconds_since(image.created_unix_ms),
+        }
+    }
+}
+
+/// A migration that has ended, for `migrate`, `inspect` and `rebalance`.
+#[derive(Debug, Serialize)]
+pub struct MigrationView {
+    /// UUID.
+    pub id: String,
+    /// Which VM.
+    pub vm: String,
+    /// Source node.
+    pub from: String,
+    /// Destination node.
+    pub to: String,
+    /// completed, failed, cancelled, in-doubt; running if it has not ended.
+    pub result: &'static str,
+    /// Why it ended as it did; if there is nothing to say, why it was asked for.
+    pub reason: String,
+    /// Why it was asked for.
+    pub requested_because: String,
+    /// vCPU stop to vCPU run.
+    pub downtime_ms: f64,
+    /// Part of it: stopping the vCPUs.
+    pub downtime_stop_ms: f64,
+    /// Part of it: the last pages.
+    pub downtime_pages_ms: f64,
+    /// Part of it: CPU and device state.
+    pub downtime_state_ms: f64,
+    /// Part of it: commit and start.
+    pub downtime_start_ms: f64,
+    /// First byte to done.
+    pub total_ms: f64,
+    /// Over memory, the last one included.
+    pub passes: u32,
+    /// On the wire.
+    pub bytes_sent: u64,
+    /// With their content.
+    pub pages_sent: u64,
+    /// As runs of zeros.
+    pub zero_pages: u64,
+    /// The destination's.
+    pub epoch: u64,
+    /// When it began.
+    pub started: String,
+}
+
+impl From<&cluster::Migration> for MigrationView {
+    fn from(migration: &cluster::Migration) -> Self {
+        let report = migration.report.clone().unwrap_or_default();
+        Self {
+            id: migration.id.clone(),
+            vm: migration.vm.clone(),
+            from: migration.from_node.clone(),
+            to: migration.to_node.clone(),
+            result: migration_result(migration.report.as_ref()),
+            reason: if report.reason.is_empty() {
+                migration.reason.clone()
+            } else {
+                report.reason
+            },
+            requested_because: migration.reason.clone(),
+            downtime_ms: format::milliseconds(report.downtime_us),
+            downtime_stop_ms: format::milliseconds(report.downtime_stop_us),
+            downtime_pages_ms: format::milliseconds(report.downtime_pages_us),
+            downtime_state_ms: format::milliseconds(report.downtime_state_us),
+            downtime_start_ms: format::milliseconds(report.downtime_start_us),
+            total_ms: format::milliseconds(report.total_us),
+            passes: report.passes,
+            bytes_sent: report.bytes_sent,
+            pages_sent: report.pages_sent,
+            zero_pages: report.zero_pages,
+            epoch: migration.epoch,
+            started: format::time(migration.started_unix_ms),
+        }
+    }
+}
+
+fn migration_result(report: Option<&vm::MigrationReport>) -> &'static str {
+    use vm::MigrationResult;
+    match report.map(vm::MigrationReport::result) {
+        None => "running",
+        Some(MigrationResult::Completed) => "completed",
+        Some(MigrationResult::Cancelled) => "cancelled",
+        Some(MigrationResult::InDoubt) => "in-doubt",
+        Some(MigrationResult::Failed | MigrationResult::Unspecified) => "failed",
+    }
+}
+
+/// Something that happened, for `events`.
+#[derive(Debug, Serialize)]
+pub struct EventView {
+    /// Rises by one.
+    pub sequence: u64,
+    /// When.
+    pub time: String,
+    /// What: vm-started, migration-planned, …
+    pub kind: String,
+    /// Which VM, if one.
+    pub vm: String,
+    /// Which node, if one.
+    pub node: String,
+    /// In words.
+    pub message: String,
+    /// Which migration, if one.
+    pub migration_id: String,
+}
+
+impl From<&cluster::Event> for EventView {
+    fn from(event: &cluster::Event) -> Self {
+        Self {
+            sequence: event.sequence,
+            time: format::time(event.time_unix_ms),
+            kind: event.kind.clone(),
+            vm: event.vm.clone(),
+            node: event.node.clone(),
+            message: event.message.clone(),
+            migration_id: event.migration_id.clone(),
+        }
+    }
+}

@@ -1,1 +1,36 @@
-//! Placeholder.
+//! The scheduler: the cluster API, its store, and the loop observe → plan → execute.
+//!
+//! - [`serve`] (`server`) puts it together; `scheduler` is what its parts share
+//! - what users call: `api`, one call a file; `view` shows records; `limits` says what may be asked for
+//! - what agents call: `registry`; what they report goes through `observe` into `nodes`
+//! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`
+//! - what is in memory: `vms`, `nodes`, `migrations`
+//! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
+//!   not agree), `drain`; `agent` is how a node is told
+#![forbid(unsafe_code)]
+
+mod agent;
+mod api;
+mod config;
+mod control;
+mod drain;
+mod events;
+mod execute;
+mod images;
+mod limits;
+mod logs;
+mod migrations;
+mod nodes;
+mod observe;
+mod reconcile;
+mod record;
+mod registry;
+mod scheduler;
+mod server;
+mod store;
+mod view;
+mod vms;
+
+pub use config::{SchedulerConfig, Shutdown};
+pub use server::{ServerError, serve};
+pub use shoal_plan::Policy;

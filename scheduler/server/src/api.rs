@@ -1,0 +1,195 @@
+//! The cluster API: one call a file. Calls validate, ask the parts that do the work, and turn what comes back into wire
+//! messages; they make no decisions.
+
+mod drain_node;
+mod errors;
+mod get_vm;
+mod import_image;
+mod list_images;
+mod list_nodes;
+mod list_vms;
+mod migrate_vm;
+mod rebalance;
+mod remove_vm;
+mod resolve_vm;
+mod run_vm;
+mod stop_vm;
+mod stream_events;
+mod stream_logs;
+mod uncordon_node;
+mod wait_vm;
+mod write_console;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use shoal_proto::NodeName;
+use shoal_proto::cluster::cluster_server::Cluster;
+use shoal_proto::cluster::{
+    DrainNodeRequest, DrainNodeResponse, Event, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
+    ListImagesResponse, ListNodesRequest, ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk,
+    MigrateVmRequest, MigrateVmResponse, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
+    RemoveVmResponse, ResolveVmRequest, RunVmRequest, StopVmRequest, StreamEventsRequest, StreamLogsRequest,
+    UncordonNodeRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
+};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::nodes::NodeEntry;
+use crate::scheduler::{Scheduler, Shared};
+use crate::vms::VmEntry;
+
+type Answer<T> = Result<Response<T>, Status>;
+type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Messages that a stream may be ahead of its reader.
+const STREAM_DEPTH: usize = 16;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct ClusterApi(pub Shared);
+
+#[tonic::async_trait]
+impl Cluster for ClusterApi {
+    type StreamLogsStream = AnswerStream<LogChunk>;
+    type MigrateVmStream = AnswerStream<MigrateVmResponse>;
+    type DrainNodeStream = AnswerStream<DrainNodeResponse>;
+    type StreamEventsStream = AnswerStream<Event>;
+
+    async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Answer<Image> {
+        import_image::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_images(&self, _: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
+        Ok(Response::new(list_images::call(&self.0)))
+    }
+
+    async fn run_vm(&self, request: Request<RunVmRequest>) -> Answer<Vm> {
+        run_vm::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_vms(&self, _: Request<ListVmsRequest>) -> Answer<ListVmsResponse> {
+        Ok(Response::new(list_vms::call(&self.0)))
+    }
+
+    async fn get_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
+        get_vm::call(&self.0, &request.into_inner()).map(Response::new)
+    }
+
+    async fn wait_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
+        wait_vm::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn stop_vm(&self, request: Request<StopVmRequest>) -> Answer<Vm> {
+        stop_vm::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn remove_vm(&self, request: Request<RemoveVmRequest>) -> Answer<RemoveVmResponse> {
+        remove_vm::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn stream_logs(&self, request: Request<StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
+        stream_logs::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn write_console(&self, request: Request<WriteConsoleRequest>) -> Answer<WriteConsoleResponse> {
+        write_console::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn migrate_vm(&self, request: Request<MigrateVmRequest>) -> Answer<Self::MigrateVmStream> {
+        migrate_vm::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn resolve_vm(&self, request: Request<ResolveVmRequest>) -> Answer<Vm> {
+        resolve_vm::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Answer<ListNodesResponse> {
+        Ok(Response::new(list_nodes::call(&self.0)))
+    }
+
+    async fn drain_node(&self, request: Request<DrainNodeRequest>) -> Answer<Self::DrainNodeStream> {
+        drain_node::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn uncordon_node(&self, request: Request<UncordonNodeRequest>) -> Answer<Node> {
+        uncordon_node::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn rebalance(&self, request: Request<RebalanceRequest>) -> Answer<RebalanceResponse> {
+        rebalance::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn stream_events(&self, request: Request<StreamEventsRequest>) -> Answer<Self::StreamEventsStream> {
+        Ok(Response::new(stream_events::call(&self.0, &request.into_inner())))
+    }
+}
+
+/// A VM by id or name.
+fn find_vm(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
+    if name.is_empty() {
+        return Err(Status::invalid_argument(
+            "vm: is empty; give the name or the id of a VM",
+        ));
+    }
+    scheduler.vms.find(name).ok_or_else(|| {
+        let name = crate::limits::shorten(name);
+        Status::not_found(format!("vm: there is no VM '{name}'; `shoal ps` lists them"))
+    })
+}
+
+/// A node by name.
+fn find_node(scheduler: &Scheduler, name: &str) -> Result<Arc<NodeEntry>, Status> {
+    let unknown = || {
+        let name = crate::limits::shorten(name);
+        Status::not_found(format!(
+            "node: there is no node '{name}'; `shoal nodes` lists them"
+        ))
+    };
+    let name: NodeName = name.parse().map_err(|_| unknown())?;
+    scheduler.nodes.get(&name).ok_or_else(unknown)
+}
+
+/// A stream fed by a task, which ends when the reader has gone.
+fn stream<T, F, W>(feed: F) -> AnswerStream<T>
+where
+    T: Send + 'static,
+    F: FnOnce(mpsc::Sender<Result<T, Status>>) -> W,
+    W: Future<Output = ()> + Send + 'static,
+{
+    let (sender, receiver) = mpsc::channel(STREAM_DEPTH);
+    tokio::spawn(feed(sender));
+    Box::pin(ReceiverStream::new(receiver))
+}
+
+/// A call's own task did not come to its end, which happens only when the scheduler ends.
+#[expect(clippy::needless_pass_by_value, reason = "used with map_err")]
+fn ended(error: tokio::task::JoinError) -> Status {
+    Status::unavailable(format!("the scheduler is shutting down: {error}"))
+}

@@ -1,0 +1,113 @@
+//! Errors of the parts below as gRPC statuses.
+
+use prost::Message as _;
+use shoal_plan::{MigrateError, PlaceError, Rejection};
+use shoal_proto::cluster::{NodeRejection, PlacementFailure};
+use tonic::{Code, Status};
+
+use crate::agent::AgentError;
+use crate::execute::launch::LaunchError;
+use crate::execute::migrate::BeginError;
+use crate::execute::stop::StopError;
+use crate::images::ImportError;
+use crate::limits::FieldError;
+use crate::store::StoreError;
+
+/// An error and all that caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+pub fn field(error: &FieldError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+pub fn store(error: &StoreError) -> Status {
+    tracing::error!(error = chain(error), "store");
+    Status::internal(chain(error))
+}
+
+pub fn io(what: &str, error: &std::io::Error) -> Status {
+    tracing::error!(%error, "{what}");
+    Status::internal(format!("{what}: {error}"))
+}
+
+pub fn import(error: &ImportError) -> Status {
+    match error {
+        ImportError::Io(_) => Status::internal(chain(error)),
+        _ => Status::invalid_argument(chain(error)),
+    }
+}
+
+pub fn agent(error: AgentError) -> Status {
+    match error {
+        AgentError::NoAnswer { .. } => Status::unavailable(error.to_string()),
+        AgentError::Refused(status) => Status::new(status.code(), status.message()),
+    }
+}
+
+pub fn launch(error: LaunchError) -> Status {
+    match error {
+        LaunchError::Name(_) => Status::already_exists(error.to_string()),
+        LaunchError::Place(PlaceError::UnknownNode(_)) => Status::not_found(error.to_string()),
+        LaunchError::Place(PlaceError::NothingFits { ref rejections }) => {
+            nothing_fits(error.to_string(), rejections)
+        }
+        LaunchError::Failed {
+            code: Code::Ok | Code::AlreadyExists,
+            ..
+        } => Status::internal(error.to_string()),
+        LaunchError::Failed { code, .. } => Status::new(code, error.to_string()),
+        LaunchError::Unclear { .. } => Status::unavailable(error.to_string()),
+        LaunchError::Store(error) => store(&error),
+    }
+}
+
+pub fn begin(error: BeginError) -> Status {
+    let text = error.to_string();
+    match error {
+        BeginError::AlreadyMigrating { .. } | BeginError::NotRunning { .. } | BeginError::Busy(_) => {
+            Status::failed_precondition(text)
+        }
+        BeginError::Refused(refusal) => match refusal {
+            MigrateError::UnknownVm(_) | MigrateError::UnknownNode(_) => Status::not_found(text),
+            MigrateError::SameNode { .. } => Status::invalid_argument(text),
+            MigrateError::CannotMove { .. } | MigrateError::NotReady { .. } => {
+                Status::failed_precondition(text)
+            }
+            MigrateError::NoRoom { node, reason, .. } => nothing_fits(text, &[Rejection { node, reason }]),
+            MigrateError::NothingFits { rejections } => nothing_fits(text, &rejections),
+        },
+        BeginError::Store(error) => store(&error),
+    }
+}
+
+pub fn stop(error: StopError) -> Status {
+    let text = error.to_string();
+    match error {
+        StopError::InDoubt(_) | StopError::NotEnded(_) => Status::failed_precondition(text),
+        StopError::Busy(_) | StopError::NotConfirmed { .. } => Status::unavailable(text),
+        StopError::Agent(error) => agent(error),
+        StopError::Store(error) => store(&error),
+        StopError::Log(error) => io("console log", &error),
+    }
+}
+
+/// RESOURCE_EXHAUSTED with a [`PlacementFailure`] as its details.
+fn nothing_fits(message: String, rejections: &[Rejection]) -> Status {
+    let rejections = rejections
+        .iter()
+        .map(|rejection| NodeRejection {
+            node: rejection.node.to_string(),
+            reason: rejection.reason.to_string(),
+        })
+        .collect();
+    let details = PlacementFailure { rejections }.encode_to_vec();
+    Status::with_details(Code::ResourceExhausted, message, details.into())
+}

@@ -1,0 +1,17 @@
+//! ListNodes: by name.
+
+use shoal_proto::cluster::ListNodesResponse;
+
+use crate::scheduler::Scheduler;
+use crate::view;
+
+pub fn call(scheduler: &Scheduler) -> ListNodesResponse {
+    ListNodesResponse {
+        nodes: scheduler
+            .nodes
+            .list()
+            .iter()
+            .map(|entry| view::node(scheduler, entry))
+            .collect(),
+    }
+}

@@ -1,0 +1,67 @@
+//! Rebalance: the same round as the control loop's, shown and, unless it is a dry run, done.
+
+use std::sync::Arc;
+
+use shoal_plan::Plan;
+use shoal_proto::cluster::{Migration, PlannedMove, RebalanceRequest, RebalanceResponse};
+use tonic::Status;
+
+use crate::control;
+use crate::migrations::OpenMigration;
+use crate::scheduler::{Scheduler, Shared};
+
+pub async fn call(scheduler: &Shared, request: &RebalanceRequest) -> Result<RebalanceResponse, Status> {
+    if request.dry_run {
+        let plan = control::plan(scheduler).await;
+        return Ok(response(scheduler, &plan, Vec::new()));
+    }
+    let shared = Arc::clone(scheduler);
+    let (plan, begun) = tokio::spawn(async move { control::round(&shared).await })
+        .await
+        .map_err(super::ended)?;
+    let mut results = Vec::new();
+    for migration in begun {
+        results.extend(outcome(&migration).await);
+    }
+    Ok(response(scheduler, &plan, results))
+}
+
+async fn outcome(migration: &OpenMigration) -> Option<Migration> {
+    let mut views = migration.watch();
+    let view = views.wait_for(|view| view.outcome.is_some()).await.ok()?;
+    view.outcome.clone()
+}
+
+fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> RebalanceResponse {
+    let name = |id: &shoal_plan::VmId| {
+        let entry = id.as_str().parse().ok().and_then(|id| scheduler.vms.get(id));
+        entry.map_or_else(|| id.to_string(), |entry| entry.record().name.to_string())
+    };
+    let moves: Vec<PlannedMove> = plan
+        .actions
+        .iter()
+        .map(|action| PlannedMove {
+            vm: name(&action.vm),
+            from_node: action.from.to_string(),
+            to_node: action.to.to_string(),
+            reason: action.reason.clone(),
+            kind: action.kind.to_string(),
+        })
+        .collect();
+    let notes: Vec<&str> = plan.notes.iter().map(|note| note.text.as_str()).collect();
+    let mut summary = match moves.len() {
+        0 => "nothing to move".to_owned(),
+        1 => "1 move".to_owned(),
+        many => format!("{many} moves"),
+    };
+    if !notes.is_empty() {
+        summary = format!("{summary}; {}", notes.join("; "));
+    }
+    RebalanceResponse {
+        moves,
+        score_before: plan.score_before,
+        score_after: plan.score_after,
+        summary,
+        results,
+    }
+}

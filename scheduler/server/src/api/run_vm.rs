@@ -1,0 +1,99 @@
+//! RunVm: everything is checked and complete before anything is placed.
+
+use std::sync::Arc;
+
+use shoal_proto::cluster::{RunVmRequest, Vm};
+use shoal_proto::{Epoch, NodeName, VmId, VmName};
+use tonic::Status;
+
+use super::errors;
+use crate::execute::launch::{self, LaunchError};
+use crate::limits;
+use crate::record::{ImageRecord, Phase, VmRecord, now_unix_ms};
+use crate::scheduler::{Scheduler, Shared};
+use crate::view;
+
+pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Status> {
+    let pinned = match request.node.as_str() {
+        "" => None,
+        name => Some(super::find_node(scheduler, name)?.record().name),
+    };
+    let draft = draft(scheduler, request)?;
+    let shared = Arc::clone(scheduler);
+    // On its own task: a start that has begun is brought to its end even if the caller goes away.
+    let task = tokio::spawn(async move {
+        let (entry, guard) = launch::submit(&shared, draft, pinned.as_ref()).await?;
+        launch::start(&shared, &entry, &guard).await?;
+        Ok::<_, LaunchError>(entry)
+    });
+    let entry = task.await.map_err(super::ended)?.map_err(errors::launch)?;
+    Ok(view::vm(scheduler, &entry))
+}
+
+/// The record as it will be, but for its node.
+fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Status> {
+    let image = scheduler.images.get(&request.image).ok_or_else(|| {
+        let name = limits::shorten(&request.image);
+        Status::not_found(format!(
+            "image: there is no image '{name}'; `shoal image ls` lists them"
+        ))
+    })?;
+    let name = vm_name(&request.name, &image)?;
+    let cpus = if request.cpus == 0 {
+        image.cpus
+    } else {
+        request.cpus
+    };
+    limits::cpus(cpus).map_err(|error| errors::field(&error))?;
+    // A size without the flag that says it is set can only be meant.
+    let memory_set = request.memory_set || request.memory_bytes != 0;
+    let memory_bytes = if memory_set {
+        request.memory_bytes
+    } else {
+        image.memory_bytes
+    };
+    limits::memory_bytes(memory_bytes).map_err(|error| errors::field(&error))?;
+    let cmdline = limits::cmdline_with_args(&image.cmdline, image.initrd.is_some(), &request.args)
+        .map_err(|error| errors::field(&error))?;
+    Ok(VmRecord {
+        id: VmId::new(),
+        name,
+        image: image.name.clone(),
+        image_digest: image.digest.clone(),
+        args: request.args,
+        kernel: image.kernel.clone(),
+        initrd: image.initrd.clone(),
+        cmdline,
+        cmdline_software_kvm: image.cmdline_software_kvm.clone(),
+        cpus,
+        memory_bytes,
+        created_unix_ms: now_unix_ms(),
+        node: placeholder_node()?,
+        epoch: Epoch(1),
+        last_epoch: Epoch(1),
+        fenced_through: Epoch(0),
+        phase: Phase::Starting,
+        message: String::new(),
+    })
+}
+
+/// Replaced by the node chosen.
+fn placeholder_node() -> Result<NodeName, Status> {
+    "none".parse().map_err(|_| Status::internal("node name"))
+}
+
+/// The name asked for, or one made from the image's and four random digits.
+fn vm_name(asked: &str, image: &ImageRecord) -> Result<VmName, Status> {
+    if asked.is_empty() {
+        let base: String = image.name.replace(['.', '_'], "-").chars().take(48).collect();
+        let random = VmId::new().to_string();
+        let suffix = random.get(..4).unwrap_or_default();
+        let made = format!("{}-{suffix}", base.trim_end_matches('-'));
+        return made
+            .parse()
+            .map_err(|error| Status::internal(format!("no name could be made: {error}")));
+    }
+    asked
+        .parse()
+        .map_err(|error: shoal_proto::IdError| Status::invalid_argument(error.to_string()))
+}

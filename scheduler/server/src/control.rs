@@ -1,0 +1,121 @@
+//! The control loop: each second observe, plan, execute.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_plan::{Note, NoteKind, Plan};
+use tokio::time::MissedTickBehavior;
+
+use crate::drain::{self, Progress};
+use crate::events::{Kind, NewEvent};
+use crate::execute::migrate;
+use crate::migrations::OpenMigration;
+use crate::observe;
+use crate::record::Cordon;
+use crate::scheduler::Shared;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Goes on until the scheduler ends. `automatic`: what the planner wants is done.
+pub async fn run(scheduler: Shared, automatic: bool) {
+    let mut ticks = tokio::time::interval(INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = BTreeSet::new();
+    loop {
+        ticks.tick().await;
+        housekeeping(&scheduler).await;
+        if automatic {
+            let (plan, _) = round(&scheduler).await;
+            announce_stuck(&scheduler, &plan.notes, &mut told);
+            finish_drains(&scheduler).await;
+        }
+    }
+}
+
+/// Plans without doing anything. Off the async threads: a large cluster takes a while.
+pub async fn plan(scheduler: &Shared) -> Plan {
+    let shared = Arc::clone(scheduler);
+    let planned =
+        tokio::task::spawn_blocking(move || shoal_plan::round(&observe::snapshot(&shared), &shared.policy));
+    planned.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "the planner failed");
+        Plan::default()
+    })
+}
+
+/// Plans, and begins what is planned.
+pub async fn round(scheduler: &Shared) -> (Plan, Vec<Arc<OpenMigration>>) {
+    let _planning = scheduler.planning.lock().await;
+    let plan = plan(scheduler).await;
+    let mut begun = Vec::new();
+    for action in &plan.actions {
+        match migrate::begin_planned(scheduler, action).await {
+            Ok(migration) => begun.push(migration),
+            // The next round sees the cluster as it is then.
+            Err(error) => tracing::info!(vm = %action.vm, %error, "a planned move does not begin"),
+        }
+    }
+    (plan, begun)
+}
+
+async fn housekeeping(scheduler: &Shared) {
+    observe::announce_reachability(scheduler);
+    for (vm, end) in scheduler.logs.expire_early().await {
+        let Some(entry) = scheduler.vms.get(vm) else {
+            continue;
+        };
+        let mut nodes = vec![entry.record().node.clone()];
+        nodes.extend(scheduler.migrations.get(vm).map(|open| open.intent.to.clone()));
+        for node in nodes.iter().filter_map(|node| scheduler.nodes.get(node)) {
+            node.acknowledge_console(vm, end);
+        }
+    }
+    if let Err(error) = scheduler.events.persist(&scheduler.store).await {
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "events cannot be stored"
+        );
+    }
+}
+
+/// Tells what the planner cannot do: once when it begins, not each second.
+fn announce_stuck(
+    scheduler: &Shared,
+    notes: &[Note],
+    told: &mut BTreeSet<(NoteKind, String, Option<String>)>,
+) {
+    let key = |note: &Note| {
+        (
+            note.kind,
+            note.node.to_string(),
+            note.vm.as_ref().map(ToString::to_string),
+        )
+    };
+    let stuck = || notes.iter().filter(|note| note.kind != NoteKind::DrainWaiting);
+    for note in stuck().filter(|note| !told.contains(&key(note))) {
+        let event = NewEvent::new(Kind::PlanStuck, note.text.clone());
+        let event = match note.node.as_str().parse() {
+            Ok(node) => event.node(&node),
+            Err(_) => event,
+        };
+        scheduler.events.publish(event);
+    }
+    *told = stuck().map(key).collect();
+}
+
+/// A node that was to be drained and is empty stays cordoned.
+async fn finish_drains(scheduler: &Shared) {
+    for entry in scheduler.nodes.list() {
+        let node = entry.record();
+        if node.cordon != Cordon::Draining || scheduler.vms.count_on_node(&node.name) > 0 {
+            continue;
+        }
+        if drain::progress(scheduler, &entry) == Progress::Empty {
+            let event = NewEvent::new(Kind::NodeDrained, format!("{} is empty", node.name)).node(&node.name);
+            if let Err(error) = drain::set_cordon(scheduler, &entry, Cordon::Cordoned, event).await {
+                tracing::error!(error = &error as &dyn std::error::Error, "node cannot be stored");
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The end of a VM's life, and writes that must not fail.
+
+use std::sync::Arc;
+
+use super::Backoff;
+use crate::events::{Kind, NewEvent};
+use crate::record::{Outcome, Phase, VmRecord};
+use crate::scheduler::Scheduler;
+use crate::store::Write;
+use crate::vms::{VmEntry, VmGuard};
+
+/// Stores what has already happened on the nodes, and so cannot be refused: tries until the disk takes it.
+pub async fn save_at_last(scheduler: &Scheduler, record: VmRecord, writes: Vec<Write>) -> Arc<VmRecord> {
+    let mut backoff = Backoff::new();
+    loop {
+        match scheduler.save_vm(record.clone(), writes.clone()).await {
+            Ok(record) => return record,
+            Err(error) => {
+                tracing::error!(vm = %record.id, error = &error as &dyn std::error::Error, "store; trying again");
+                backoff.pause().await;
+            }
+        }
+    }
+}
+
+/// Records how a VM ended, then has its VMM destroyed, which also hands over the last of its console.
+pub async fn end_vm(scheduler: &Scheduler, entry: &VmEntry, outcome: Outcome, guard: &VmGuard) {
+    let record = entry.record();
+    if record.phase.is_over() {
+        return clean_up(scheduler, entry, guard).await;
+    }
+    let message = match &outcome {
+        Outcome::Exited { .. } => String::new(),
+        Outcome::Failed { reason } => reason.clone(),
+    };
+    let ending = VmRecord {
+        phase: Phase::Ending(outcome),
+        message,
+        fenced_through: record.last_epoch,
+        ..record.as_ref().clone()
+    };
+    save_at_last(scheduler, ending, Vec::new()).await;
+    clean_up(scheduler, entry, guard).await;
+}
+
+/// Destroys the VMM of a VM that is ending. If its node does not answer, the node's next report brings it back here.
+pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) {
+    let record = entry.record();
+    let Phase::Ending(outcome) = &record.phase else {
+        return;
+    };
+    let destroyed = match scheduler.agent(&record.node) {
+        Ok(agent) => agent.destroy(record.id, record.epoch).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = destroyed {
+        tracing::info!(vm = %record.id, node = %record.node, %error, "VMM is cleaned up later");
+        return;
+    }
+    if let Some(node) = scheduler.nodes.get(&record.node) {
+        node.forget_vm(record.id, record.epoch);
+    }
+    let event = match outcome {
+        Outcome::Exited { status: Some(status) } => {
+            NewEvent::new(Kind::VmExited, format!("ended with status {status}"))
+        }
+        Outcome::Exited { status: None } => NewEvent::new(Kind::VmExited, "powered off"),
+        Outcome::Failed { reason } => NewEvent::new(Kind::VmFailed, reason.clone()),
+    };
+    let ended = VmRecord {
+        phase: Phase::Ended(outcome.clone()),
+        ..record.as_ref().clone()
+    };
+    let ended = save_at_last(scheduler, ended, Vec::new()).await;
+    scheduler.events.publish(event.vm(&ended));
+}

@@ -1,0 +1,210 @@
+//! Starting a VM: choose a node, store the record, tell the node. An answer that is lost is asked for again before
+//! anything else is done; a VM is never started on another node.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_plan as plan;
+use shoal_proto::{NodeName, VmName, vm};
+
+use super::stop::outcome;
+use super::{Backoff, finish};
+use crate::agent::{Agent, AgentError};
+use crate::events::{Kind, NewEvent};
+use crate::observe;
+use crate::record::{Outcome, Phase, VmRecord};
+use crate::scheduler::Scheduler;
+use crate::store::{StoreError, Write};
+use crate::vms::{NameTaken, VmEntry, VmGuard};
+
+/// How long a submission waits for a node that stopped answering in the middle.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a VM was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The name is in use.
+    #[error(transparent)]
+    Name(#[from] NameTaken),
+    /// No place for it.
+    #[error(transparent)]
+    Place(#[from] plan::PlaceError),
+    /// The node refused or failed to start it; nothing is left of it.
+    #[error("node {node} could not start VM {vm}: {reason}")]
+    Failed {
+        /// The VM's name.
+        vm: VmName,
+        /// The node.
+        node: NodeName,
+        /// What the node says.
+        reason: String,
+        /// Its code, to be passed on.
+        code: tonic::Code,
+    },
+    /// The node stopped answering.
+    #[error(
+        "node {node} stopped answering while VM {vm} was started; it is brought to an end when the node answers: see `shoal inspect {vm}`"
+    )]
+    Unclear {
+        /// The VM's name.
+        vm: VmName,
+        /// The node.
+        node: NodeName,
+    },
+    /// The store cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Chooses a node and stores the VM as starting there. `draft.node` is not looked at.
+pub async fn submit(
+    scheduler: &Scheduler,
+    draft: VmRecord,
+    pinned: Option<&NodeName>,
+) -> Result<(Arc<VmEntry>, VmGuard), LaunchError> {
+    let _planning = scheduler.planning.lock().await;
+    scheduler.vms.check_name(&draft.name)?;
+    let request = plan::LaunchRequest {
+        cpus: draft.cpus,
+        memory: plan::Bytes(draft.memory_bytes),
+        node: pinned.map(|node| plan::NodeName::new(node.as_str())),
+    };
+    let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy, &request)?;
+    let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
+    let node = place.node.as_str().parse().map_err(unknown)?;
+    let record = Arc::new(VmRecord {
+        node,
+        message: place.reason,
+        ..draft
+    });
+    scheduler
+        .store
+        .apply(vec![Write::PutVm(Arc::clone(&record))])
+        .await?;
+    Ok(scheduler.vms.insert(&record))
+}
+
+/// Starts a submitted VM and waits until it runs. If it does not, nothing is left of it.
+pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> Result<(), LaunchError> {
+    let record = entry.record();
+    match tell(scheduler, &record, Some(Instant::now() + PATIENCE)).await {
+        Told::Runs => {
+            mark_running(scheduler, entry, guard).await;
+            Ok(())
+        }
+        Told::NoAnswer => Err(LaunchError::Unclear {
+            vm: record.name.clone(),
+            node: record.node.clone(),
+        }),
+        Told::Failed { reason, code } => {
+            scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await?;
+            scheduler.vms.remove(record.id);
+            if let Err(error) = scheduler.logs.remove(record.id).await {
+                tracing::warn!(vm = %record.id, %error, "console log is left over");
+            }
+            scheduler
+                .events
+                .publish(NewEvent::new(Kind::VmLaunchFailed, reason.clone()).vm(&record));
+            Err(LaunchError::Failed {
+                vm: record.name.clone(),
+                node: record.node.clone(),
+                reason,
+                code,
+            })
+        }
+    }
+}
+
+/// Goes on with a start that was interrupted; nobody waits for the answer any more.
+pub async fn resume_start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) {
+    let record = entry.record();
+    match tell(scheduler, &record, None).await {
+        Told::Runs => mark_running(scheduler, entry, guard).await,
+        Told::NoAnswer => {}
+        Told::Failed { reason, .. } => {
+            let reason = format!("node {} could not start it: {reason}", record.node);
+            finish::end_vm(scheduler, entry, Outcome::Failed { reason }, guard).await;
+        }
+    }
+}
+
+async fn mark_running(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) {
+    let record = entry.record();
+    let message = format!("started on {}: {}", record.node, record.message);
+    let running = VmRecord {
+        phase: Phase::Running,
+        message: String::new(),
+        ..record.as_ref().clone()
+    };
+    let running = finish::save_at_last(scheduler, running, Vec::new()).await;
+    scheduler
+        .events
+        .publish(NewEvent::new(Kind::VmStarted, message).vm(&running));
+}
+
+#[derive(Debug)]
+enum Told {
+    /// It runs, or has run and ended by itself.
+    Runs,
+    /// It does not run and never will: the node has confirmed that.
+    Failed {
+        reason: String,
+        code: tonic::Code,
+    },
+    NoAnswer,
+}
+
+/// Tells the node to start the VM, and asks until it is clear what came of it. Without a deadline: asks once.
+async fn tell(scheduler: &Scheduler, record: &VmRecord, deadline: Option<Instant>) -> Told {
+    let Ok(agent) = scheduler.agent(&record.node) else {
+        return Told::NoAnswer;
+    };
+    if deadline.is_none()
+        && let Some(told) = known(&agent, record).await
+    {
+        return told;
+    }
+    let failure = match agent.launch(record.to_spec(record.epoch)).await {
+        Ok(_) => return Told::Runs,
+        Err(error) => error,
+    };
+    let mut backoff = Backoff::new();
+    loop {
+        if let Some(Told::Runs) = known(&agent, record).await {
+            return Told::Runs;
+        }
+        // The undo: after it the epoch can never start there, so also a lost request that is still on its way is void.
+        if agent.destroy(record.id, record.epoch).await.is_ok() {
+            let code = failure.code().unwrap_or(tonic::Code::Internal);
+            return Told::Failed {
+                reason: failure.to_string(),
+                code,
+            };
+        }
+        if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+            return Told::NoAnswer;
+        }
+        backoff.pause().await;
+    }
+}
+
+/// What the node knows of the VM; None if it knows nothing yet or does not answer.
+async fn known(agent: &Agent, record: &VmRecord) -> Option<Told> {
+    let facts = match agent.describe(record.id, record.epoch).await {
+        Ok(facts) => facts,
+        Err(AgentError::NoAnswer { .. }) => return Some(Told::NoAnswer),
+        Err(AgentError::Refused(_)) => return None,
+    };
+    let state = facts
+        .status
+        .as_ref()
+        .map_or(vm::VmState::Unspecified, vm::VmStatus::state);
+    match (state, outcome(&facts)) {
+        (vm::VmState::Running, None) | (_, Some(Outcome::Exited { .. })) => Some(Told::Runs),
+        (_, Some(Outcome::Failed { reason })) => Some(Told::Failed {
+            reason,
+            code: tonic::Code::Internal,
+        }),
+        _ => None,
+    }
+}

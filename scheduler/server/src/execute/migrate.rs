@@ -1,0 +1,231 @@
+//! One migration: decide where to, store the intent, prepare the destination, start the source. Whatever comes of it
+//! is brought to its end by [`super::settle`], which also is the undo of every step here.
+
+use std::sync::Arc;
+
+use shoal_plan as plan;
+use shoal_proto::{MigrationId, NodeName, vm};
+
+use super::settle::Settlement;
+use crate::agent::AgentError;
+use crate::events::{Kind, NewEvent};
+use crate::migrations::OpenMigration;
+use crate::observe;
+use crate::record::{Intent, Phase, VmRecord, now_unix_ms};
+use crate::scheduler::Shared;
+use crate::store::{StoreError, Write};
+use crate::vms::{VmEntry, VmGuard};
+
+/// Why a migration does not begin. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// There is one already.
+    #[error("VM {vm} is being migrated to {to} already; follow it with `shoal inspect {vm}`")]
+    AlreadyMigrating {
+        /// The VM's name.
+        vm: String,
+        /// Where to.
+        to: NodeName,
+    },
+    /// The VM is not running.
+    #[error("VM {vm} cannot be moved: {why}")]
+    NotRunning {
+        /// The VM's name.
+        vm: String,
+        /// What it does.
+        why: &'static str,
+    },
+    /// Something else is done with the VM; only for planned moves, which do not wait.
+    #[error("VM {0} is busy")]
+    Busy(String),
+    /// The planner refuses.
+    #[error(transparent)]
+    Refused(#[from] plan::MigrateError),
+    /// The intent cannot be stored.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// How a migration is to go; zero means the VMM's defaults.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// The longest pause that is acceptable.
+    pub max_downtime_ms: u64,
+    /// From the start; then it is given up.
+    pub timeout_ms: u64,
+}
+
+/// Where to and why.
+#[derive(Debug)]
+struct Decision {
+    to: NodeName,
+    reason: String,
+    limits: Limits,
+}
+
+/// Begins a migration that someone asked for; waits until nothing else is done with the VM.
+pub async fn begin_requested(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    to: Option<&NodeName>,
+    limits: Limits,
+) -> Result<Arc<OpenMigration>, BeginError> {
+    let record = entry.record();
+    if let Some(open) = scheduler.migrations.get(record.id) {
+        return Err(BeginError::AlreadyMigrating {
+            vm: record.name.to_string(),
+            to: open.intent.to.clone(),
+        });
+    }
+    let guard = entry.lock().await;
+    let record = movable(entry)?;
+    let _planning = scheduler.planning.lock().await;
+    let id = plan::VmId::new(&record.id.to_string());
+    let asked = to.map(|to| plan::NodeName::new(to.as_str()));
+    let snapshot = observe::snapshot(scheduler);
+    let place = plan::place_migration(&snapshot, &scheduler.policy, &id, asked.as_ref())?;
+    let decision = Decision {
+        to: node_name(&place.node)?,
+        reason: format!("requested; {}", place.reason),
+        limits,
+    };
+    open(scheduler, entry, guard, &record, decision).await
+}
+
+/// Begins a migration that the planner wants. The caller holds the planning lock since the snapshot was taken.
+pub async fn begin_planned(
+    scheduler: &Shared,
+    action: &plan::Action,
+) -> Result<Arc<OpenMigration>, BeginError> {
+    let gone = || plan::MigrateError::UnknownVm(action.vm.clone());
+    let entry = action
+        .vm
+        .as_str()
+        .parse()
+        .ok()
+        .and_then(|id| scheduler.vms.get(id))
+        .ok_or_else(gone)?;
+    let guard = entry
+        .try_lock()
+        .ok_or_else(|| BeginError::Busy(entry.record().name.to_string()))?;
+    let record = movable(&entry)?;
+    let reason = format!("{}: {}", action.kind, action.reason);
+    let decision = Decision {
+        to: node_name(&action.to)?,
+        reason,
+        limits: Limits::default(),
+    };
+    open(scheduler, &entry, guard, &record, decision).await
+}
+
+fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
+    let record = entry.record();
+    let why = match record.phase {
+        Phase::Running => return Ok(record),
+        Phase::Starting => "it is starting",
+        Phase::Stopping => "it is stopping",
+        Phase::Ending(_) | Phase::Ended(_) => "it has ended",
+    };
+    Err(BeginError::NotRunning {
+        vm: record.name.to_string(),
+        why,
+    })
+}
+
+fn node_name(name: &plan::NodeName) -> Result<NodeName, plan::MigrateError> {
+    name.as_str()
+        .parse()
+        .map_err(|_| plan::MigrateError::UnknownNode(name.clone()))
+}
+
+/// Stores the intent with the next epoch, then lets the migration run on its own.
+async fn open(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    guard: VmGuard,
+    record: &VmRecord,
+    decision: Decision,
+) -> Result<Arc<OpenMigration>, BeginError> {
+    let epoch = record.last_epoch.next();
+    let intent = Arc::new(Intent {
+        vm: record.id,
+        migration: MigrationId::new(),
+        from: record.node.clone(),
+        from_epoch: record.epoch,
+        to: decision.to,
+        epoch,
+        reason: decision.reason,
+        started_unix_ms: now_unix_ms(),
+    });
+    let record = VmRecord {
+        last_epoch: epoch,
+        ..record.clone()
+    };
+    let record = scheduler
+        .save_vm(record, vec![Write::PutIntent(Arc::clone(&intent))])
+        .await?;
+    let migration = scheduler.migrations.open(Arc::clone(&intent));
+    let message = format!("{} to {}: {}", intent.from, intent.to, intent.reason);
+    scheduler.events.publish(
+        NewEvent::new(Kind::MigrationPlanned, message)
+            .vm(&record)
+            .migration(intent.migration),
+    );
+    let settlement = Settlement::new(
+        Arc::clone(scheduler),
+        Arc::clone(entry),
+        Arc::clone(&migration),
+        guard,
+    );
+    tokio::spawn(run(settlement, decision.limits));
+    Ok(migration)
+}
+
+async fn run(mut settlement: Settlement, limits: Limits) {
+    match attempt(&settlement, limits).await {
+        Ok(()) => {}
+        Err((error, start)) => settlement.start_failed(&error, start),
+    }
+    settlement.settle().await;
+}
+
+/// Whether the source may have been told to start although no answer came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// It was not told, or refused.
+    Refused,
+    /// Its answer was lost.
+    Unclear,
+}
+
+async fn attempt(settlement: &Settlement, limits: Limits) -> Result<(), (AgentError, Start)> {
+    let intent = &settlement.intent();
+    let spec = settlement.record().to_spec(intent.epoch);
+    let token = MigrationId::new().to_string();
+    let not_started = |error| (error, Start::Refused);
+    let destination = settlement.agent(&intent.to).map_err(not_started)?;
+    let destination_address = destination
+        .prepare_incoming(spec, intent.migration, token.clone())
+        .await
+        .map_err(not_started)?;
+    let request = vm::StartMigrationRequest {
+        migration_id: intent.migration.to_string(),
+        token,
+        destination_address,
+        destination_epoch: intent.epoch.0,
+        max_downtime_ms: limits.max_downtime_ms,
+        timeout_ms: limits.timeout_ms,
+    };
+    let source = settlement.agent(&intent.from).map_err(not_started)?;
+    source
+        .start_migration(intent.vm, intent.from_epoch, request)
+        .await
+        .map_err(|error| {
+            let start = if error.code().is_some() {
+                Start::Refused
+            } else {
+                Start::Unclear
+            };
+            (error, start)
+        })
+}

@@ -1,0 +1,153 @@
+//! Power-off on request, and removal of what has ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_proto::node;
+
+use super::finish;
+use crate::agent::AgentError;
+use crate::events::{Kind, NewEvent};
+use crate::record::{Outcome, Phase, VmRecord};
+use crate::scheduler::Shared;
+use crate::store::{StoreError, Write};
+use crate::vms::{VmEntry, VmGuard};
+
+/// How long a stop waits for the end of a migration that it has asked to cancel.
+const CANCEL_TIME: Duration = Duration::from_secs(60);
+
+/// Why a VM was not stopped or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// Two nodes may run it.
+    #[error("VM {0} is in doubt: decide first with `shoal resolve {0} --keep NODE`")]
+    InDoubt(String),
+    /// Something else goes on for too long.
+    #[error("VM {0} is busy; try again")]
+    Busy(String),
+    /// It has not ended.
+    #[error("VM {0} has not ended; stop it first, or remove it with --force")]
+    NotEnded(String),
+    /// Its node says no, or nothing.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// It has ended, but its node has not confirmed that nothing of it is left.
+    #[error(
+        "VM {vm} has ended, but node {node} has not confirmed that it is cleaned up; try again when it answers"
+    )]
+    NotConfirmed {
+        /// The VM's name.
+        vm: String,
+        /// The node.
+        node: String,
+    },
+    /// The store cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The log cannot be deleted.
+    #[error("console log cannot be deleted")]
+    Log(#[from] std::io::Error),
+}
+
+/// Powers a VM off. Good if it has ended already.
+pub async fn stop(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), StopError> {
+    let guard = lock(scheduler, entry).await?;
+    stop_guarded(scheduler, entry, &guard).await
+}
+
+/// Removes a VM that has ended; with `force` stops it first.
+pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Result<(), StopError> {
+    if !force && !entry.record().phase.is_over() {
+        return Err(StopError::NotEnded(entry.record().name.to_string()));
+    }
+    let guard = lock(scheduler, entry).await?;
+    stop_guarded(scheduler, entry, &guard).await?;
+    let record = entry.record();
+    scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await?;
+    scheduler.vms.remove(record.id);
+    scheduler.logs.remove(record.id).await?;
+    scheduler
+        .events
+        .publish(NewEvent::new(Kind::VmRemoved, "removed").vm(&record));
+    Ok(())
+}
+
+/// Waits for the VM; a migration is asked to cancel.
+async fn lock(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<VmGuard, StopError> {
+    let record = entry.record();
+    if let Some(open) = scheduler.migrations.get(record.id) {
+        if open.view().in_doubt.is_some() {
+            return Err(StopError::InDoubt(record.name.to_string()));
+        }
+        open.ask(|wish| wish.cancel = true);
+    }
+    tokio::time::timeout(CANCEL_TIME, entry.lock())
+        .await
+        .map_err(|_| StopError::Busy(record.name.to_string()))
+}
+
+async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard) -> Result<(), StopError> {
+    let record = entry.record();
+    if record.phase.is_over() {
+        finish::clean_up(scheduler, entry, guard).await;
+    } else {
+        let agent = scheduler.agent(&record.node)?;
+        if record.phase != Phase::Stopping {
+            let stopping = VmRecord {
+                phase: Phase::Stopping,
+                ..record.as_ref().clone()
+            };
+            scheduler.save_vm(stopping, Vec::new()).await?;
+        }
+        let outcome = match agent.stop(record.id, record.epoch).await {
+            Ok(status) => Outcome::Exited {
+                status: status.exit_status,
+            },
+            Err(error) if error.is_not_found() => {
+                let reason = format!("node {} no longer had it when it was to be stopped", record.node);
+                Outcome::Failed { reason }
+            }
+            // A VMM that died cannot be asked to stop; what the node knows of it says how it ended.
+            Err(error) => match agent.describe(record.id, record.epoch).await {
+                Ok(facts) => outcome(&facts).ok_or(error)?,
+                Err(_) => return Err(error.into()),
+            },
+        };
+        finish::end_vm(scheduler, entry, outcome, guard).await;
+    }
+    let record = entry.record();
+    match record.phase {
+        Phase::Ended(_) => Ok(()),
+        _ => Err(StopError::NotConfirmed {
+            vm: record.name.to_string(),
+            node: record.node.to_string(),
+        }),
+    }
+}
+
+/// How a VM ended by what its node knows; None if it has not.
+pub fn outcome(facts: &node::VmFacts) -> Option<Outcome> {
+    use shoal_proto::vm::VmState;
+    let status = facts.status.clone().unwrap_or_default();
+    match status.state() {
+        VmState::Exited => Some(Outcome::Exited {
+            status: status.exit_status,
+        }),
+        VmState::Failed if status.status_message.is_empty() => Some(Outcome::Failed {
+            reason: "the VMM reported a fault without saying which".to_owned(),
+        }),
+        VmState::Failed => Some(Outcome::Failed {
+            reason: crate::limits::shorten(&status.status_message),
+        }),
+        _ if !facts.vmm_alive => {
+            let detail = match status.status_message.as_str() {
+                "" => String::new(),
+                said => format!(": {}", crate::limits::shorten(said)),
+            };
+            Some(Outcome::Failed {
+                reason: format!("the VMM process ended unexpectedly{detail}"),
+            })
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,333 @@
+//! All nodes in memory: what the store knows of them, the connection to their agents, and what they last reported.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use shoal_plan::{Bytes, ExportedLoad, Growth, LocalLoad};
+use shoal_proto::{Epoch, NodeName, VmId, node, vm};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::agent::Agent;
+use crate::record::{Cordon, NodeRecord};
+
+/// A node that has not reported for this long is unreachable. It may be well and cut off: nothing is restarted.
+pub const SILENCE: Duration = Duration::from_secs(5);
+
+/// One end of an agent's Report stream.
+pub type ReportSender = mpsc::Sender<Result<node::SchedulerMessage, Status>>;
+
+/// What a node last reported of one VM at one epoch.
+#[derive(Debug, Clone)]
+pub struct ObservedVm {
+    /// As reported.
+    pub facts: node::VmFacts,
+    /// How fast its resident memory grows.
+    pub growth: Growth,
+    /// CPUs it uses, smoothed.
+    pub cpu: LocalLoad,
+    sampled: Instant,
+}
+
+impl ObservedVm {
+    /// State of its VMM.
+    pub fn state(&self) -> vm::VmState {
+        self.facts
+            .status
+            .as_ref()
+            .map_or(vm::VmState::Unspecified, vm::VmStatus::state)
+    }
+}
+
+/// What a node last reported of itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Observed {
+    /// Free part of what it lends.
+    pub memory_available: u64,
+    /// Load as it sees itself.
+    pub load_local: LocalLoad,
+    /// Load as others see it.
+    pub load_exported: ExportedLoad,
+    /// Growth of what is not VMs.
+    pub other_growth: Growth,
+    /// PSI.
+    pub pressure: node::Pressure,
+    sampled: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Session {
+    id: u64,
+    sender: ReportSender,
+}
+
+#[derive(Debug)]
+struct Inner {
+    record: NodeRecord,
+    agent: Agent,
+    session: Option<Session>,
+    last_report: Option<Instant>,
+    /// When this scheduler began to listen for it.
+    since: Instant,
+    announced_ready: bool,
+    observed: Observed,
+    /// Its VMs, in every state, at every epoch.
+    vms: HashMap<(VmId, Epoch), ObservedVm>,
+}
+
+/// One node.
+#[derive(Debug)]
+pub struct NodeEntry {
+    inner: Mutex<Inner>,
+}
+
+impl NodeEntry {
+    fn new(record: NodeRecord, known: bool) -> Result<Self, InvalidAddress> {
+        let agent = Agent::new(&record)?;
+        Ok(Self {
+            inner: Mutex::new(Inner {
+                record,
+                agent,
+                session: None,
+                last_report: None,
+                since: Instant::now(),
+                announced_ready: known,
+                observed: Observed::default(),
+                vms: HashMap::new(),
+            }),
+        })
+    }
+
+    /// The record as it is stored.
+    pub fn record(&self) -> NodeRecord {
+        self.lock().record.clone()
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> Agent {
+        self.lock().agent.clone()
+    }
+
+    /// It has reported lately.
+    pub fn is_reachable(&self) -> bool {
+        self.lock().is_reachable()
+    }
+
+    /// What it reported, and whether lately.
+    pub fn observed(&self) -> (Observed, bool) {
+        let inner = self.lock();
+        (inner.observed, inner.is_reachable())
+    }
+
+    /// What it last reported of a VM.
+    pub fn observed_vm(&self, vm: VmId, epoch: Epoch) -> Option<ObservedVm> {
+        self.lock().vms.get(&(vm, epoch)).cloned()
+    }
+
+    /// Changes the operator's will; the caller has stored it.
+    pub fn set_cordon(&self, cordon: Cordon) {
+        self.lock().record.cordon = cordon;
+    }
+
+    /// Begins a session; the caller has stored the record.
+    pub fn begin_session(
+        &self,
+        record: NodeRecord,
+        id: u64,
+        sender: ReportSender,
+    ) -> Result<(), InvalidAddress> {
+        let mut inner = self.lock();
+        if inner.record.address != record.address {
+            inner.agent = Agent::new(&record)?;
+        }
+        inner.record = record;
+        inner.session = Some(Session { id, sender });
+        inner.last_report = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Another agent than one at this address holds a session that is alive.
+    pub fn is_taken_by_other(&self, address: &str) -> bool {
+        let inner = self.lock();
+        inner.session.is_some() && inner.is_reachable() && inner.record.address != address
+    }
+
+    /// Ends a session, unless a newer one has begun.
+    pub fn end_session(&self, id: u64) {
+        let mut inner = self.lock();
+        if inner.session.as_ref().is_some_and(|session| session.id == id) {
+            inner.session = None;
+        }
+    }
+
+    /// Tells the agent that console bytes are stored. A message that cannot be sent now is made up for by the next.
+    pub fn acknowledge_console(&self, vm: VmId, offset: u64) {
+        let ack = node::ConsoleAck {
+            vm_id: vm.to_string(),
+            offset,
+        };
+        let message = node::SchedulerMessage {
+            message: Some(node::scheduler_message::Message::ConsoleAck(ack)),
+        };
+        if let Some(session) = &self.lock().session {
+            let _ = session.sender.try_send(Ok(message));
+        }
+    }
+
+    /// Takes a heartbeat: all there is to know of the node.
+    pub fn heartbeat(&self, heartbeat: &node::Heartbeat, vms: Vec<((VmId, Epoch), node::VmFacts)>) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.last_report = Some(now);
+        let memory = inner.record.memory_bytes;
+        let observed = &mut inner.observed;
+        observed.memory_available = heartbeat.memory_available_bytes.min(memory);
+        let load = heartbeat.cpu_use.max(heartbeat.run_queue);
+        observed.load_local.update(load);
+        observed.load_exported.update(load);
+        observed.pressure = heartbeat.pressure.unwrap_or_default();
+        let resident: u64 = vms
+            .iter()
+            .fold(0, |sum, (_, facts)| sum.saturating_add(facts.resident_bytes));
+        let other = (memory - observed.memory_available).saturating_sub(resident);
+        let elapsed = observed
+            .sampled
+            .replace(now)
+            .map_or(Duration::ZERO, |last| now - last);
+        observed.other_growth.update(Bytes(other), elapsed);
+        let mut previous = std::mem::take(&mut inner.vms);
+        inner.vms = vms
+            .into_iter()
+            .map(|(key, facts)| {
+                let seen = previous.remove(&key);
+                (key, ObservedVm::next(seen, facts, now, true))
+            })
+            .collect();
+    }
+
+    /// Takes news of one VM between heartbeats.
+    pub fn vm_changed(&self, key: (VmId, Epoch), facts: node::VmFacts) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.last_report = Some(now);
+        let seen = inner.vms.remove(&key);
+        inner.vms.insert(key, ObservedVm::next(seen, facts, now, false));
+    }
+
+    /// A VM has left: until the next heartbeat its memory counts as free.
+    pub fn forget_vm(&self, vm: VmId, epoch: Epoch) {
+        let mut inner = self.lock();
+        if let Some(gone) = inner.vms.remove(&(vm, epoch)) {
+            let available = inner
+                .observed
+                .memory_available
+                .saturating_add(gone.facts.resident_bytes);
+            inner.observed.memory_available = available.min(inner.record.memory_bytes);
+        }
+    }
+
+    /// Whether the node has begun or ceased to answer since the last call.
+    pub fn reachability_change(&self) -> Option<bool> {
+        let mut inner = self.lock();
+        let reachable = inner.is_reachable();
+        let had_no_chance = inner.last_report.is_none() && inner.since.elapsed() < SILENCE;
+        if inner.announced_ready == reachable || had_no_chance {
+            return None;
+        }
+        inner.announced_ready = reachable;
+        Some(reachable)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn is_reachable(&self) -> bool {
+        self.last_report.is_some_and(|last| last.elapsed() < SILENCE)
+    }
+}
+
+impl ObservedVm {
+    fn next(seen: Option<Self>, facts: node::VmFacts, now: Instant, sample: bool) -> Self {
+        let (growth, cpu, sampled) = seen.map_or((Growth::default(), LocalLoad::default(), now), |seen| {
+            (seen.growth, seen.cpu, seen.sampled)
+        });
+        let mut next = Self {
+            facts,
+            growth,
+            cpu,
+            sampled,
+        };
+        if !sample {
+            return next;
+        }
+        if next.state() == vm::VmState::Incoming {
+            // It grows as fast as the link sends, which says nothing of the guest.
+            next.growth = Growth::default();
+        } else {
+            next.growth
+                .update(Bytes(next.facts.resident_bytes), now - next.sampled);
+        }
+        next.cpu.update(next.facts.cpu_use);
+        next.sampled = now;
+        next
+    }
+}
+
+/// An agent's address is not "IP:PORT".
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("address: '{0}' is not IP:PORT")]
+pub struct InvalidAddress(pub String);
+
+/// All nodes that have ever registered.
+#[derive(Debug, Default)]
+pub struct NodeTable {
+    nodes: RwLock<BTreeMap<NodeName, Arc<NodeEntry>>>,
+}
+
+impl NodeTable {
+    /// From what was stored.
+    pub fn new(records: Vec<NodeRecord>) -> Result<Self, InvalidAddress> {
+        let mut nodes = BTreeMap::new();
+        for record in records {
+            nodes.insert(record.name.clone(), Arc::new(NodeEntry::new(record, true)?));
+        }
+        Ok(Self {
+            nodes: RwLock::new(nodes),
+        })
+    }
+
+    /// By name.
+    pub fn get(&self, name: &NodeName) -> Option<Arc<NodeEntry>> {
+        self.nodes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+    }
+
+    /// By name, made from the record if it is new.
+    pub fn get_or_insert(&self, record: NodeRecord) -> Result<Arc<NodeEntry>, InvalidAddress> {
+        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = nodes.get(&record.name) {
+            return Ok(Arc::clone(entry));
+        }
+        let name = record.name.clone();
+        let entry = Arc::new(NodeEntry::new(record, false)?);
+        nodes.insert(name, Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// All by name.
+    pub fn list(&self) -> Vec<Arc<NodeEntry>> {
+        self.nodes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
+    }
+}

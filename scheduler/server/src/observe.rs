@@ -1,0 +1,214 @@
+//! What agents report becomes what the planner sees, and what does not agree with the records is handed to
+//! [`crate::reconcile`]. A report costs what is in it, never a look at the whole cluster.
+
+use std::collections::HashSet;
+
+use shoal_plan::{Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeState, NodeView, VmView};
+use shoal_proto::{Epoch, NodeName, VmId, node, vm};
+
+use crate::events::{Kind, NewEvent};
+use crate::nodes::NodeEntry;
+use crate::reconcile::Subject;
+use crate::record::{Cordon, Phase};
+use crate::scheduler::Scheduler;
+use crate::vms::VmEntry;
+
+/// Takes a heartbeat, which lists every VM of the node.
+pub fn heartbeat(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, heartbeat: node::Heartbeat) {
+    let mut heartbeat = heartbeat;
+    let vms: Vec<_> = std::mem::take(&mut heartbeat.vms)
+        .into_iter()
+        .filter_map(|facts| key(&facts).map(|key| (key, facts)))
+        .collect();
+    let listed: HashSet<(VmId, Epoch)> = vms.iter().map(|(key, _)| *key).collect();
+    let subjects: Vec<Subject> = vms
+        .iter()
+        .filter_map(|(key, facts)| disagreement(scheduler, name, *key, facts))
+        .collect();
+    entry.heartbeat(&heartbeat, vms);
+    for subject in subjects {
+        scheduler.reconcile.push(subject);
+    }
+    for owned in scheduler.vms.on_node(name) {
+        let record = owned.record();
+        if !listed.contains(&(record.id, record.epoch)) {
+            scheduler.reconcile.push(Subject::Vm(record.id));
+        }
+    }
+}
+
+/// Takes news of one VM.
+pub fn vm_changed(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, facts: node::VmFacts) {
+    let Some(key) = key(&facts) else { return };
+    let subject = disagreement(scheduler, name, key, &facts);
+    entry.vm_changed(key, facts);
+    if let Some(subject) = subject {
+        scheduler.reconcile.push(subject);
+    }
+}
+
+/// Whether a node may add to a VM's console log: the owner, and both ends of an open migration.
+pub fn may_write_console(scheduler: &Scheduler, name: &NodeName, vm: VmId, epoch: Epoch) -> bool {
+    let Some(entry) = scheduler.vms.get(vm) else {
+        return false;
+    };
+    let record = entry.record();
+    let owner = record.node == *name && record.epoch == epoch;
+    owner
+        || scheduler
+            .migrations
+            .get(vm)
+            .is_some_and(|migration| migration.intent.to == *name && migration.intent.epoch == epoch)
+}
+
+/// Announces nodes that have begun or ceased to answer.
+pub fn announce_reachability(scheduler: &Scheduler) {
+    for entry in scheduler.nodes.list() {
+        let Some(reachable) = entry.reachability_change() else {
+            continue;
+        };
+        let node = entry.record();
+        let event = if reachable {
+            NewEvent::new(
+                Kind::NodeReady,
+                format!("{} answers at {}", node.name, node.address),
+            )
+        } else {
+            let vms = scheduler.vms.count_on_node(&node.name);
+            let message = format!(
+                "{} has not reported for 5 s; its {vms} VMs are unknown, not restarted",
+                node.name
+            );
+            NewEvent::new(Kind::NodeUnreachable, message)
+        };
+        scheduler.events.publish(event.node(&node.name));
+    }
+}
+
+/// The cluster as the planner is told of it.
+pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
+    let nodes = scheduler
+        .nodes
+        .list()
+        .iter()
+        .map(|entry| node_view(entry))
+        .collect();
+    let vms = scheduler
+        .vms
+        .list()
+        .iter()
+        .filter_map(|entry| vm_view(scheduler, entry))
+        .collect();
+    ClusterSnapshot { nodes, vms }
+}
+
+fn key(facts: &node::VmFacts) -> Option<(VmId, Epoch)> {
+    let status = facts.status.as_ref()?;
+    let id = status
+        .vm_id
+        .parse()
+        .map_err(|error| tracing::warn!(%error, "a report names a VM that cannot be"))
+        .ok()?;
+    Some((id, Epoch(status.epoch)))
+}
+
+/// What has to be looked at because a report and the records do not say the same.
+fn disagreement(
+    scheduler: &Scheduler,
+    name: &NodeName,
+    (vm, epoch): (VmId, Epoch),
+    facts: &node::VmFacts,
+) -> Option<Subject> {
+    let stray = Subject::Stray {
+        node: name.clone(),
+        vm,
+        epoch,
+    };
+    let Some(entry) = scheduler.vms.get(vm) else {
+        return Some(stray);
+    };
+    let record = entry.record();
+    let owner = record.node == *name && record.epoch == epoch;
+    if let Some(migration) = scheduler.migrations.get(vm) {
+        let party = owner || (migration.intent.to == *name && migration.intent.epoch == epoch);
+        return if party { None } else { Some(stray) };
+    }
+    if !owner {
+        return Some(stray);
+    }
+    let state = facts
+        .status
+        .as_ref()
+        .map_or(vm::VmState::Unspecified, vm::VmStatus::state);
+    let agrees = record.phase == Phase::Running && facts.vmm_alive && state == vm::VmState::Running;
+    if agrees { None } else { Some(Subject::Vm(vm)) }
+}
+
+fn node_view(entry: &NodeEntry) -> NodeView {
+    let record = entry.record();
+    let (observed, reachable) = entry.observed();
+    let state = match record.cordon {
+        _ if !reachable => NodeState::Unreachable,
+        Cordon::Open => NodeState::Ready,
+        Cordon::Draining => NodeState::Draining,
+        Cordon::Cordoned => NodeState::Cordoned,
+    };
+    NodeView {
+        state,
+        memory_available: Bytes(observed.memory_available),
+        other_growth: observed.other_growth.value(),
+        load_local: observed.load_local.value(),
+        load_exported: observed.load_exported.value(),
+        pressure_memory: observed.pressure.memory,
+        pressure_cpu: observed.pressure.cpu,
+        ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
+    }
+}
+
+fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
+    let record = entry.record();
+    let migration = scheduler.migrations.get(record.id);
+    let cannot_move = match &record.phase {
+        Phase::Ended(_) => return None,
+        Phase::Starting => Some(CannotMove::Starting),
+        Phase::Stopping => Some(CannotMove::Stopping),
+        Phase::Ending(_) => Some(CannotMove::NotRunning),
+        Phase::Running
+            if migration
+                .as_ref()
+                .is_some_and(|open| open.view().in_doubt.is_some()) =>
+        {
+            Some(CannotMove::InDoubt)
+        }
+        Phase::Running => None,
+    };
+    let seen = scheduler
+        .nodes
+        .get(&record.node)
+        .and_then(|node| node.observed_vm(record.id, record.epoch));
+    let in_flight = migration.map(|open| {
+        let intent = &open.intent;
+        let there = scheduler
+            .nodes
+            .get(&intent.to)
+            .and_then(|node| node.observed_vm(intent.vm, intent.epoch));
+        InFlight {
+            to: shoal_plan::NodeName::new(intent.to.as_str()),
+            received: Bytes(there.map_or(0, |seen| seen.facts.resident_bytes)),
+        }
+    });
+    let id = record.id.to_string();
+    Some(VmView {
+        name: record.name.to_string(),
+        resident: seen.as_ref().map(|seen| Bytes(seen.facts.resident_bytes)),
+        cpu_use: seen.as_ref().map_or(0.0, |seen| seen.cpu.value()),
+        growth: seen
+            .as_ref()
+            .map_or(BytesPerSecond(0), |seen| seen.growth.value()),
+        dirty_rate: entry.dirty_rate().map(BytesPerSecond),
+        cannot_move,
+        in_flight,
+        since_last_move: entry.since_last_move(),
+        ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
+    })
+}

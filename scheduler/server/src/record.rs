@@ -1,0 +1,197 @@
+//! What the store keeps. Each record is the whole truth about its subject: nothing else has to be asked to go on
+//! after a restart.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::{Epoch, MigrationId, NodeName, VmId, VmName, node};
+
+/// A file of the image store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobRef {
+    /// SHA-256 in lower-case hex.
+    pub sha256: String,
+    /// Its length.
+    pub size_bytes: u64,
+}
+
+impl BlobRef {
+    fn to_wire(&self) -> node::Blob {
+        node::Blob {
+            sha256: self.sha256.clone(),
+            size_bytes: self.size_bytes,
+        }
+    }
+}
+
+/// An imported image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// Unique name; importing the same name again replaces the record, not the VMs made from it.
+    pub name: String,
+    /// SHA-256 over everything below but the time.
+    pub digest: String,
+    /// Guest kernel.
+    pub kernel: BlobRef,
+    /// Initial RAM disk.
+    pub initrd: Option<BlobRef>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Appended on hosts whose KVM emulates ring 0.
+    pub cmdline_software_kvm: String,
+    /// Default number of vCPUs.
+    pub cpus: u32,
+    /// Default memory.
+    pub memory_bytes: u64,
+    /// Time of import.
+    pub created_unix_ms: i64,
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The guest powered off or was stopped.
+    Exited {
+        /// What the workload reported, if it did.
+        status: Option<u32>,
+    },
+    /// A fault, in words.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Where a VM is in its life. Migrating, in doubt and unknown are not stored: they follow from an open intent and
+/// from whether the node answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Its node was told, or is about to be told, to start it.
+    Starting,
+    /// It runs on its node.
+    Running,
+    /// Power-off was asked for.
+    Stopping,
+    /// It has ended; its VMM is still to be destroyed, which also hands over the last console bytes.
+    Ending(Outcome),
+    /// It has ended and nothing of it is left on any node.
+    Ended(Outcome),
+}
+
+impl Phase {
+    /// The VM has ended, or has but for the cleaning up.
+    pub fn is_over(&self) -> bool {
+        matches!(self, Self::Ending(_) | Self::Ended(_))
+    }
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Its id for life.
+    pub id: VmId,
+    /// Unique among VMs not removed.
+    pub name: VmName,
+    /// Name of its image when it was submitted.
+    pub image: String,
+    /// Digest of that image.
+    pub image_digest: String,
+    /// Arguments for the workload.
+    pub args: Vec<String>,
+    /// Kernel blob.
+    pub kernel: BlobRef,
+    /// Initrd blob.
+    pub initrd: Option<BlobRef>,
+    /// Complete command line, arguments included.
+    pub cmdline: String,
+    /// Appended on hosts whose KVM emulates ring 0.
+    pub cmdline_software_kvm: String,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Time of submission.
+    pub created_unix_ms: i64,
+    /// The owner.
+    pub node: NodeName,
+    /// The owner's epoch.
+    pub epoch: Epoch,
+    /// The highest epoch ever issued; the next attempt gets the one after it.
+    pub last_epoch: Epoch,
+    /// Every epoch up to this one, but the owner's, must never run again, whatever its node says.
+    pub fenced_through: Epoch,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Why, where there is something to say.
+    pub message: String,
+}
+
+impl VmRecord {
+    /// The VM as an agent is told to start or to receive it, at an epoch.
+    pub fn to_spec(&self, epoch: Epoch) -> node::WorkloadSpec {
+        node::WorkloadSpec {
+            vm_id: self.id.to_string(),
+            name: self.name.to_string(),
+            epoch: epoch.0,
+            cpus: self.cpus,
+            memory_bytes: self.memory_bytes,
+            kernel: Some(self.kernel.to_wire()),
+            initrd: self.initrd.as_ref().map(BlobRef::to_wire),
+            cmdline: self.cmdline.clone(),
+            cmdline_software_kvm: self.cmdline_software_kvm.clone(),
+        }
+    }
+}
+
+/// An attempt to move a VM, from before anything is told to any node until the owner is recorded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// The VM; there is at most one intent for it.
+    pub vm: VmId,
+    /// This attempt.
+    pub migration: MigrationId,
+    /// The owner.
+    pub from: NodeName,
+    /// The owner's epoch.
+    pub from_epoch: Epoch,
+    /// The destination.
+    pub to: NodeName,
+    /// The epoch the VM would have there.
+    pub epoch: Epoch,
+    /// Why it moves.
+    pub reason: String,
+    /// When it was decided.
+    pub started_unix_ms: i64,
+}
+
+/// Whether new VMs may come to a node, by its operator's will.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cordon {
+    /// They may.
+    Open,
+    /// They may not, and those there are moved away.
+    Draining,
+    /// They may not; the node has been drained.
+    Cordoned,
+}
+
+/// A node that has registered at least once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: NodeName,
+    /// Where its agent is reached.
+    pub address: String,
+    /// CPUs it lends.
+    pub cpus: u32,
+    /// Memory it lends.
+    pub memory_bytes: u64,
+    /// Its operator's will.
+    pub cordon: Cordon,
+}
+
+/// Milliseconds since 1970.
+pub fn now_unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

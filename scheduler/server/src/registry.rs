@@ -1,0 +1,224 @@
+//! The service for agents: one Report stream each, and the blobs of images.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use shoal_proto::node::registry_server::Registry;
+use shoal_proto::node::{
+    AgentReport, BlobChunk, ConsoleData, FetchBlobRequest, Register, Registered, SchedulerMessage,
+    agent_report, scheduler_message,
+};
+use shoal_proto::{Epoch, NodeName, VmId};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::limits;
+use crate::nodes::{InvalidAddress, NodeEntry, ReportSender};
+use crate::observe;
+use crate::record::{Cordon, NodeRecord};
+use crate::scheduler::Shared;
+use crate::store::Write;
+
+/// Messages to an agent that may be under way: acknowledgements, each made up for by the next.
+const DEPTH: usize = 256;
+const BLOB_CHUNK_BYTES: usize = 1 << 20;
+const BLOB_DEPTH: usize = 2;
+const MAX_NODE_CPUS: u32 = 65_536;
+
+/// The service.
+#[derive(Debug)]
+pub struct RegistryApi {
+    scheduler: Shared,
+    sessions: AtomicU64,
+}
+
+type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl RegistryApi {
+    /// For this scheduler.
+    pub fn new(scheduler: Shared) -> Self {
+        Self {
+            scheduler,
+            sessions: AtomicU64::new(1),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Registry for RegistryApi {
+    type ReportStream = MessageStream<SchedulerMessage>;
+    type FetchBlobStream = MessageStream<BlobChunk>;
+
+    async fn report(
+        &self,
+        request: Request<Streaming<AgentReport>>,
+    ) -> Result<Response<Self::ReportStream>, Status> {
+        let mut reports = request.into_inner();
+        let first = reports.message().await?.and_then(|message| message.report);
+        let Some(agent_report::Report::Register(register)) = first else {
+            return Err(Status::invalid_argument(
+                "report: the first message has to be Register",
+            ));
+        };
+        let (sender, receiver) = mpsc::channel(DEPTH);
+        let id = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let (name, entry) = begin(&self.scheduler, &register, id, sender.clone()).await?;
+        tracing::info!(node = %name, address = %register.address, version = %register.version, "agent registered");
+        let registered = SchedulerMessage {
+            message: Some(scheduler_message::Message::Registered(Registered {})),
+        };
+        // The channel is new and has room.
+        let _ = sender.try_send(Ok(registered));
+        let scheduler = Arc::clone(&self.scheduler);
+        tokio::spawn(async move {
+            let end = listen(&scheduler, &name, &entry, &mut reports, &sender).await;
+            tracing::info!(node = %name, ?end, "agent's report stream ended");
+            entry.end_session(id);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn fetch_blob(
+        &self,
+        request: Request<FetchBlobRequest>,
+    ) -> Result<Response<Self::FetchBlobStream>, Status> {
+        let sha256 = request.into_inner().sha256;
+        let path = self.scheduler.images.blob(&sha256);
+        let path = path.ok_or_else(|| Status::invalid_argument("sha256: is not 64 lower-case hex digits"))?;
+        let mut file = tokio::fs::File::open(path)
+            .await
+            .map_err(|_| Status::not_found(format!("sha256: there is no blob {sha256}")))?;
+        let (sender, receiver) = mpsc::channel(BLOB_DEPTH);
+        tokio::spawn(async move {
+            loop {
+                let mut data = vec![0; BLOB_CHUNK_BYTES];
+                let chunk = match file.read(&mut data).await {
+                    Ok(0) => return,
+                    Ok(length) => {
+                        data.truncate(length);
+                        Ok(BlobChunk { data })
+                    }
+                    Err(error) => Err(Status::internal(format!("blob {sha256}: {error}"))),
+                };
+                let failed = chunk.is_err();
+                if sender.send(chunk).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// Checks a registration, stores the node if it is new or has changed, and begins its session.
+async fn begin(
+    scheduler: &Shared,
+    register: &Register,
+    session: u64,
+    sender: ReportSender,
+) -> Result<(NodeName, Arc<NodeEntry>), Status> {
+    let invalid = |text: String| Status::invalid_argument(text);
+    let name: NodeName = register
+        .node
+        .parse()
+        .map_err(|error: shoal_proto::IdError| invalid(error.to_string()))?;
+    if !(1..=MAX_NODE_CPUS).contains(&register.cpus) {
+        return Err(invalid(format!(
+            "cpus: {} is not 1 to {MAX_NODE_CPUS}",
+            register.cpus
+        )));
+    }
+    if register.memory_bytes == 0 {
+        return Err(invalid(
+            "memory_bytes: is 0; a node has to lend some memory".to_owned(),
+        ));
+    }
+    let bad_address = |error: InvalidAddress| invalid(error.to_string());
+    // Against a plan that reads the node, and against a second registration at the same time.
+    let _planning = scheduler.planning.lock().await;
+    let known = scheduler.nodes.get(&name);
+    if known
+        .as_ref()
+        .is_some_and(|entry| entry.is_taken_by_other(&register.address))
+    {
+        let address = limits::shorten(&register.address);
+        return Err(Status::already_exists(format!(
+            "node: another agent named '{name}' is connected; give the one at {address} another name"
+        )));
+    }
+    let old = known.as_ref().map(|entry| entry.record());
+    let record = NodeRecord {
+        name: name.clone(),
+        address: register.address.clone(),
+        cpus: register.cpus,
+        memory_bytes: register.memory_bytes,
+        cordon: old.as_ref().map_or(Cordon::Open, |old| old.cordon),
+    };
+    crate::agent::Agent::new(&record).map_err(bad_address)?;
+    if old.as_ref() != Some(&record) {
+        let stored = scheduler.store.apply(vec![Write::PutNode(record.clone())]).await;
+        stored.map_err(|error| Status::internal(error.to_string()))?;
+    }
+    let entry = scheduler
+        .nodes
+        .get_or_insert(record.clone())
+        .map_err(bad_address)?;
+    entry
+        .begin_session(record, session, sender)
+        .map_err(bad_address)?;
+    Ok((name, entry))
+}
+
+async fn listen(
+    scheduler: &Shared,
+    name: &NodeName,
+    entry: &NodeEntry,
+    reports: &mut Streaming<AgentReport>,
+    sender: &ReportSender,
+) -> Result<(), Status> {
+    loop {
+        let message = tokio::select! {
+            message = reports.message() => message?,
+            // The agent has gone, or a newer session of it has taken its place.
+            () = sender.closed() => return Ok(()),
+        };
+        let Some(message) = message else { return Ok(()) };
+        match message.report {
+            Some(agent_report::Report::Heartbeat(heartbeat)) => {
+                observe::heartbeat(scheduler, name, entry, heartbeat);
+            }
+            Some(agent_report::Report::VmChanged(facts)) => {
+                observe::vm_changed(scheduler, name, entry, facts);
+            }
+            Some(agent_report::Report::Console(console)) => {
+                take_console(scheduler, name, entry, console).await;
+            }
+            Some(agent_report::Report::Register(_)) => {
+                return Err(Status::invalid_argument("report: registered twice on one stream"));
+            }
+            None => tracing::debug!(node = %name, "a report of a kind this scheduler does not know"),
+        }
+    }
+}
+
+/// Stores console bytes and tells the agent how far they may be forgotten.
+async fn take_console(scheduler: &Shared, name: &NodeName, entry: &NodeEntry, console: ConsoleData) {
+    let Some(vm_ref) = console.vm else { return };
+    let Ok(vm) = vm_ref.vm_id.parse::<VmId>() else {
+        return;
+    };
+    if !observe::may_write_console(scheduler, name, vm, Epoch(vm_ref.epoch)) {
+        // Nobody wants them: they are acknowledged so that the agent does not keep them.
+        entry.acknowledge_console(vm, console.offset.saturating_add(console.data.len() as u64));
+        return;
+    }
+    match scheduler.logs.append(vm, console.offset, console.data).await {
+        Ok(end) => entry.acknowledge_console(vm, end),
+        // Not acknowledged: the agent keeps them and sends them again.
+        Err(error) => tracing::error!(%vm, %error, "console log cannot be written"),
+    }
+}

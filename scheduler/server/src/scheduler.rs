@@ -1,0 +1,72 @@
+//! All that the parts of a scheduler share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use shoal_plan::Policy;
+use shoal_proto::NodeName;
+
+use crate::agent::{Agent, AgentError};
+use crate::events::Events;
+use crate::images::ImageStore;
+use crate::logs::LogStore;
+use crate::migrations::MigrationTable;
+use crate::nodes::NodeTable;
+use crate::reconcile::ReconcileQueue;
+use crate::record::VmRecord;
+use crate::store::{Store, StoreError, Write};
+use crate::vms::VmTable;
+
+/// The state of one scheduler. What is stored is changed in the store first, then here.
+#[derive(Debug)]
+pub struct Scheduler {
+    /// Durable state.
+    pub store: Store,
+    /// VMs.
+    pub vms: VmTable,
+    /// Nodes.
+    pub nodes: NodeTable,
+    /// Migrations under way.
+    pub migrations: MigrationTable,
+    /// Images.
+    pub images: ImageStore,
+    /// Console logs.
+    pub logs: LogStore,
+    /// Events.
+    pub events: Events,
+    /// VMs whose record and node do not agree.
+    pub reconcile: ReconcileQueue,
+    /// Constants of the planner.
+    pub policy: Policy,
+    /// Looks at images before they are kept.
+    pub vmm_binary: Option<PathBuf>,
+    /// Held from a snapshot until what was decided on it is stored, so that no room is given away twice. Taken after
+    /// a VM's own lock, or with only `try_lock` on VMs.
+    pub planning: tokio::sync::Mutex<()>,
+}
+
+/// The scheduler as its tasks hold it.
+pub type Shared = Arc<Scheduler>;
+
+impl Scheduler {
+    /// Stores a changed VM, together with other writes, and then shows it. The caller holds the VM's guard.
+    pub async fn save_vm(&self, record: VmRecord, others: Vec<Write>) -> Result<Arc<VmRecord>, StoreError> {
+        let record = Arc::new(record);
+        let mut writes = others;
+        writes.push(Write::PutVm(Arc::clone(&record)));
+        self.store.apply(writes).await?;
+        self.vms.publish(&record);
+        Ok(record)
+    }
+
+    /// The agent of a node.
+    pub fn agent(&self, node: &NodeName) -> Result<Agent, AgentError> {
+        let entry = self.nodes.get(node);
+        entry
+            .map(|entry| entry.agent())
+            .ok_or_else(|| AgentError::NoAnswer {
+                node: node.clone(),
+                what: "it has never registered".to_owned(),
+            })
+    }
+}

@@ -1,0 +1,185 @@
+//! Puts a scheduler together and serves it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_proto::cluster::cluster_server::ClusterServer;
+use shoal_proto::node::registry_server::RegistryServer;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use crate::api::ClusterApi;
+use crate::config::SchedulerConfig;
+use crate::control;
+use crate::events::Events;
+use crate::images::ImageStore;
+use crate::logs::LogStore;
+use crate::migrations::MigrationTable;
+use crate::nodes::{InvalidAddress, NodeTable};
+use crate::reconcile::{self, ReconcileQueue};
+use crate::record::{Intent, VmRecord};
+use crate::registry::RegistryApi;
+use crate::scheduler::{Scheduler, Shared};
+use crate::store::{Store, StoreError};
+use crate::vms::VmTable;
+
+/// A heartbeat of a node with tens of thousands of VMs is a few MiB.
+const MAX_MESSAGE_BYTES: usize = 32 << 20;
+/// How long calls under way may take to end at shutdown.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Why a scheduler does not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Not loopback, and not allowed.
+    #[error(
+        "listen: {0} is reachable from other hosts and nothing is encrypted yet; \
+         use a loopback address, or pass --insecure on a network you trust"
+    )]
+    NotLoopback(SocketAddr),
+    /// The address cannot be listened on.
+    #[error("listen: {address} cannot be listened on")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The state directory cannot be used.
+    #[error("state directory {path}")]
+    StateDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The policy cannot be used.
+    #[error(transparent)]
+    Policy(#[from] shoal_plan::PolicyError),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A stored node cannot be reached by its address.
+    #[error("store: a node's record is damaged")]
+    Node(#[from] InvalidAddress),
+    /// The descriptors for reflection are damaged.
+    #[error("reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The transport failed.
+    #[error("gRPC server")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Runs a scheduler until its shutdown completes. VMs and agents go on without it.
+pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
+    if !config.listen.ip().is_loopback() && !config.insecure {
+        return Err(ServerError::NotLoopback(config.listen));
+    }
+    config.policy.check()?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .map_err(|source| ServerError::Listen {
+            address: config.listen,
+            source,
+        })?;
+    let address = listener.local_addr().map_err(|source| ServerError::Listen {
+        address: config.listen,
+        source,
+    })?;
+    let automatic = config.automatic;
+    let (scheduler, subjects, intents) = open(&config)?;
+    reconcile::recover(&scheduler, intents);
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
+    tasks.spawn(control::run(Arc::clone(&scheduler), automatic));
+    tracing::info!(%address, state_dir = %config.state_dir.display(), "scheduler is ready");
+    let served = serve_grpc(&scheduler, listener, config.shutdown).await;
+    tasks.shutdown().await;
+    scheduler.events.persist(&scheduler.store).await?;
+    tracing::info!("scheduler has ended");
+    served
+}
+
+type Subjects = tokio::sync::mpsc::UnboundedReceiver<reconcile::Subject>;
+
+/// Opens the state directory.
+fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
+    let directory = &config.state_dir;
+    let state_dir = |source| ServerError::StateDir {
+        path: directory.clone(),
+        source,
+    };
+    std::fs::create_dir_all(directory).map_err(state_dir)?;
+    let (store, contents) = Store::open(&directory.join("shoal.redb"))?;
+    let used = blobs(&contents.vms);
+    let images = ImageStore::open(directory.join("blobs"), contents.images, &used).map_err(state_dir)?;
+    let (reconcile, subjects) = ReconcileQueue::new();
+    let scheduler = Scheduler {
+        nodes: NodeTable::new(contents.nodes)?,
+        images,
+        vms: VmTable::new(contents.vms, contents.migrations),
+        migrations: MigrationTable::default(),
+        logs: LogStore::new(directory.join("logs")),
+        events: Events::new(contents.events),
+        reconcile,
+        policy: config.policy.clone(),
+        vmm_binary: config.vmm_binary.clone(),
+        planning: tokio::sync::Mutex::default(),
+        store,
+    };
+    Ok((Arc::new(scheduler), subjects, contents.intents))
+}
+
+fn blobs(vms: &[VmRecord]) -> Vec<String> {
+    let kernels = vms.iter().map(|vm| vm.kernel.sha256.clone());
+    let initrds = vms
+        .iter()
+        .filter_map(|vm| vm.initrd.as_ref())
+        .map(|initrd| initrd.sha256.clone());
+    kernels.chain(initrds).collect()
+}
+
+async fn serve_grpc(
+    scheduler: &Shared,
+    listener: TcpListener,
+    shutdown: crate::config::Shutdown,
+) -> Result<(), ServerError> {
+    let cluster = ClusterServer::new(ClusterApi(Arc::clone(scheduler)))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let registry = RegistryServer::new(RegistryApi::new(Arc::clone(scheduler)))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_serving::<ClusterServer<ClusterApi>>().await;
+    health_reporter.set_serving::<RegistryServer<RegistryApi>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let (ended, end) = tokio::sync::oneshot::channel();
+    let serve = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(cluster)
+        .add_service(registry)
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+            shutdown.await;
+            let _ = ended.send(());
+        });
+    // Streams that people follow do not end by themselves: after a grace they are cut.
+    let cut = async {
+        let _ = end.await;
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        served = serve => served.map_err(ServerError::from),
+        () = cut => Ok(()),
+    }
+}

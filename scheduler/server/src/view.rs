@@ -1,0 +1,116 @@
+//! Records and reports as users see them.
+
+use shoal_proto::cluster::{self, NodeState, VmPhase};
+
+use crate::nodes::NodeEntry;
+use crate::record::{Cordon, ImageRecord, Outcome, Phase};
+use crate::scheduler::Scheduler;
+use crate::vms::VmEntry;
+
+/// A VM, without its migrations.
+pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
+    let record = entry.record();
+    let node = scheduler.nodes.get(&record.node);
+    let seen = node
+        .as_ref()
+        .and_then(|node| node.observed_vm(record.id, record.epoch));
+    let (phase, message) = phase(scheduler, entry);
+    let exit_status = match &record.phase {
+        Phase::Ending(Outcome::Exited { status }) | Phase::Ended(Outcome::Exited { status }) => *status,
+        _ => None,
+    };
+    cluster::Vm {
+        id: record.id.to_string(),
+        name: record.name.to_string(),
+        node: record.node.to_string(),
+        phase: phase.into(),
+        epoch: record.epoch.0,
+        image: record.image.clone(),
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        created_unix_ms: record.created_unix_ms,
+        message,
+        exit_status,
+        resident_bytes: seen.as_ref().map_or(0, |seen| seen.facts.resident_bytes),
+        cpu_use: seen.as_ref().map_or(0.0, |seen| seen.facts.cpu_use),
+        args: record.args.clone(),
+        migrations: Vec::new(),
+        image_digest: record.image_digest.clone(),
+    }
+}
+
+/// A VM with its migrations.
+pub fn vm_with_history(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
+    cluster::Vm {
+        migrations: entry.migrations(),
+        ..vm(scheduler, entry)
+    }
+}
+
+fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
+    let record = entry.record();
+    let message = record.message.clone();
+    let phase = match &record.phase {
+        Phase::Ended(Outcome::Exited { .. }) => return (VmPhase::Exited, message),
+        Phase::Ended(Outcome::Failed { .. }) => return (VmPhase::Failed, message),
+        Phase::Starting => VmPhase::Starting,
+        Phase::Running => VmPhase::Running,
+        Phase::Stopping | Phase::Ending(_) => VmPhase::Stopping,
+    };
+    if let Some(open) = scheduler.migrations.get(record.id) {
+        return match open.view().in_doubt {
+            Some(why) => (VmPhase::InDoubt, why),
+            None => (
+                VmPhase::Migrating,
+                format!("to {}: {}", open.intent.to, open.intent.reason),
+            ),
+        };
+    }
+    if !scheduler
+        .nodes
+        .get(&record.node)
+        .is_some_and(|node| node.is_reachable())
+    {
+        return (VmPhase::Unknown, format!("node {} does not answer", record.node));
+    }
+    (phase, message)
+}
+
+/// A node.
+pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
+    let record = entry.record();
+    let (observed, reachable) = entry.observed();
+    let state = match record.cordon {
+        _ if !reachable => NodeState::Unreachable,
+        Cordon::Open => NodeState::Ready,
+        Cordon::Draining => NodeState::Draining,
+        Cordon::Cordoned => NodeState::Cordoned,
+    };
+    let vms = scheduler.vms.count_on_node(&record.name);
+    cluster::Node {
+        name: record.name.to_string(),
+        address: record.address,
+        state: state.into(),
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        memory_available_bytes: observed.memory_available,
+        cpu_load: observed.load_exported.value(),
+        vms: u32::try_from(vms).unwrap_or(u32::MAX),
+        pressure_memory: observed.pressure.memory,
+        pressure_cpu: observed.pressure.cpu,
+    }
+}
+
+/// An image.
+pub fn image(record: &ImageRecord) -> cluster::Image {
+    let initrd = record.initrd.as_ref().map_or(0, |initrd| initrd.size_bytes);
+    cluster::Image {
+        name: record.name.clone(),
+        digest: record.digest.clone(),
+        size_bytes: record.kernel.size_bytes + initrd,
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        cmdline: record.cmdline.clone(),
+        created_unix_ms: record.created_unix_ms,
+    }
+}

@@ -1,0 +1,251 @@
+//! All VMs in memory: a copy of what the store holds, found by id, name and node.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use shoal_proto::{NodeName, VmId, VmName, cluster};
+use tokio::sync::{OwnedMutexGuard, watch};
+
+use crate::record::{Phase, VmRecord, now_unix_ms};
+
+/// Migrations remembered for each VM.
+pub const KEPT_MIGRATIONS: usize = 16;
+
+/// Whoever holds it is the only one to change the VM: launch, migrate, stop, reconcile.
+pub type VmGuard = OwnedMutexGuard<()>;
+
+/// One VM.
+#[derive(Debug)]
+pub struct VmEntry {
+    record: watch::Sender<Arc<VmRecord>>,
+    operation: Arc<tokio::sync::Mutex<()>>,
+    migrations: Mutex<VecDeque<cluster::Migration>>,
+    dirty_rate: Mutex<Option<u64>>,
+}
+
+impl VmEntry {
+    fn new(record: Arc<VmRecord>) -> Arc<Self> {
+        Arc::new(Self {
+            record: watch::Sender::new(record),
+            operation: Arc::default(),
+            migrations: Mutex::default(),
+            dirty_rate: Mutex::default(),
+        })
+    }
+
+    /// The record as it is stored.
+    pub fn record(&self) -> Arc<VmRecord> {
+        Arc::clone(&self.record.borrow())
+    }
+
+    /// Tells when the record changes; closed when the VM is removed.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<VmRecord>> {
+        self.record.subscribe()
+    }
+
+    /// Waits for the right to change the VM.
+    pub async fn lock(&self) -> VmGuard {
+        Arc::clone(&self.operation).lock_owned().await
+    }
+
+    /// The right to change the VM, if nobody has it.
+    pub fn try_lock(&self) -> Option<VmGuard> {
+        Arc::clone(&self.operation).try_lock_owned().ok()
+    }
+
+    /// Ended migrations, latest last.
+    pub fn migrations(&self) -> Vec<cluster::Migration> {
+        self.history().iter().cloned().collect()
+    }
+
+    /// A migration with this id has ended and was recorded.
+    pub fn has_ended_migration(&self, id: &str) -> bool {
+        self.history().iter().any(|migration| migration.id == id)
+    }
+
+    /// Adds an ended migration; returns the epoch of the one that has to make room.
+    pub fn remember_migration(&self, migration: cluster::Migration) -> Option<u64> {
+        let mut history = self.history();
+        history.push_back(migration);
+        if history.len() > KEPT_MIGRATIONS {
+            history.pop_front().map(|oldest| oldest.epoch)
+        } else {
+            None
+        }
+    }
+
+    /// Since the last attempt to move it ended.
+    pub fn since_last_move(&self) -> Option<std::time::Duration> {
+        let history = self.history();
+        let last = history.back()?;
+        let took_ms = last.report.as_ref().map_or(0, |report| report.total_us / 1000);
+        let ended = last.started_unix_ms.saturating_add_unsigned(took_ms);
+        let since = now_unix_ms().saturating_sub(ended);
+        Some(std::time::Duration::from_millis(
+            u64::try_from(since).unwrap_or(0),
+        ))
+    }
+
+    /// Bytes it dirties a second, as measured by its last migration.
+    pub fn dirty_rate(&self) -> Option<u64> {
+        *self.dirty_rate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what a migration measures.
+    pub fn set_dirty_rate(&self, bytes_per_second: u64) {
+        *self.dirty_rate.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes_per_second);
+    }
+
+    fn history(&self) -> std::sync::MutexGuard<'_, VecDeque<cluster::Migration>> {
+        self.migrations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Another VM has the name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("name: a VM named '{0}' exists; give another name, or remove it with `shoal rm {0}`")]
+pub struct NameTaken(pub VmName);
+
+#[derive(Debug, Default)]
+struct Index {
+    by_id: BTreeMap<VmId, Arc<VmEntry>>,
+    by_name: HashMap<VmName, VmId>,
+    /// VMs that have not ended.
+    by_node: HashMap<NodeName, BTreeSet<VmId>>,
+}
+
+/// All VMs.
+#[derive(Debug, Default)]
+pub struct VmTable {
+    index: RwLock<Index>,
+}
+
+impl VmTable {
+    /// From what was stored.
+    pub fn new(vms: Vec<VmRecord>, migrations: Vec<(VmId, cluster::Migration)>) -> Self {
+        let table = Self::default();
+        for record in vms {
+            table.place(&Arc::new(record));
+        }
+        for (vm, migration) in migrations {
+            if let Some(entry) = table.get(vm) {
+                entry.remember_migration(migration);
+            }
+        }
+        table
+    }
+
+    /// By id.
+    pub fn get(&self, id: VmId) -> Option<Arc<VmEntry>> {
+        self.read().by_id.get(&id).cloned()
+    }
+
+    /// By id or name, as users write it.
+    pub fn find(&self, id_or_name: &str) -> Option<Arc<VmEntry>> {
+        let index = self.read();
+        let by_name = id_or_name
+            .parse::<VmName>()
+            .ok()
+            .and_then(|name| index.by_name.get(&name).copied());
+        let id = by_name.or_else(|| id_or_name.parse().ok())?;
+        index.by_id.get(&id).cloned()
+    }
+
+    /// Every VM.
+    pub fn list(&self) -> Vec<Arc<VmEntry>> {
+        self.read().by_id.values().cloned().collect()
+    }
+
+    /// VMs that have not ended and whose owner is this node.
+    pub fn on_node(&self, node: &NodeName) -> Vec<Arc<VmEntry>> {
+        let index = self.read();
+        let ids = index.by_node.get(node);
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| index.by_id.get(id).cloned())
+            .collect()
+    }
+
+    /// Their number.
+    pub fn count_on_node(&self, node: &NodeName) -> usize {
+        self.read().by_node.get(node).map_or(0, BTreeSet::len)
+    }
+
+    /// Whether a name is free.
+    pub fn check_name(&self, name: &VmName) -> Result<(), NameTaken> {
+        if self.read().by_name.contains_key(name) {
+            Err(NameTaken(name.clone()))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Adds a VM whose record has been stored; nobody else can change it before the guard is dropped.
+    pub fn insert(&self, record: &Arc<VmRecord>) -> (Arc<VmEntry>, VmGuard) {
+        let entry = VmEntry::new(Arc::clone(record));
+        let guard = Arc::clone(&entry.operation)
+            .try_lock_owned()
+            .expect("nobody else knows the entry yet");
+        self.write().by_id.insert(record.id, Arc::clone(&entry));
+        self.place(record);
+        (entry, guard)
+    }
+
+    /// Shows a record that has been stored.
+    pub fn publish(&self, record: &Arc<VmRecord>) {
+        self.place(record);
+    }
+
+    /// Forgets a VM.
+    pub fn remove(&self, id: VmId) {
+        let mut index = self.write();
+        if let Some(entry) = index.by_id.remove(&id) {
+            let record = entry.record();
+            index.by_name.remove(&record.name);
+            index.leave_node(&record);
+        }
+    }
+
+    fn place(&self, record: &Arc<VmRecord>) {
+        let mut index = self.write();
+        let old = index.by_id.get(&record.id).map(|entry| entry.record());
+        if let Some(old) = old {
+            index.leave_node(&old);
+        }
+        if !matches!(record.phase, Phase::Ended(_)) {
+            index
+                .by_node
+                .entry(record.node.clone())
+                .or_default()
+                .insert(record.id);
+        }
+        index.by_name.insert(record.name.clone(), record.id);
+        match index.by_id.get(&record.id) {
+            Some(entry) => {
+                entry.record.send_replace(Arc::clone(record));
+            }
+            None => {
+                index.by_id.insert(record.id, VmEntry::new(Arc::clone(record)));
+            }
+        }
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Index {
+    fn leave_node(&mut self, record: &VmRecord) {
+        if let Some(ids) = self.by_node.get_mut(&record.node) {
+            ids.remove(&record.id);
+            if ids.is_empty() {
+                self.by_node.remove(&record.node);
+            }
+        }
+    }
+}

@@ -16,6 +16,9 @@ use crate::vm::{ANSWER_LIMIT, Vm};
 const PIECE: usize = 64 * 1024;
 /// Pause before reading again after the VMM's stream has broken.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long an acknowledgement may take until the piece is sent again; doubled each time.
+const FIRST_ACK_LIMIT: Duration = Duration::from_secs(1);
+const LONGEST_ACK_LIMIT: Duration = Duration::from_secs(16);
 
 /// Moves console bytes as long as the VMM lives.
 pub(crate) async fn pump(vm: &Vm, mut sessions: watch::Receiver<Session>) -> Infallible {
@@ -72,37 +75,37 @@ fn pieces(chunk: ConsoleChunk) -> impl Iterator<Item = ConsoleChunk> {
     })
 }
 
-/// Sends the piece until the scheduler has it: again in every new session.
+/// Sends the piece until the scheduler has it: again in every new session, and when no acknowledgement comes, since
+/// the scheduler may have dropped it, or was not able to store the piece.
 async fn deliver(vm: &Vm, piece: ConsoleChunk, sessions: &mut watch::Receiver<Session>) {
     let end = piece.offset.saturating_add(piece.data.len() as u64);
     let mut acked = vm.console_acked.subscribe();
+    let mut patience = FIRST_ACK_LIMIT;
     while *acked.borrow() < end {
         let session = sessions.borrow_and_update().clone();
-        let replaced = if let Some(reports) = session {
-            let data = ConsoleData {
-                vm: Some(vm.key.to_ref()),
-                offset: piece.offset,
-                data: piece.data.clone(),
-            };
-            let report = AgentReport {
-                report: Some(agent_report::Report::Console(data)),
-            };
-            let arrived = async {
-                if reports.send(report).await.is_err() {
-                    std::future::pending::<()>().await; // the session has ended; its end is announced
-                }
-                acked.wait_for(|&acked| acked >= end).await.is_ok()
-            };
-            tokio::select! {
-                arrived = arrived => !arrived,
-                changed = sessions.changed() => changed.is_err(),
+        tokio::select! {
+            () = send_and_wait(vm, &piece, session, patience) => patience = (patience * 2).min(LONGEST_ACK_LIMIT),
+            _arrived = async { acked.wait_for(|&acked| acked >= end).await.is_ok() } => {}
+            changed = sessions.changed() => if changed.is_err() {
+                std::future::pending::<()>().await; // the agent is shutting down
             }
-        } else {
-            sessions.changed().await.is_err()
-        };
-        if replaced {
-            std::future::pending::<()>().await; // the agent is shutting down
         }
+    }
+}
+
+/// Returns when the piece was sent and the acknowledgement is overdue; without a session never.
+async fn send_and_wait(vm: &Vm, piece: &ConsoleChunk, session: Session, patience: Duration) {
+    let data = ConsoleData {
+        vm: Some(vm.key.to_ref()),
+        offset: piece.offset,
+        data: piece.data.clone(),
+    };
+    let report = AgentReport {
+        report: Some(agent_report::Report::Console(data)),
+    };
+    match session {
+        Some(reports) if reports.send(report).await.is_ok() => tokio::time::sleep(patience).await,
+        _ => std::future::pending().await, // a new session is announced
     }
 }
 

@@ -314,6 +314,32 @@ async fn what_the_scheduler_missed_is_sent_again() {
 }
 
 #[tokio::test]
+async fn an_acknowledgement_that_was_lost_is_asked_for_again() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    scheduler.told(|told| told.acknowledge = false);
+    let vm = new_vm(1);
+    let kernel = scheduler.add_blob(b"k");
+    agent
+        .client
+        .clone()
+        .launch_vm(launch(&vm, &kernel, "one "))
+        .await
+        .expect("launched");
+    eventually("the first word", || {
+        scheduler.told(|told| told.console_text(&vm.vm_id)) == "one "
+    })
+    .await;
+    scheduler.told(|told| told.acknowledge = true);
+    agent.tell(&vm, "say two").await;
+    eventually("the next word", || {
+        scheduler.told(|told| told.console_text(&vm.vm_id)) == "one two"
+    })
+    .await;
+    agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+}
+
+#[tokio::test]
 async fn an_incoming_migration_is_aborted_or_was_committed() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;

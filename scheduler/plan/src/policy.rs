@@ -70,7 +70,7 @@ impl Default for Policy {
             cool_down: Duration::from_secs(60),
             retry_after: Duration::from_secs(5),
             stability: 1.3,
-            min_gain: 1.0,
+            min_gain: 2.0,
             cost_per_second: 0.05,
             cost_base: 16.0,
         }

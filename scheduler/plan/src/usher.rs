@@ -112,6 +112,7 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
             cluster.apply(candidate.vm, to);
             true
         }
+        None if alarm.predicted <= alarm.limit && cluster.staying(node).next().is_none() => false,
         None => {
             let text = stuck(
                 cluster,

@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::events::{Kind, NewEvent};
 use crate::execute::settle::Settlement;
-use crate::execute::stop::outcome;
+use crate::execute::stop::{self, outcome};
 use crate::execute::{finish, launch};
 use crate::record::{Intent, Outcome, Phase, VmRecord, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
@@ -156,14 +156,9 @@ async fn finish_stop(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) {
     let Ok(agent) = scheduler.agent(&record.node) else {
         return;
     };
-    let outcome = match agent.stop(record.id, record.epoch).await {
-        Ok(status) => Outcome::Exited {
-            status: status.exit_status,
-        },
-        Err(error) if error.is_not_found() => Outcome::Exited { status: None },
-        Err(_) => return check_running(scheduler, entry, guard).await,
-    };
-    finish::end_vm(scheduler, entry, outcome, guard).await;
+    if let Ok(outcome) = stop::power_off(&agent, &record).await {
+        finish::end_vm(scheduler, entry, outcome, guard).await;
+    }
 }
 
 async fn destroy_leftover(scheduler: &Scheduler, entry: &VmEntry) {

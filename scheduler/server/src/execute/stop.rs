@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_proto::node;
+use shoal_proto::vm::VmState;
 
 use super::finish;
-use crate::agent::AgentError;
+use crate::agent::{Agent, AgentError};
 use crate::events::{Kind, NewEvent};
 use crate::record::{Outcome, Phase, VmRecord};
 use crate::scheduler::Shared;
@@ -99,20 +100,7 @@ async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard)
             };
             scheduler.save_vm(stopping, Vec::new()).await?;
         }
-        let outcome = match agent.stop(record.id, record.epoch).await {
-            Ok(status) => Outcome::Exited {
-                status: status.exit_status,
-            },
-            Err(error) if error.is_not_found() => {
-                let reason = format!("node {} no longer had it when it was to be stopped", record.node);
-                Outcome::Failed { reason }
-            }
-            // A VMM that died cannot be asked to stop; what the node knows of it says how it ended.
-            Err(error) => match agent.describe(record.id, record.epoch).await {
-                Ok(facts) => outcome(&facts).ok_or(error)?,
-                Err(_) => return Err(error.into()),
-            },
-        };
+        let outcome = power_off(&agent, &record).await?;
         finish::end_vm(scheduler, entry, outcome, guard).await;
     }
     let record = entry.record();
@@ -125,9 +113,34 @@ async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard)
     }
 }
 
+/// Powers a VM off at its node, and says how it ended: it may have ended before.
+pub async fn power_off(agent: &Agent, record: &VmRecord) -> Result<Outcome, AgentError> {
+    let stopped = agent.stop(record.id, record.epoch).await;
+    if let Ok(status) = &stopped
+        && status.state() == VmState::Exited
+    {
+        return Ok(Outcome::Exited {
+            status: status.exit_status,
+        });
+    }
+    match agent.describe(record.id, record.epoch).await {
+        Ok(facts) => match (outcome(&facts), stopped) {
+            (Some(outcome), _) => Ok(outcome),
+            (None, Err(error)) => Err(error),
+            (None, Ok(_)) => Err(AgentError::NoAnswer {
+                node: record.node.clone(),
+                what: "the VM was told to stop and has not".to_owned(),
+            }),
+        },
+        Err(error) if error.is_not_found() => Ok(Outcome::Failed {
+            reason: format!("node {} no longer had it when it was to be stopped", record.node),
+        }),
+        Err(error) => Err(error),
+    }
+}
+
 /// How a VM ended by what its node knows; None if it has not.
 pub fn outcome(facts: &node::VmFacts) -> Option<Outcome> {
-    use shoal_proto::vm::VmState;
     let status = facts.status.clone().unwrap_or_default();
     match status.state() {
         VmState::Exited => Some(Outcome::Exited {

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::build::cargo;
 use crate::context::{Context, run, step};
+use crate::images;
 
 /// Formatting and lints; unit tests too, unless `lints_only`.
 ///
@@ -18,13 +19,14 @@ pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
     })?;
     step("lints", || {
         run(cargo(context).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-        run(guests(context).args(["clippy", "--workspace", "--", "-D", "warnings"]))
+        run(guests(context).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
     })?;
     if lints_only {
         return Ok(());
     }
     step("unit tests", || {
-        run(cargo(context).args(["test", "--workspace", "--exclude", "shoal-tests"]))
+        run(cargo(context).args(["test", "--workspace", "--exclude", "shoal-tests"]))?;
+        images::test_guest_programs(context, None)
     })
 }
 

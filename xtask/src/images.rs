@@ -135,31 +135,41 @@ pub fn build(context: &Context, image: Image) -> Result<()> {
     }
 }
 
+/// Runs the unit tests of the programs that run inside guests, or those whose name contains `filter`.
+///
+/// # Errors
+/// If one fails.
+pub fn test_guest_programs(context: &Context, filter: Option<&str>) -> Result<()> {
+    run(guest_cargo(context, "test")
+        .args(["--workspace", "--lib"])
+        .args(filter))
+}
+
 /// Builds a program of the guests' own workspace and gives its path.
 fn guest_program(context: &Context, package: &str, program: &str) -> Result<PathBuf> {
-    let target = context.target().join("guests");
     step(&format!("building {program} ({package})"), || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo
-            .args([
-                "build",
-                "--quiet",
-                "--locked",
-                "--release",
-                "--package",
-                package,
-                "--target-dir",
-            ])
-            .arg(&target);
-        cargo.current_dir(context.root().join("images"));
-        // Flags meant for host programs (coverage, sanitizers) cannot work without the standard library.
-        cargo
-            .env_remove("RUSTFLAGS")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .env_remove("CARGO_BUILD_TARGET");
-        run(&mut cargo)
+        run(guest_cargo(context, "build").args(["--quiet", "--release", "--package", package]))
     })?;
-    Ok(target.join("release").join(program))
+    Ok(guest_target(context).join("release").join(program))
+}
+
+fn guest_target(context: &Context) -> PathBuf {
+    context.target().join("guests")
+}
+
+/// `cargo` in the guests' own workspace.
+fn guest_cargo(context: &Context, command: &str) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args([command, "--locked", "--target-dir"])
+        .arg(guest_target(context));
+    cargo.current_dir(context.root().join("images"));
+    // Flags meant for host programs (coverage, sanitizers) cannot work without the standard library.
+    cargo
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET");
+    cargo
 }
 
 /// Writes the image's directory: the manifest from the source tree and the files.

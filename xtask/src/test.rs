@@ -17,7 +17,8 @@ pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
     step("unit tests", || {
         let mut command = cargo(context);
         command.args(["test", "--release", "--workspace", "--exclude", "shoal-tests"]);
-        run(command.args(filter))
+        run(command.args(filter))?;
+        images::test_guest_programs(context, filter)
     })?;
     step("end-to-end tests", || {
         let mut command = cargo(context);

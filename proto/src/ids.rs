@@ -18,7 +18,11 @@ pub struct IdError {
 impl IdError {
     fn new(field: &'static str, value: &str, expected: &'static str) -> Self {
         let value = value.chars().take(80).collect();
-        Self { field, value, expected }
+        Self {
+            field,
+            value,
+            expected,
+        }
     }
 }
 
@@ -172,7 +176,11 @@ mod tests {
 
     #[test]
     fn errors_name_the_field_and_cut_long_values() {
-        let text = "z".repeat(10_000).parse::<VmId>().expect_err("not a UUID").to_string();
+        let text = "z"
+            .repeat(10_000)
+            .parse::<VmId>()
+            .expect_err("not a UUID")
+            .to_string();
         assert!(text.starts_with("vm_id: 'zzz"), "{text}");
         assert!(text.len() < 200);
     }

@@ -8,11 +8,11 @@ use shoal_proto::vm::vmm_server::Vmm;
 use shoal_proto::vm::{
     AbortIncomingRequest, AbortIncomingResponse, AckConsoleRequest, AckConsoleResponse, BootRequest,
     CancelMigrationRequest, CancelMigrationResponse, ConsoleChunk, GetStatusRequest, MigrationProgress,
-    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ReadConsoleRequest, ResumeRequest,
-    StartMigrationRequest, StartMigrationResponse, StopRequest, VmStatus, WatchMigrationRequest, WriteConsoleRequest,
-    WriteConsoleResponse,
+    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ReadConsoleRequest,
+    ResumeRequest, StartMigrationRequest, StartMigrationResponse, StopRequest, VmStatus,
+    WatchMigrationRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
-use shoal_proto::{Epoch, MigrationId};
+use shoal_proto::{Epoch, IdError, MigrationId};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _, wrappers::WatchStream};
@@ -58,29 +58,47 @@ impl From<ControlError> for Status {
             ControlError::UnknownMigration(_) => Status::not_found(message),
             ControlError::Epoch { .. } => Status::aborted(message),
             ControlError::Ending => Status::unavailable(message),
-            ControlError::Build(_) | ControlError::Kvm(_) | ControlError::Listen { .. } | ControlError::Thread(_) => {
-                Status::internal(message)
-            }
+            ControlError::Build(_)
+            | ControlError::Kvm(_)
+            | ControlError::Listen { .. }
+            | ControlError::Thread(_) => Status::internal(message),
         }
     }
 }
 
-fn invalid(error: impl ToString) -> Status {
-    Status::invalid_argument(error.to_string())
+fn invalid(error: impl Into<String>) -> Status {
+    Status::invalid_argument(error)
+}
+
+fn bad_id(error: &IdError) -> Status {
+    invalid(error.to_string())
 }
 
 fn address(field: &str, text: &str) -> Result<SocketAddr, Status> {
-    text.parse().map_err(|_| invalid(format!("{field}: '{}' is not IP:PORT", text.escape_debug())))
+    text.parse()
+        .map_err(|_| invalid(format!("{field}: '{}' is not IP:PORT", text.escape_debug())))
 }
 
 fn token(text: String) -> Result<String, Status> {
-    if (1..=MAX_TOKEN).contains(&text.len()) { Ok(text) } else { Err(invalid("token: 1 to 256 bytes")) }
+    if (1..=MAX_TOKEN).contains(&text.len()) {
+        Ok(text)
+    } else {
+        Err(invalid("token: 1 to 256 bytes"))
+    }
 }
 
 /// 0 means the default; anything beyond a week is a mistake.
 fn duration(field: &str, ms: u64, default: Duration) -> Result<Duration, Status> {
-    let asked = if ms == 0 { default } else { Duration::from_millis(ms) };
-    if asked <= LONGEST_LIMIT { Ok(asked) } else { Err(invalid(format!("{field}: {ms} ms is more than a week"))) }
+    let asked = if ms == 0 {
+        default
+    } else {
+        Duration::from_millis(ms)
+    };
+    if asked <= LONGEST_LIMIT {
+        Ok(asked)
+    } else {
+        Err(invalid(format!("{field}: {ms} ms is more than a week")))
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -90,34 +108,60 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Vmm for Api {
     async fn boot(&self, request: Request<BootRequest>) -> Answer<VmStatus> {
         let spec = VmSpec::try_from(request.into_inner().spec).map_err(ControlError::from)?;
-        Ok(Response::new(self.control.ask(|reply| Command::Boot(Box::new(spec), reply)).await?))
+        Ok(Response::new(
+            self.control
+                .ask(|reply| Command::Boot(Box::new(spec), reply))
+                .await?,
+        ))
     }
 
-    async fn prepare_incoming(&self, request: Request<PrepareIncomingRequest>) -> Answer<PrepareIncomingResponse> {
+    async fn prepare_incoming(
+        &self,
+        request: Request<PrepareIncomingRequest>,
+    ) -> Answer<PrepareIncomingResponse> {
         let request = request.into_inner();
         let incoming = IncomingRequest {
             prepared: Prepared {
                 spec: VmSpec::try_from(request.spec).map_err(ControlError::from)?,
-                migration_id: request.migration_id.parse().map_err(invalid)?,
+                migration_id: request.migration_id.parse().map_err(|error| bad_id(&error))?,
                 token: token(request.token)?,
             },
             listen: address("listen_address", &request.listen_address)?,
-            commit_timeout: duration("commit_timeout_ms", request.commit_timeout_ms, DEFAULT_COMMIT_TIMEOUT)?,
+            commit_timeout: duration(
+                "commit_timeout_ms",
+                request.commit_timeout_ms,
+                DEFAULT_COMMIT_TIMEOUT,
+            )?,
         };
-        let address = self.control.ask(|reply| Command::PrepareIncoming(Box::new(incoming), reply)).await?;
-        Ok(Response::new(PrepareIncomingResponse { address: address.to_string() }))
+        let address = self
+            .control
+            .ask(|reply| Command::PrepareIncoming(Box::new(incoming), reply))
+            .await?;
+        Ok(Response::new(PrepareIncomingResponse {
+            address: address.to_string(),
+        }))
     }
 
     async fn abort_incoming(&self, request: Request<AbortIncomingRequest>) -> Answer<AbortIncomingResponse> {
-        let id: MigrationId = request.into_inner().migration_id.parse().map_err(invalid)?;
-        let committed = self.control.ask(|reply| Command::AbortIncoming(id, reply)).await?;
+        let id: MigrationId = request
+            .into_inner()
+            .migration_id
+            .parse()
+            .map_err(|error| bad_id(&error))?;
+        let committed = self
+            .control
+            .ask(|reply| Command::AbortIncoming(id, reply))
+            .await?;
         Ok(Response::new(AbortIncomingResponse { committed }))
     }
 
-    async fn start_migration(&self, request: Request<StartMigrationRequest>) -> Answer<StartMigrationResponse> {
+    async fn start_migration(
+        &self,
+        request: Request<StartMigrationRequest>,
+    ) -> Answer<StartMigrationResponse> {
         let request = request.into_inner();
         let outgoing = Outgoing {
-            migration_id: request.migration_id.parse().map_err(invalid)?,
+            migration_id: request.migration_id.parse().map_err(|error| bad_id(&error))?,
             token: token(request.token)?,
             destination: address("destination_address", &request.destination_address)?,
             destination_epoch: Epoch(request.destination_epoch),
@@ -126,17 +170,29 @@ impl Vmm for Api {
                 timeout: duration("timeout_ms", request.timeout_ms, DEFAULT_TIMEOUT)?,
             },
         };
-        self.control.ask(|reply| Command::StartMigration(Box::new(outgoing), reply)).await?;
+        self.control
+            .ask(|reply| Command::StartMigration(Box::new(outgoing), reply))
+            .await?;
         Ok(Response::new(StartMigrationResponse {}))
     }
 
     type WatchMigrationStream = Streamed<MigrationProgress>;
 
-    async fn watch_migration(&self, request: Request<WatchMigrationRequest>) -> Answer<Self::WatchMigrationStream> {
-        let id: MigrationId = request.into_inner().migration_id.parse().map_err(invalid)?;
+    async fn watch_migration(
+        &self,
+        request: Request<WatchMigrationRequest>,
+    ) -> Answer<Self::WatchMigrationStream> {
+        let id: MigrationId = request
+            .into_inner()
+            .migration_id
+            .parse()
+            .map_err(|error| bad_id(&error))?;
         let id = id.to_string();
         let mut progress = self.control.progress();
-        let known = progress.borrow().as_ref().is_some_and(|progress| progress.migration_id == id);
+        let known = progress
+            .borrow()
+            .as_ref()
+            .is_some_and(|progress| progress.migration_id == id);
         if !known {
             return Err(Status::not_found(format!("migration_id: {id} is not known here")));
         }
@@ -144,7 +200,9 @@ impl Vmm for Api {
         tokio::spawn(async move {
             loop {
                 let latest = progress.borrow_and_update().clone();
-                let Some(latest) = latest.filter(|latest| latest.migration_id == id) else { return };
+                let Some(latest) = latest.filter(|latest| latest.migration_id == id) else {
+                    return;
+                };
                 let last = latest.report.is_some();
                 if sender.send(Ok(latest)).await.is_err() || last || progress.changed().await.is_err() {
                     return;
@@ -154,9 +212,18 @@ impl Vmm for Api {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn cancel_migration(&self, request: Request<CancelMigrationRequest>) -> Answer<CancelMigrationResponse> {
-        let id: MigrationId = request.into_inner().migration_id.parse().map_err(invalid)?;
-        self.control.ask(|reply| Command::CancelMigration(id, reply)).await?;
+    async fn cancel_migration(
+        &self,
+        request: Request<CancelMigrationRequest>,
+    ) -> Answer<CancelMigrationResponse> {
+        let id: MigrationId = request
+            .into_inner()
+            .migration_id
+            .parse()
+            .map_err(|error| bad_id(&error))?;
+        self.control
+            .ask(|reply| Command::CancelMigration(id, reply))
+            .await?;
         Ok(Response::new(CancelMigrationResponse {}))
     }
 
@@ -169,13 +236,16 @@ impl Vmm for Api {
 
     async fn watch_status(&self, _: Request<GetStatusRequest>) -> Answer<Self::WatchStatusStream> {
         let control = self.control.clone();
-        let stream = WatchStream::new(self.control.status()).map(move |status| Ok(control.with_counters(status)));
+        let stream =
+            WatchStream::new(self.control.status()).map(move |status| Ok(control.with_counters(status)));
         Ok(Response::new(Box::pin(stream)))
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Answer<VmStatus> {
         let epoch = Epoch(request.into_inner().epoch);
-        Ok(Response::new(self.control.ask(|reply| Command::Resume(epoch, reply)).await?))
+        Ok(Response::new(
+            self.control.ask(|reply| Command::Resume(epoch, reply)).await?,
+        ))
     }
 
     type ReadConsoleStream = Streamed<ConsoleChunk>;
@@ -199,7 +269,14 @@ impl Vmm for Api {
                     continue;
                 }
                 offset = chunk.offset + chunk.data.len() as u64;
-                if sender.send(Ok(ConsoleChunk { offset: chunk.offset, data: chunk.data })).await.is_err() {
+                if sender
+                    .send(Ok(ConsoleChunk {
+                        offset: chunk.offset,
+                        data: chunk.data,
+                    }))
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -215,9 +292,13 @@ impl Vmm for Api {
     async fn write_console(&self, request: Request<WriteConsoleRequest>) -> Answer<WriteConsoleResponse> {
         let data = request.into_inner().data;
         let total = data.len();
-        let taken = self.control.ask(|reply| Command::ConsoleInput(data, reply)).await?;
+        let taken = self
+            .control
+            .ask(|reply| Command::ConsoleInput(data, reply))
+            .await?;
         if taken < total {
-            let message = format!("data: the guest took {taken} of {total} bytes; send the rest once it has read them");
+            let message =
+                format!("data: the guest took {taken} of {total} bytes; send the rest once it has read them");
             return Err(Status::resource_exhausted(message));
         }
         Ok(Response::new(WriteConsoleResponse {}))
@@ -245,5 +326,7 @@ pub async fn quit_requested(mut quit: watch::Receiver<bool>) {
 /// # Errors
 /// As [`Command::Boot`].
 pub async fn boot(control: &ControlHandle, spec: VmSpec) -> Result<VmStatus, ControlError> {
-    control.ask(|reply: oneshot::Sender<_>| Command::Boot(Box::new(spec), reply)).await
+    control
+        .ask(|reply: oneshot::Sender<_>| Command::Boot(Box::new(spec), reply))
+        .await
 }

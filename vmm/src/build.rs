@@ -56,8 +56,7 @@ pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildErro
     let cmdline = spec.effective_cmdline(software_kvm);
     let rsdp = acpi::write_tables(&memory, spec.cpus)?;
     let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &cmdline, rsdp)?;
-    let platform = Platform::of_host(kvm, spec.cpus)?;
-    let vm = Vm::new(kvm, memory, spec.cpus, platform, hooks)?;
+    let vm = Vm::new(kvm, memory, spec.cpus, None, hooks)?;
     start_boot_cpu(&vm, kernel)?;
     Ok(vm)
 }
@@ -66,14 +65,9 @@ pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildErro
 ///
 /// # Errors
 /// What the host refused.
-pub fn incoming_vm(
-    kvm: &Kvm,
-    spec: &VmSpec,
-    platform: Platform,
-    hooks: VmHooks,
-) -> Result<Vm, BuildError> {
+pub fn incoming_vm(kvm: &Kvm, spec: &VmSpec, platform: Platform, hooks: VmHooks) -> Result<Vm, BuildError> {
     let memory = GuestMemory::new(spec.memory_bytes).map_err(VmError::from)?;
-    Ok(Vm::new(kvm, memory, spec.cpus, platform, hooks)?)
+    Ok(Vm::new(kvm, memory, spec.cpus, Some(platform), hooks)?)
 }
 
 fn start_boot_cpu(vm: &Vm, kernel: boot::LoadedKernel) -> Result<(), BuildError> {
@@ -86,7 +80,10 @@ fn start_boot_cpu(vm: &Vm, kernel: boot::LoadedKernel) -> Result<(), BuildError>
     let msrs = Msrs::from_entries(&msr::boot_entries()).expect("two entries");
     let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
     if set < msrs.as_slice().len() {
-        tracing::warn!(set, "this host's KVM did not take all boot MSRs; guests rarely need them");
+        tracing::warn!(
+            set,
+            "this host's KVM did not take all boot MSRs; guests rarely need them"
+        );
     }
     Ok(())
 }

@@ -35,7 +35,8 @@ impl Buffer {
 
     fn drop_before(&mut self, offset: u64) {
         let count = offset.saturating_sub(self.base).min(self.bytes.len() as u64);
-        self.bytes.drain(..usize::try_from(count).expect("at most the capacity"));
+        self.bytes
+            .drain(..usize::try_from(count).expect("at most the capacity"));
         self.base += count;
     }
 }
@@ -53,7 +54,10 @@ impl Console {
     /// An empty console; with `mirror_to_stdout`, for a VM run by hand, output also goes to standard output.
     #[must_use]
     pub fn new(mirror_to_stdout: bool) -> Self {
-        Self { mirror_to_stdout, ..Self::default() }
+        Self {
+            mirror_to_stdout,
+            ..Self::default()
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Buffer> {
@@ -76,7 +80,7 @@ impl Console {
             let _ = stdout.write_all(data).and_then(|()| stdout.flush());
         }
         if self.reader_waits.swap(false, Ordering::SeqCst) {
-            self.written.notify_one();
+            self.written.notify_waiters();
         }
     }
 
@@ -92,17 +96,24 @@ impl Console {
         let buffer = self.lock();
         let offset = from.clamp(buffer.base, buffer.end());
         let skip = usize::try_from(offset - buffer.base).expect("at most the capacity");
-        Chunk { offset, data: buffer.bytes.iter().skip(skip).take(limit).copied().collect() }
+        Chunk {
+            offset,
+            data: buffer.bytes.iter().skip(skip).take(limit).copied().collect(),
+        }
     }
 
-    /// Waits until there is a byte at or after `from`. For one reader.
+    /// Waits until there is a byte at or after `from`.
     pub async fn wait_past(&self, from: u64) {
         loop {
+            let written = self.written.notified();
+            tokio::pin!(written);
+            // Registered before the check, so that a write between the check and the wait is not missed.
+            written.as_mut().enable();
             self.reader_waits.store(true, Ordering::SeqCst);
             if self.end() > from {
                 return;
             }
-            self.written.notified().await;
+            written.await;
         }
     }
 
@@ -141,7 +152,13 @@ mod tests {
         let destination = Console::new(false);
         destination.restore(source.save());
         destination.write(b"world");
-        assert_eq!(destination.read(0, 100), Chunk { offset: 4, data: b"o world".to_vec() });
+        assert_eq!(
+            destination.read(0, 100),
+            Chunk {
+                offset: 4,
+                data: b"o world".to_vec()
+            }
+        );
         assert_eq!(destination.end(), 11);
     }
 

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationProgress, MigrationReport, MigrationResult, VmState, VmStatus};
+use shoal_proto::vm::{MigrationProgress, MigrationResult, VmState, VmStatus};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::{oneshot, watch};
 
@@ -98,7 +98,7 @@ pub enum Command {
     /// From a vCPU thread.
     GuestEnded(GuestEnd),
     /// From the outgoing migration's thread.
-    OutgoingEnded(Box<Vm>, Box<MigrationReport>),
+    OutgoingEnded(Box<Vm>, Box<MigrationProgress>),
     /// From the incoming migration's thread.
     IncomingEnded(Box<Result<Vm, DestinationError>>),
 }
@@ -140,7 +140,9 @@ impl ControlHandle {
     /// The owner's refusal.
     pub async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).map_err(|_| ControlError::Ending)?;
+        self.commands
+            .send(command(reply))
+            .map_err(|_| ControlError::Ending)?;
         answer.await.map_err(|_| ControlError::Ending)?
     }
 
@@ -212,7 +214,11 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
     crate::vcpu::install_kick_handler().map_err(VmError::from)?;
     let (commands, queue) = mpsc::channel();
     let pid = std::process::id();
-    let (status, status_seen) = watch::channel(VmStatus { state: VmState::Empty.into(), pid, ..Default::default() });
+    let (status, status_seen) = watch::channel(VmStatus {
+        state: VmState::Empty.into(),
+        pid,
+        ..Default::default()
+    });
     let (progress, progress_seen) = watch::channel(None);
     let console = Arc::new(Console::new(config.mirror_console));
     let emulated = Arc::new(AtomicU64::new(0));
@@ -244,7 +250,11 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), ControlError> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map(|_| ()).map_err(ControlError::Thread)
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map(|_| ())
+        .map_err(ControlError::Thread)
 }
 
 /// Answers a command; an asker that has gone away does not matter.
@@ -264,7 +274,7 @@ impl Control {
             Command::Stop(reply) => self.stop(reply),
             Command::ConsoleInput(data, reply) => answer(reply, self.console_input(&data)),
             Command::GuestEnded(end) => self.guest_ended(&end),
-            Command::OutgoingEnded(vm, report) => self.outgoing_ended(vm, &report),
+            Command::OutgoingEnded(vm, last) => self.outgoing_ended(vm, *last),
             Command::IncomingEnded(result) => self.incoming_ended(*result),
         }
     }
@@ -281,7 +291,10 @@ impl Control {
     }
 
     fn wrong_state(&self, needs: &'static str) -> ControlError {
-        ControlError::WrongState { state: self.state_name(), needs }
+        ControlError::WrongState {
+            state: self.state_name(),
+            needs,
+        }
     }
 
     fn publish(&mut self, state: VmState, message: impl Into<String>) {
@@ -316,7 +329,9 @@ impl Control {
     }
 
     fn boot(&mut self, spec: VmSpec) -> Result<VmStatus, ControlError> {
-        let State::Empty = self.state else { return Err(self.wrong_state("one VMM boots one VM, once")) };
+        let State::Empty = self.state else {
+            return Err(self.wrong_state("one VMM boots one VM, once"));
+        };
         self.describe(&spec);
         let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
         mark_as_run(self.config.ran_mark.as_deref());
@@ -328,8 +343,13 @@ impl Control {
     }
 
     fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<SocketAddr, ControlError> {
-        let State::Empty = self.state else { return Err(self.wrong_state("one VMM takes one VM, once")) };
-        let listen_error = |source| ControlError::Listen { address: request.listen, source };
+        let State::Empty = self.state else {
+            return Err(self.wrong_state("one VMM takes one VM, once"));
+        };
+        let listen_error = |source| ControlError::Listen {
+            address: request.listen,
+            source,
+        };
         let listener = TcpListener::bind(request.listen).map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
         let migration_id = request.prepared.migration_id;
@@ -347,7 +367,8 @@ impl Control {
             let _ = commands.send(Command::IncomingEnded(Box::new(result)));
         })?;
         self.describe(&spec);
-        self.status.send_modify(|status| status.incoming_migration_id = migration_id.to_string());
+        self.status
+            .send_modify(|status| status.incoming_migration_id = migration_id.to_string());
         self.state = State::Incoming(migration_id, arbiter);
         self.spec = Some(spec);
         self.publish(VmState::Incoming, format!("waits for migration {migration_id}"));
@@ -395,34 +416,45 @@ impl Control {
     }
 
     fn start_migration(&mut self, request: Outgoing) -> Result<(), ControlError> {
-        let State::Running(_) = self.state else { return Err(self.wrong_state("only a running VM migrates")) };
+        let State::Running(_) = self.state else {
+            return Err(self.wrong_state("only a running VM migrates"));
+        };
         let kvm = build::open_kvm()?;
-        let Some(spec) = self.spec.clone() else { return Err(self.wrong_state("only a running VM migrates")) };
+        let Some(spec) = self.spec.clone() else {
+            return Err(self.wrong_state("only a running VM migrates"));
+        };
         let cancel = Arc::new(CancelSwitch::default());
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(Arc::clone(&cancel))) else {
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(Arc::clone(&cancel)))
+        else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
         let id = request.migration_id;
-        self.status.send_modify(|status| status.outgoing_migration_id = id.to_string());
-        self.progress.send_replace(Some(MigrationProgress { migration_id: id.to_string(), ..Default::default() }));
+        self.status
+            .send_modify(|status| status.outgoing_migration_id = id.to_string());
+        self.progress.send_replace(Some(MigrationProgress {
+            migration_id: id.to_string(),
+            ..Default::default()
+        }));
         self.publish(VmState::Migrating, format!("to {}", request.destination));
         let (progress, commands) = (self.progress.clone(), self.commands.clone());
         spawn("migration", move || {
-            let report = source::migrate(&vm, &spec, &kvm, &request, &cancel, progress);
-            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(report)));
+            let last = source::migrate(&vm, &spec, &kvm, &request, &cancel, progress);
+            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
         })
     }
 
-    fn outgoing_ended(&mut self, vm: Box<Vm>, report: &MigrationReport) {
+    fn outgoing_ended(&mut self, vm: Box<Vm>, last: MigrationProgress) {
+        let report = last.report.clone().unwrap_or_default();
+        let mut to_free = None;
         match report.result() {
             MigrationResult::Completed => {
                 self.state = State::Ended;
                 self.publish(VmState::Migrated, "runs at its destination");
-                drop(vm);
+                to_free = Some(vm);
             }
             MigrationResult::InDoubt => {
                 self.state = State::InDoubt(vm);
-                self.publish(VmState::InDoubt, report.reason.clone());
+                self.publish(VmState::InDoubt, report.reason);
             }
             _ => {
                 self.state = State::Running(vm);
@@ -430,18 +462,27 @@ impl Control {
                 self.take_guest_end();
             }
         }
+        self.progress.send_replace(Some(last));
         for reply in std::mem::take(&mut self.stops) {
             self.stop(reply);
         }
+        // Last: unmapping gigabytes takes a while, and nobody has to wait for it.
+        drop(to_free);
     }
 
     fn cancel_migration(&mut self, id: MigrationId) -> Result<(), ControlError> {
         let same = self.status.borrow().outgoing_migration_id == id.to_string();
-        let State::Migrating(cancel) = &self.state else { return Err(ControlError::UnknownMigration(id)) };
+        let State::Migrating(cancel) = &self.state else {
+            return Err(ControlError::UnknownMigration(id));
+        };
         if !same {
             return Err(ControlError::UnknownMigration(id));
         }
-        if cancel.cancel() { Ok(()) } else { Err(ControlError::TooLate) }
+        if cancel.cancel() {
+            Ok(())
+        } else {
+            Err(ControlError::TooLate)
+        }
     }
 
     fn resume(&mut self, asked: Epoch) -> Result<VmStatus, ControlError> {
@@ -478,7 +519,10 @@ impl Control {
             }
             State::Incoming(id, arbiter) => {
                 self.state = State::Incoming(id, arbiter);
-                return answer(reply, Err(self.wrong_state("abort the incoming migration instead")));
+                return answer(
+                    reply,
+                    Err(self.wrong_state("abort the incoming migration instead")),
+                );
             }
             State::Empty => {
                 self.state = State::Empty;
@@ -506,7 +550,9 @@ impl Control {
     fn take_guest_end(&mut self) {
         let State::Running(vm) = &self.state else { return };
         let Some(end) = vm.guest_end() else { return };
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Ended) else { return };
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Ended) else {
+            return;
+        };
         vm.pause();
         match end {
             GuestEnd::PowerOff => self.end(*vm, VmState::Exited, "the guest powered off"),

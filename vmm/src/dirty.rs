@@ -1,8 +1,8 @@
 //! Dirty-page tracking: KVM's log of vCPU writes merged with the VMM's own writes, as runs of pages.
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO,
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -35,7 +35,12 @@ impl Bitmap {
     /// A bitmap of `pages` clean pages.
     #[must_use]
     pub fn clean(pages: u64) -> Self {
-        Self { words: vec![0; usize::try_from(pages.div_ceil(64)).expect("guest memory fits a 64-bit address space")] }
+        Self {
+            words: vec![
+                0;
+                usize::try_from(pages.div_ceil(64)).expect("guest memory fits a 64-bit address space")
+            ],
+        }
     }
 
     /// From words of KVM or vm-memory.
@@ -47,7 +52,12 @@ impl Bitmap {
     /// Marks a run of pages. Pages past the end are ignored.
     pub fn set_run(&mut self, start: u64, pages: u64) {
         for page in start..start.saturating_add(pages) {
-            let Some(word) = usize::try_from(page / 64).ok().and_then(|word| self.words.get_mut(word)) else { return };
+            let Some(word) = usize::try_from(page / 64)
+                .ok()
+                .and_then(|word| self.words.get_mut(word))
+            else {
+                return;
+            };
             *word |= 1 << (page % 64);
         }
     }
@@ -80,8 +90,12 @@ impl Bitmap {
     /// The words of pages `first..first + pages`; `first` must be a multiple of 64.
     #[must_use]
     pub fn chunk(&self, first: u64, pages: u64) -> &[u64] {
-        let start = usize::try_from(first / 64).unwrap_or(usize::MAX).min(self.words.len());
-        let end = usize::try_from((first + pages).div_ceil(64)).unwrap_or(usize::MAX).min(self.words.len());
+        let start = usize::try_from(first / 64)
+            .unwrap_or(usize::MAX)
+            .min(self.words.len());
+        let end = usize::try_from((first + pages).div_ceil(64))
+            .unwrap_or(usize::MAX)
+            .min(self.words.len());
         &self.words[start..end]
     }
 }
@@ -136,7 +150,11 @@ pub fn enable_manual_protect(kvm: &Kvm, vm: &VmFd) -> Result<bool, kvm_ioctls::E
     }
     let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
     let args = u64::from(wanted & offered.unsigned_abs());
-    vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args: [args, 0, 0, 0], ..Default::default() })?;
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        args: [args, 0, 0, 0],
+        ..Default::default()
+    })?;
     debug_assert!(kvm.check_extension(Cap::UserMemory));
     Ok(true)
 }
@@ -146,12 +164,20 @@ impl<'a> DirtyLog<'a> {
     ///
     /// # Errors
     /// When KVM refuses the memory slots.
-    pub fn start(vm: &'a VmFd, memory: &'a GuestMemory, manual_protect: bool) -> Result<Self, crate::memory::MemoryError> {
+    pub fn start(
+        vm: &'a VmFd,
+        memory: &'a GuestMemory,
+        manual_protect: bool,
+    ) -> Result<Self, crate::memory::MemoryError> {
         for region in memory.regions() {
             let _ = memory.take_vmm_dirty(region.slot);
         }
         memory.register(vm, true)?;
-        Ok(Self { vm, memory, manual_protect })
+        Ok(Self {
+            vm,
+            memory,
+            manual_protect,
+        })
     }
 
     /// Pages of `region` written since they were last cleared (vCPUs), or since the last call (VMM).
@@ -163,7 +189,11 @@ impl<'a> DirtyLog<'a> {
         let words = self
             .vm
             .get_dirty_log(region.slot, bytes)
-            .map_err(|source| DirtyError { ioctl: "KVM_GET_DIRTY_LOG", slot: region.slot, source })?;
+            .map_err(|source| DirtyError {
+                ioctl: "KVM_GET_DIRTY_LOG",
+                slot: region.slot,
+                source,
+            })?;
         let mut bitmap = Bitmap::from_words(words);
         bitmap.merge(&self.memory.take_vmm_dirty(region.slot));
         Ok(bitmap)
@@ -183,13 +213,19 @@ impl<'a> DirtyLog<'a> {
             slot: region.slot,
             num_pages: u32::try_from(pages).expect("chunks are far below 2^32 pages"),
             first_page: first,
-            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: words.as_mut_ptr().cast(),
+            },
         };
         // SAFETY: the request points at words.len() * 64 >= num_pages bits that live across the call; KVM only reads them.
         let result = unsafe { ioctl_with_ref(self.vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &request) };
         if result < 0 {
             let source = vmm_sys_util::errno::Error::last();
-            return Err(DirtyError { ioctl: "KVM_CLEAR_DIRTY_LOG", slot: region.slot, source });
+            return Err(DirtyError {
+                ioctl: "KVM_CLEAR_DIRTY_LOG",
+                slot: region.slot,
+                source,
+            });
         }
         Ok(())
     }

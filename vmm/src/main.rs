@@ -46,7 +46,11 @@ struct Options {
 }
 
 fn parse() -> Result<Option<Options>, lexopt::Error> {
-    let mut options = Options { memory_bytes: 128 << 20, cpus: 1, ..Default::default() };
+    let mut options = Options {
+        memory_bytes: 128 << 20,
+        cpus: 1,
+        ..Default::default()
+    };
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
         match argument {
@@ -68,7 +72,11 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     let options = match parse() {
         Ok(Some(options)) => options,
         Ok(None) => {
@@ -77,7 +85,11 @@ fn main() -> ExitCode {
         }
         Err(error) => return fail(USAGE_ERROR, &format!("{error}\n{USAGE}")),
     };
-    let result = if options.check_image { check_image(&options) } else { run(options) };
+    let result = if options.check_image {
+        check_image(&options)
+    } else {
+        run(options)
+    };
     result.unwrap_or_else(|error| fail(FAILED, &error.to_string()))
 }
 
@@ -89,7 +101,10 @@ fn fail(code: u8, message: &str) -> ExitCode {
 type AnyError = Box<dyn std::error::Error>;
 
 fn check_image(options: &Options) -> Result<ExitCode, AnyError> {
-    let kernel = options.kernel.as_deref().ok_or("check-image needs --kernel PATH")?;
+    let kernel = options
+        .kernel
+        .as_deref()
+        .ok_or("check-image needs --kernel PATH")?;
     boot::check_image(kernel, options.initrd.as_deref())?;
     Ok(ExitCode::SUCCESS)
 }
@@ -99,7 +114,9 @@ fn listener(options: &Options) -> Result<Option<UnixListener>, AnyError> {
         // SAFETY: whoever started this process says that it passed an open listening socket under this number and has
         // given it away; nothing else here uses it. Another kind of descriptor fails at the first accept.
         (Some(fd), _) => unsafe { UnixListener::from_raw_fd(fd) },
-        (None, Some(path)) => UnixListener::bind(path).map_err(|error| format!("--api-socket {}: {error}", path.display()))?,
+        (None, Some(path)) => {
+            UnixListener::bind(path).map_err(|error| format!("--api-socket {}: {error}", path.display()))?
+        }
         (None, None) => return Ok(None),
     };
     listener.set_nonblocking(true)?;
@@ -127,36 +144,49 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         mirror_console: spec.is_some(),
     };
     let control = control::start(config)?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async move {
-        let by_hand = spec.is_some();
-        if let Some(spec) = spec {
-            spec.check()?;
-            api::boot(&control, spec).await?;
-        }
-        let (quit, quit_asked) = watch::channel(false);
-        let serve = async {
-            let Some(listener) = listener else { return std::future::pending().await };
-            let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
-            let service = VmmServer::new(Api::new(control.clone(), quit));
-            let server = tonic::transport::Server::builder().add_service(service);
-            server.serve_with_incoming_shutdown(incoming, api::quit_requested(quit_asked.clone())).await?;
-            Ok::<_, AnyError>(ExitCode::SUCCESS)
-        };
-        let mut status = control.status();
-        let ended = async {
-            let over = |state| matches!(state, VmState::Exited | VmState::Failed | VmState::Migrated);
-            let last = status.wait_for(|status| by_hand && over(status.state())).await?.clone();
-            let failed = last.state() == VmState::Failed;
-            if failed {
-                tracing::error!(reason = %last.status_message, "the VM failed");
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async move {
+            let by_hand = spec.is_some();
+            if let Some(spec) = spec {
+                spec.check()?;
+                api::boot(&control, spec).await?;
             }
-            let code = last.exit_status.and_then(|code| u8::try_from(code).ok()).unwrap_or(if failed { FAILED } else { 0 });
-            Ok(ExitCode::from(code))
-        };
-        tokio::select! {
-            result = serve => result,
-            result = ended => result,
-            () = api::quit_requested(quit_asked.clone()) => Ok(ExitCode::SUCCESS),
-        }
-    })
+            let (quit, quit_asked) = watch::channel(false);
+            let serve = async {
+                let Some(listener) = listener else {
+                    return std::future::pending().await;
+                };
+                let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+                let service = VmmServer::new(Api::new(control.clone(), quit));
+                let server = tonic::transport::Server::builder().add_service(service);
+                server
+                    .serve_with_incoming_shutdown(incoming, api::quit_requested(quit_asked.clone()))
+                    .await?;
+                Ok::<_, AnyError>(ExitCode::SUCCESS)
+            };
+            let mut status = control.status();
+            let ended = async {
+                let over = |state| matches!(state, VmState::Exited | VmState::Failed | VmState::Migrated);
+                let last = status
+                    .wait_for(|status| by_hand && over(status.state()))
+                    .await?
+                    .clone();
+                let failed = last.state() == VmState::Failed;
+                if failed {
+                    tracing::error!(reason = %last.status_message, "the VM failed");
+                }
+                let code = last
+                    .exit_status
+                    .and_then(|code| u8::try_from(code).ok())
+                    .unwrap_or(if failed { FAILED } else { 0 });
+                Ok(ExitCode::from(code))
+            };
+            tokio::select! {
+                result = serve => result,
+                result = ended => result,
+                () = api::quit_requested(quit_asked.clone()) => Ok(ExitCode::SUCCESS),
+            }
+        })
 }

@@ -7,7 +7,8 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
-    Address as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap,
+    Address as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
+    GuestRegionMmap,
 };
 
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
@@ -84,9 +85,17 @@ impl GuestMemory {
     pub fn new(memory_bytes: u64) -> Result<Self, MemoryError> {
         let ranges: Vec<_> = ram_ranges(memory_bytes)
             .into_iter()
-            .map(|(start, len)| (start, usize::try_from(len).expect("guest memory fits a 64-bit address space")))
+            .map(|(start, len)| {
+                (
+                    start,
+                    usize::try_from(len).expect("guest memory fits a 64-bit address space"),
+                )
+            })
             .collect();
-        let mmap = Mmap::from_ranges(&ranges).map_err(|source| MemoryError::Map { bytes: memory_bytes, source })?;
+        let mmap = Mmap::from_ranges(&ranges).map_err(|source| MemoryError::Map {
+            bytes: memory_bytes,
+            source,
+        })?;
         for region in mmap.iter() {
             // SAFETY: the range is exactly one mapping that this process just made and owns; MADV_HUGEPAGE only
             // advises how it is backed and never changes its contents. A refusal (no THP in the kernel) is harmless.
@@ -106,7 +115,11 @@ impl GuestMemory {
     pub fn regions(&self) -> Vec<Region> {
         (0..)
             .zip(self.mmap.iter())
-            .map(|(slot, region)| Region { slot, start: region.start_addr(), len: region.len() })
+            .map(|(slot, region)| Region {
+                slot,
+                start: region.start_addr(),
+                len: region.len(),
+            })
             .collect()
     }
 
@@ -142,14 +155,19 @@ impl GuestMemory {
         for (region, slot) in self.mmap.iter().zip(0u32..) {
             let kvm_region = kvm_userspace_memory_region {
                 slot,
-                flags: if log_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                flags: if log_dirty_pages {
+                    KVM_MEM_LOG_DIRTY_PAGES
+                } else {
+                    0
+                },
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr().addr() as u64,
             };
             // SAFETY: the mapping outlives the VM: `Vm` owns both and drops the VM descriptor first; regions do not
             // overlap in guest physical space (ram_ranges).
-            unsafe { vm.set_user_memory_region(kvm_region) }.map_err(|source| MemoryError::Slot { slot, source })?;
+            unsafe { vm.set_user_memory_region(kvm_region) }
+                .map_err(|source| MemoryError::Slot { slot, source })?;
         }
         Ok(())
     }
@@ -158,7 +176,11 @@ impl GuestMemory {
     #[must_use]
     pub fn take_vmm_dirty(&self, slot: u32) -> Vec<u64> {
         let index = usize::try_from(slot).expect("u32 fits usize");
-        self.mmap.iter().nth(index).map(|region| region.get_mmap().bitmap().get_and_reset()).unwrap_or_default()
+        self.mmap
+            .iter()
+            .nth(index)
+            .map(|region| region.get_mmap().bitmap().get_and_reset())
+            .unwrap_or_default()
     }
 
     /// Which of the pages `first..first + pages` of region `slot` the host has backed (present or swapped), one bit a
@@ -166,18 +188,32 @@ impl GuestMemory {
     ///
     /// # Errors
     /// When /proc/self/pagemap cannot be read.
-    pub fn backed_pages(&self, pagemap: &File, slot: u32, first: u64, pages: u64) -> Result<Vec<u64>, MemoryError> {
+    pub fn backed_pages(
+        &self,
+        pagemap: &File,
+        slot: u32,
+        first: u64,
+        pages: u64,
+    ) -> Result<Vec<u64>, MemoryError> {
         const ENTRY: u64 = 8;
         const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
         let index = usize::try_from(slot).expect("u32 fits usize");
-        let Some(region) = self.mmap.iter().nth(index) else { return Ok(vec![]) };
+        let Some(region) = self.mmap.iter().nth(index) else {
+            return Ok(vec![]);
+        };
         let pages = pages.min((region.len() / PAGE_SIZE).saturating_sub(first));
         let mut entries = vec![0u8; usize::try_from(pages * ENTRY).expect("a chunk of guest memory")];
         let at = (region.as_ptr().addr() as u64 / PAGE_SIZE + first) * ENTRY;
-        pagemap.read_exact_at(&mut entries, at).map_err(MemoryError::Pagemap)?;
-        let backed = |entry: &[u8]| u64::from_le_bytes(entry.try_into().expect("8 bytes")) & PRESENT_OR_SWAPPED != 0;
+        pagemap
+            .read_exact_at(&mut entries, at)
+            .map_err(MemoryError::Pagemap)?;
+        let backed =
+            |entry: &[u8]| u64::from_le_bytes(entry.try_into().expect("8 bytes")) & PRESENT_OR_SWAPPED != 0;
         let word = |entries: &[u8]| {
-            entries.chunks_exact(8).enumerate().fold(0u64, |word, (bit, entry)| word | u64::from(backed(entry)) << bit)
+            entries
+                .chunks_exact(8)
+                .enumerate()
+                .fold(0u64, |word, (bit, entry)| word | u64::from(backed(entry)) << bit)
         };
         Ok(entries.chunks(64 * 8).map(word).collect())
     }
@@ -203,13 +239,19 @@ mod tests {
     #[test]
     fn ram_leaves_the_hole_below_4_gib_free() {
         assert_eq!(ram_ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
-        assert_eq!(ram_ranges(5 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
+        assert_eq!(
+            ram_ranges(5 << 30),
+            [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]
+        );
     }
 
     #[test]
     fn only_touched_pages_count_as_backed() {
         let memory = GuestMemory::new(64 << 20).expect("map");
-        memory.mmap().write_obj(1u64, GuestAddress(32 << 20)).expect("inside");
+        memory
+            .mmap()
+            .write_obj(1u64, GuestAddress(32 << 20))
+            .expect("inside");
         let pagemap = GuestMemory::open_pagemap().expect("/proc");
         let words = memory.backed_pages(&pagemap, 0, 0, u64::MAX).expect("pagemap");
         let page = (32 << 20) / 4096;
@@ -231,7 +273,10 @@ mod tests {
     fn writes_by_the_vmm_are_tracked() {
         let memory = GuestMemory::new(4 << 20).expect("map");
         let _ = memory.take_vmm_dirty(0);
-        memory.mmap().write_obj(1u8, GuestAddress(5 * 4096)).expect("inside");
+        memory
+            .mmap()
+            .write_obj(1u8, GuestAddress(5 * 4096))
+            .expect("inside");
         assert_eq!(memory.take_vmm_dirty(0)[0], 1 << 5);
         assert_eq!(memory.take_vmm_dirty(0)[0], 0);
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::arch::{cpuid, layout, msr};
 use crate::console::Console;
@@ -79,20 +79,20 @@ impl Platform {
     /// # Errors
     /// When KVM does not say.
     pub fn of_host(kvm: &Kvm, cpus: u32) -> Result<Self, VmError> {
-        let tsc_khz = host_tsc_khz(kvm)?;
+        let vm = call("KVM_CREATE_VM", kvm.create_vm())?;
+        // KVM tells the TSC frequency per vCPU only, so this makes one and throws it away.
+        let vcpu = call("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
+        Self::of_vcpu(kvm, cpus, &vcpu)
+    }
+
+    fn of_vcpu(kvm: &Kvm, cpus: u32, vcpu: &VcpuFd) -> Result<Self, VmError> {
+        let tsc_khz = vcpu::read_tsc_khz(vcpu);
         Ok(Self {
             cpuid: call("KVM_GET_SUPPORTED_CPUID", cpuid::supported(kvm, cpus, tsc_khz))?,
             tsc_khz,
             msr_indices: call("KVM_GET_MSR_INDEX_LIST", msr::saved_indices(kvm))?,
         })
     }
-}
-
-/// KVM tells the TSC frequency per vCPU only, so this makes one and throws it away.
-fn host_tsc_khz(kvm: &Kvm) -> Result<u32, VmError> {
-    let vm = call("KVM_CREATE_VM", kvm.create_vm())?;
-    let fd = call("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
-    Ok(vcpu::read_tsc_khz(&fd))
 }
 
 /// What connects a VM to the process around it.
@@ -127,7 +127,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Builds a VM with `memory` and one vCPU thread per CPU, all parked, registers as after reset.
+    /// Builds a VM with `memory` and one vCPU thread per CPU, all parked, registers as after reset. `platform` is that of
+    /// the source of a migration; without, the VM gets what this host offers.
     ///
     /// # Errors
     /// The first step that KVM or the host refuses.
@@ -135,17 +136,30 @@ impl Vm {
         kvm: &Kvm,
         memory: GuestMemory,
         cpus: u32,
-        platform: Platform,
+        platform: Option<Platform>,
         hooks: VmHooks,
     ) -> Result<Self, VmError> {
-        let VmHooks { console, emulated, ended } = hooks;
+        let VmHooks {
+            console,
+            emulated,
+            ended,
+        } = hooks;
         let fd = call("KVM_CREATE_VM", kvm.create_vm())?;
         call("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS))?;
-        call("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
+        call(
+            "KVM_SET_IDENTITY_MAP_ADDR",
+            fd.set_identity_map_address(layout::KVM_IDENTITY_MAP),
+        )?;
         call("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         call("KVM_CREATE_PIT2", fd.create_pit2(pit))?;
-        let manual_dirty_protect = call("KVM_ENABLE_CAP(dirty log)", dirty::enable_manual_protect(kvm, &fd))?;
+        let manual_dirty_protect = call(
+            "KVM_ENABLE_CAP(dirty log)",
+            dirty::enable_manual_protect(kvm, &fd),
+        )?;
         memory.register(&fd, false)?;
         let devices = Arc::new(Devices::new(&fd, Arc::clone(&console))?);
 
@@ -164,9 +178,14 @@ impl Vm {
                 }
             }),
         });
+        let boot_vcpu = call("KVM_CREATE_VCPU", fd.create_vcpu(0))?;
+        let platform = platform.map_or_else(|| Platform::of_vcpu(kvm, cpus, &boot_vcpu), Ok)?;
+        let mut boot_vcpu = Some(boot_vcpu);
         let mut vcpus = vec![];
         for id in 0..cpus {
-            let vcpu = call("KVM_CREATE_VCPU", fd.create_vcpu(u64::from(id)))?;
+            let vcpu = boot_vcpu
+                .take()
+                .map_or_else(|| call("KVM_CREATE_VCPU", fd.create_vcpu(u64::from(id))), Ok)?;
             let table = cpuid::to_kvm(&cpuid::for_vcpu(&platform.cpuid, id)).map_err(VmError::Cpuid)?;
             call("KVM_SET_CPUID2", vcpu.set_cpuid2(&table))?;
             if vcpu::read_tsc_khz(&vcpu) != platform.tsc_khz {
@@ -177,7 +196,16 @@ impl Vm {
         for vcpu in &vcpus {
             vcpu.wait_parked();
         }
-        Ok(Self { vcpus, fd, devices, memory, console, platform, end, manual_dirty_protect })
+        Ok(Self {
+            vcpus,
+            fd,
+            devices,
+            memory,
+            console,
+            platform,
+            end,
+            manual_dirty_protect,
+        })
     }
 
     /// Lets every vCPU run.
@@ -259,19 +287,39 @@ impl Vm {
         let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
         let mut writer = state::Writer::new();
         for vcpu in &self.vcpus {
-            let saved = vcpu::save(&vcpu.fd(), &self.platform.msr_indices)
-                .map_err(|source| VmError::VcpuState { id: vcpu.id(), source })?;
+            let saved =
+                vcpu::save(&vcpu.fd(), &self.platform.msr_indices).map_err(|source| VmError::VcpuState {
+                    id: vcpu.id(),
+                    source,
+                })?;
             writer.section(Kind::Vcpu, vcpu.id(), &saved);
         }
         for chip_id in IRQCHIP_IDS {
-            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
             call("KVM_GET_IRQCHIP", self.fd.get_irqchip(&mut chip))?;
-            writer.section(Kind::IrqChip, chip_id, &IrqChipState { chip: to_bytes(&chip) });
+            writer.section(
+                Kind::IrqChip,
+                chip_id,
+                &IrqChipState {
+                    chip: to_bytes(&chip),
+                },
+            );
         }
         let pit = call("KVM_GET_PIT2", self.fd.get_pit2())?;
         writer.section(Kind::Pit, 0, &PitState { pit: to_bytes(&pit) });
-        let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 { clock.realtime } else { realtime_now_ns() };
-        let clock = ClockState { kvmclock_ns: clock.clock, realtime_ns, tsc_khz: self.platform.tsc_khz };
+        let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
+            clock.realtime
+        } else {
+            realtime_now_ns()
+        };
+        let clock = ClockState {
+            kvmclock_ns: clock.clock,
+            realtime_ns,
+            tsc_khz: self.platform.tsc_khz,
+        };
         writer.section(Kind::Clock, 0, &clock);
         self.devices.save(&mut writer);
         Ok(writer.finish())
@@ -286,27 +334,41 @@ impl Vm {
         let reader = state::Reader::parse(saved)?;
         self.devices.restore(&reader)?;
         let pit: PitState = reader.section(Kind::Pit, 0)?;
-        call("KVM_SET_PIT2", self.fd.set_pit2(&from_bytes(Kind::Pit, "pit", &pit.pit)?))?;
+        call(
+            "KVM_SET_PIT2",
+            self.fd.set_pit2(&from_bytes(Kind::Pit, "pit", &pit.pit)?),
+        )?;
         for chip_id in IRQCHIP_IDS {
             let chip: IrqChipState = reader.section(Kind::IrqChip, chip_id)?;
-            call("KVM_SET_IRQCHIP", self.fd.set_irqchip(&from_bytes(Kind::IrqChip, "chip", &chip.chip)?))?;
+            call(
+                "KVM_SET_IRQCHIP",
+                self.fd
+                    .set_irqchip(&from_bytes(Kind::IrqChip, "chip", &chip.chip)?),
+            )?;
         }
         let clock: ClockState = reader.section(Kind::Clock, 0)?;
         let away_ns = realtime_now_ns().saturating_sub(clock.realtime_ns);
-        let kvmclock = kvm_clock_data { clock: clock.kvmclock_ns.saturating_add(away_ns), ..Default::default() };
+        let kvmclock = kvm_clock_data {
+            clock: clock.kvmclock_ns.saturating_add(away_ns),
+            ..Default::default()
+        };
         call("KVM_SET_CLOCK", self.fd.set_clock(&kvmclock))?;
         let ticks = u128::from(away_ns) * u128::from(clock.tsc_khz) / u128::from(NS_PER_MS);
         let tsc_advance = u64::try_from(ticks).unwrap_or(0);
         for vcpu in &self.vcpus {
             let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
-            vcpu::restore(&vcpu.fd(), &saved, tsc_advance)
-                .map_err(|source| VmError::VcpuState { id: vcpu.id(), source })?;
+            vcpu::restore(&vcpu.fd(), &saved, tsc_advance).map_err(|source| VmError::VcpuState {
+                id: vcpu.id(),
+                source,
+            })?;
         }
         Ok(())
     }
 }
 
 fn realtime_now_ns() -> u64 {
-    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since_epoch = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -66,7 +66,8 @@ impl Devices {
     /// When an interrupt cannot be connected.
     pub fn new(vm: &VmFd, console: Arc<Console>) -> Result<Self, DeviceError> {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(DeviceError::EventFd)?;
-        vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).map_err(DeviceError::IrqFd)?;
+        vm.register_irqfd(&interrupt, layout::SERIAL_IRQ)
+            .map_err(DeviceError::IrqFd)?;
         let reset = Arc::new(AtomicBool::new(false));
         Ok(Self {
             serial: Mutex::new(SerialDevice::new(interrupt, console)),
@@ -93,7 +94,9 @@ impl Devices {
         match port {
             layout::I8042_COMMAND_PORT => {
                 let Ok(()) = lock(&self.keyboard).write(4, byte);
-                self.reset.swap(false, Ordering::SeqCst).then_some(PowerRequest::Reset)
+                self.reset
+                    .swap(false, Ordering::SeqCst)
+                    .then_some(PowerRequest::Reset)
             }
             layout::ACPI_SLEEP_PORT => (byte == acpi::POWER_OFF_VALUE).then_some(PowerRequest::Off),
             layout::ACPI_RESET_PORT => Some(PowerRequest::Reset),
@@ -130,7 +133,13 @@ impl Devices {
     /// Device state, as sections of the VM's state. vCPUs must be paused.
     pub fn save(&self, writer: &mut state::Writer) {
         lock(&self.serial).save(writer);
-        writer.section(state::Kind::Power, 0, &state::PowerState { exit_status: self.exit_status().map(u32::from) });
+        writer.section(
+            state::Kind::Power,
+            0,
+            &state::PowerState {
+                exit_status: self.exit_status().map(u32::from),
+            },
+        );
     }
 
     /// Takes over saved device state.
@@ -140,13 +149,16 @@ impl Devices {
     pub fn restore(&self, reader: &state::Reader) -> Result<(), StateError> {
         lock(&self.serial).restore(reader)?;
         let power: state::PowerState = reader.section(state::Kind::Power, 0)?;
-        self.exit_status.store(power.exit_status.unwrap_or(NO_STATUS), Ordering::SeqCst);
+        self.exit_status
+            .store(power.exit_status.unwrap_or(NO_STATUS), Ordering::SeqCst);
         Ok(())
     }
 }
 
 fn serial_offset(port: u16) -> Option<u8> {
-    port.checked_sub(layout::SERIAL_PORT).and_then(|offset| u8::try_from(offset).ok()).filter(|&offset| offset < 8)
+    port.checked_sub(layout::SERIAL_PORT)
+        .and_then(|offset| u8::try_from(offset).ok())
+        .filter(|&offset| offset < 8)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -79,18 +79,48 @@ impl SerialDevice {
             uart.modem_status,
             uart.scratch,
         ];
-        writer.section(state::Kind::Serial, 0, &state::SerialState { registers, input: uart.in_buffer });
+        writer.section(
+            state::Kind::Serial,
+            0,
+            &state::SerialState {
+                registers,
+                input: uart.in_buffer,
+            },
+        );
         let console = self.console.save();
-        writer.section(state::Kind::Console, 0, &state::ConsoleState { offset: console.offset, data: console.data });
+        writer.section(
+            state::Kind::Console,
+            0,
+            &state::ConsoleState {
+                offset: console.offset,
+                data: console.data,
+            },
+        );
     }
 
     pub(super) fn restore(&mut self, reader: &state::Reader) -> Result<(), StateError> {
         let saved: state::SerialState = reader.section(state::Kind::Serial, 0)?;
         let console: state::ConsoleState = reader.section(state::Kind::Console, 0)?;
-        let malformed = |why: String| StateError::Malformed { kind: state::Kind::Serial, why };
-        let registers: [u8; 9] =
-            saved.registers.as_slice().try_into().map_err(|_| malformed(format!("{} registers", saved.registers.len())))?;
-        let [low, high, enable, identification, line_control, line_status, modem_control, modem_status, scratch] = registers;
+        let malformed = |why: String| StateError::Malformed {
+            kind: state::Kind::Serial,
+            why,
+        };
+        let registers: [u8; 9] = saved
+            .registers
+            .as_slice()
+            .try_into()
+            .map_err(|_| malformed(format!("{} registers", saved.registers.len())))?;
+        let [
+            low,
+            high,
+            enable,
+            identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = registers;
         let uart = SerialState {
             baud_divisor_low: low,
             baud_divisor_high: high,
@@ -104,10 +134,19 @@ impl SerialDevice {
             in_buffer: saved.input,
         };
         // A raised line is part of the restored irqchip; from_state raises it again if the UART still asks for it.
-        let interrupt = Interrupt(self.uart.interrupt_evt().0.try_clone().map_err(|error| malformed(error.to_string()))?);
+        let interrupt = Interrupt(
+            self.uart
+                .interrupt_evt()
+                .0
+                .try_clone()
+                .map_err(|error| malformed(error.to_string()))?,
+        );
         self.uart = Serial::from_state(&uart, interrupt, NoEvents, Output(Arc::clone(&self.console)))
             .map_err(|error| malformed(format!("{error:?}")))?;
-        self.console.restore(Chunk { offset: console.offset, data: console.data });
+        self.console.restore(Chunk {
+            offset: console.offset,
+            data: console.data,
+        });
         Ok(())
     }
 }
@@ -117,7 +156,10 @@ mod tests {
     use super::*;
 
     fn device() -> SerialDevice {
-        SerialDevice::new(EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"), Arc::new(Console::new(false)))
+        SerialDevice::new(
+            EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"),
+            Arc::new(Console::new(false)),
+        )
     }
 
     #[test]
@@ -136,7 +178,9 @@ mod tests {
         let before = save(&device);
         device.write(7, 0xa5);
         device.write(0, b'y');
-        device.restore(&state::Reader::parse(&before).expect("own state")).expect("own state");
+        device
+            .restore(&state::Reader::parse(&before).expect("own state"))
+            .expect("own state");
         assert_eq!(save(&device), before);
     }
 

@@ -139,9 +139,15 @@ pub fn receive(
     if let Err(error) = &outcome {
         // Commit can no longer win, and the source learns why.
         let _ = arbiter.abort();
-        if !matches!(error, DestinationError::Wire(WireError::Io(_) | WireError::Aborted(_)))
-            && let Err(error) = connection.send(FrameKind::Abort, &Abort { reason: error.to_string() })
-        {
+        if !matches!(
+            error,
+            DestinationError::Wire(WireError::Io(_) | WireError::Aborted(_))
+        ) && let Err(error) = connection.send(
+            FrameKind::Abort,
+            &Abort {
+                reason: error.to_string(),
+            },
+        ) {
             tracing::debug!(%error, "the source had gone already");
         }
     }
@@ -171,14 +177,21 @@ fn accept(
     loop {
         wait_readable(listener)?;
         let (stream, peer) = listener.accept().map_err(DestinationError::Listen)?;
-        wire::tune(&stream).and_then(|()| stream.set_read_timeout(Some(HELLO_TIMEOUT))).map_err(WireError::from)?;
+        wire::tune(&stream)
+            .and_then(|()| stream.set_read_timeout(Some(HELLO_TIMEOUT)))
+            .map_err(WireError::from)?;
         let mut connection = Connection::new(stream);
-        let hello = connection.receive_preamble().and_then(|_| connection.expect::<Hello>(FrameKind::Hello, "Hello"));
+        let hello = connection
+            .receive_preamble()
+            .and_then(|_| connection.expect::<Hello>(FrameKind::Hello, "Hello"));
         let refused = match hello {
             Ok(hello) => match negotiate::check_identity(&hello, &incoming.prepared) {
                 Ok(()) => {
                     arbiter.watch(connection.stream()).map_err(WireError::from)?;
-                    connection.stream().set_read_timeout(Some(wire::PEER_TIMEOUT)).map_err(WireError::from)?;
+                    connection
+                        .stream()
+                        .set_read_timeout(Some(wire::PEER_TIMEOUT))
+                        .map_err(WireError::from)?;
                     return Ok((connection, hello));
                 }
                 Err(refusal) => refusal.to_string(),
@@ -192,7 +205,11 @@ fn accept(
 }
 
 fn wait_readable(listener: &TcpListener) -> Result<(), DestinationError> {
-    let mut descriptor = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut descriptor = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     let timeout = libc::c_int::try_from(ACCEPT_TIMEOUT.as_millis()).expect("a minute");
     loop {
         // SAFETY: one pollfd, on the stack, for a descriptor that `listener` keeps open.
@@ -218,12 +235,20 @@ fn negotiate(
 ) -> Result<Vm, DestinationError> {
     let platform = negotiate::check(hello, &incoming.prepared, kvm)?;
     let vm = build::incoming_vm(kvm, &incoming.prepared.spec, platform, hooks)?;
-    connection.send(FrameKind::HelloAck, &HelloAck { version: u32::from(wire::VERSION) })?;
+    connection.send(
+        FrameKind::HelloAck,
+        &HelloAck {
+            version: u32::from(wire::VERSION),
+        },
+    )?;
     Ok(vm)
 }
 
 /// Writes pages as they come, pass after pass, until the state comes. The final pass looks like every other.
-fn pre_copy_and_final_pages(connection: &mut Connection<TcpStream>, vm: &Vm) -> Result<Vec<u8>, DestinationError> {
+fn pre_copy_and_final_pages(
+    connection: &mut Connection<TcpStream>,
+    vm: &Vm,
+) -> Result<Vec<u8>, DestinationError> {
     let mut counts = PageCounts::default();
     loop {
         let mut header = connection.receive_header()?;
@@ -232,7 +257,11 @@ fn pre_copy_and_final_pages(connection: &mut Connection<TcpStream>, vm: &Vm) -> 
             FrameKind::PassEnd => {
                 let pass: Pass = wire::decode(header.kind, &connection.receive_payload(&mut header)?)?;
                 if pass.pages != counts.raw {
-                    return Err(DestinationError::PagesLost { pass: pass.pass, sent: pass.pages, received: counts.raw });
+                    return Err(DestinationError::PagesLost {
+                        pass: pass.pass,
+                        sent: pass.pages,
+                        received: counts.raw,
+                    });
                 }
                 connection.send(FrameKind::PassAck, &pass)?;
             }
@@ -251,7 +280,10 @@ fn state(
 ) -> Result<(), DestinationError> {
     vm.restore(saved)?;
     let migration_id = incoming.prepared.migration_id.as_bytes().to_vec();
-    connection.stream().set_read_timeout(Some(incoming.commit_timeout)).map_err(WireError::from)?;
+    connection
+        .stream()
+        .set_read_timeout(Some(incoming.commit_timeout))
+        .map_err(WireError::from)?;
     Ok(connection.send(FrameKind::Ready, &Step { migration_id })?)
 }
 
@@ -263,7 +295,10 @@ fn commit(
 ) -> Result<Vm, DestinationError> {
     let step: Step = connection.expect(FrameKind::Commit, "Commit")?;
     if step.migration_id != incoming.prepared.migration_id.as_bytes() {
-        return Err(Refusal::NotPrepared { field: "migration_id" }.into());
+        return Err(Refusal::NotPrepared {
+            field: "migration_id",
+        }
+        .into());
     }
     arbiter.commit()?;
     crate::control::mark_as_run(incoming.ran_mark.as_deref());

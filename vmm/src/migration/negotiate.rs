@@ -72,7 +72,14 @@ pub struct Prepared {
 }
 
 /// The source's first message.
-pub fn hello(vm: &Vm, spec: &VmSpec, kvm: &Kvm, migration_id: MigrationId, token: &str, epoch: Epoch) -> Hello {
+pub fn hello(
+    vm: &Vm,
+    spec: &VmSpec,
+    kvm: &Kvm,
+    migration_id: MigrationId,
+    token: &str,
+    epoch: Epoch,
+) -> Hello {
     let platform = vm.platform();
     Hello {
         migration_id: migration_id.as_bytes().to_vec(),
@@ -94,9 +101,21 @@ pub fn hello(vm: &Vm, spec: &VmSpec, kvm: &Kvm, migration_id: MigrationId, token
 /// # Errors
 /// What does not match; never what was expected.
 pub fn check_identity(hello: &Hello, prepared: &Prepared) -> Result<(), Refusal> {
-    let same = |field, equal: bool| if equal { Ok(()) } else { Err(Refusal::NotPrepared { field }) };
-    same("token", equal_in_constant_time(hello.token.as_bytes(), prepared.token.as_bytes()))?;
-    same("migration_id", hello.migration_id == prepared.migration_id.as_bytes())?;
+    let same = |field, equal: bool| {
+        if equal {
+            Ok(())
+        } else {
+            Err(Refusal::NotPrepared { field })
+        }
+    };
+    same(
+        "token",
+        equal_in_constant_time(hello.token.as_bytes(), prepared.token.as_bytes()),
+    )?;
+    same(
+        "migration_id",
+        hello.migration_id == prepared.migration_id.as_bytes(),
+    )?;
     same("vm_id", hello.vm_id == prepared.spec.vm_id.as_bytes())?;
     same("epoch", hello.epoch == prepared.spec.epoch.0)
 }
@@ -108,9 +127,21 @@ pub fn check_identity(hello: &Hello, prepared: &Prepared) -> Result<(), Refusal>
 pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, Refusal> {
     let spec = &prepared.spec;
     let agree = |field, source_has: String, prepared: String| {
-        if source_has == prepared { Ok(()) } else { Err(Refusal::Differs { field, source_has, prepared }) }
+        if source_has == prepared {
+            Ok(())
+        } else {
+            Err(Refusal::Differs {
+                field,
+                source_has,
+                prepared,
+            })
+        }
     };
-    agree("memory_bytes", hello.memory_bytes.to_string(), spec.memory_bytes.to_string())?;
+    agree(
+        "memory_bytes",
+        hello.memory_bytes.to_string(),
+        spec.memory_bytes.to_string(),
+    )?;
     agree("cpus", hello.cpus.to_string(), spec.cpus.to_string())?;
     agree("devices", hello.devices.join(" "), DEVICES.join(" "))?;
 
@@ -130,10 +161,17 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
         return Err(Refusal::CpuFeatures(missing));
     }
     if !same_frequency(hello.tsc_khz, host.tsc_khz) && !kvm.check_extension(Cap::TscControl) {
-        return Err(Refusal::Tsc { guest_khz: hello.tsc_khz, host_khz: host.tsc_khz });
+        return Err(Refusal::Tsc {
+            guest_khz: hello.tsc_khz,
+            host_khz: host.tsc_khz,
+        });
     }
-    let unknown: Vec<u32> =
-        hello.msr_indices.iter().copied().filter(|index| !host.msr_indices.contains(index)).collect();
+    let unknown: Vec<u32> = hello
+        .msr_indices
+        .iter()
+        .copied()
+        .filter(|index| !host.msr_indices.contains(index))
+        .collect();
     if !unknown.is_empty() {
         return Err(Refusal::Msrs(unknown));
     }
@@ -142,8 +180,16 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
     }
     debug_assert!(hello.msr_indices.first().is_none_or(|&first| first == msr::TSC));
     // Within the tolerance the host's own frequency is taken: asking KVM for another would need scaling.
-    let tsc_khz = if same_frequency(hello.tsc_khz, host.tsc_khz) { host.tsc_khz } else { hello.tsc_khz };
-    Ok(Platform { cpuid, tsc_khz, msr_indices: hello.msr_indices.clone() })
+    let tsc_khz = if same_frequency(hello.tsc_khz, host.tsc_khz) {
+        host.tsc_khz
+    } else {
+        hello.tsc_khz
+    };
+    Ok(Platform {
+        cpuid,
+        tsc_khz,
+        msr_indices: hello.msr_indices.clone(),
+    })
 }
 
 fn same_frequency(guest_khz: u32, host_khz: u32) -> bool {

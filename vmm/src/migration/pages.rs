@@ -8,7 +8,9 @@ use std::io::{IoSliceMut, Read, Write};
 
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryError};
 
-use super::wire::{Connection, FrameHeader, FrameKind, MAX_PAGE_DATA, MAX_RUNS, PAGES_HEAD_LEN, RUN_LEN, WireError};
+use super::wire::{
+    Connection, FrameHeader, FrameKind, MAX_PAGE_DATA, MAX_RUNS, PAGES_HEAD_LEN, RUN_LEN, WireError,
+};
 use crate::dirty;
 use crate::memory::{GuestMemory, Region};
 use crate::spec::PAGE_SIZE;
@@ -62,7 +64,15 @@ impl<'a> PageSender<'a> {
     /// A sender of pages of `memory`.
     pub fn new(memory: &'a GuestMemory) -> Self {
         let head = Vec::with_capacity(PAGES_HEAD_LEN + MAX_RUNS * RUN_LEN);
-        Self { memory, head, runs: 0, last: None, data: vec![0; MAX_PAGE_DATA], filled: 0, counts: PageCounts::default() }
+        Self {
+            memory,
+            head,
+            runs: 0,
+            last: None,
+            data: vec![0; MAX_PAGE_DATA],
+            filled: 0,
+            counts: PageCounts::default(),
+        }
     }
 
     /// Pages handled so far.
@@ -104,15 +114,15 @@ impl<'a> PageSender<'a> {
     fn add_page(&mut self, gpa: GuestAddress, zero_pages: ZeroPages) -> Result<(), GuestMemoryError> {
         let target = &mut self.data[self.filled..self.filled + PAGE];
         self.memory.mmap().read_slice(target, gpa)?;
-        if !is_zero(target) {
-            self.counts.raw += 1;
-            self.filled += PAGE;
-            self.add_to_runs(gpa, RAW);
-        } else {
+        if is_zero(target) {
             self.counts.zero += 1;
             if zero_pages == ZeroPages::Send {
                 self.add_to_runs(gpa, ZERO);
             }
+        } else {
+            self.counts.raw += 1;
+            self.filled += PAGE;
+            self.add_to_runs(gpa, RAW);
         }
         Ok(())
     }
@@ -130,7 +140,9 @@ impl<'a> PageSender<'a> {
     }
 
     fn close_run(&mut self) {
-        let Some((start, pages, encoding)) = self.last.take() else { return };
+        let Some((start, pages, encoding)) = self.last.take() else {
+            return;
+        };
         if self.head.is_empty() {
             self.head.extend_from_slice(&[0; PAGES_HEAD_LEN]);
         }
@@ -158,7 +170,8 @@ impl<'a> PageSender<'a> {
 /// zero say so in the first.
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {
-    page.chunks(256).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+    page.chunks(256)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// Receives the rest of a Pages frame, straight into guest memory. vCPUs must never have run.
@@ -171,10 +184,16 @@ pub fn receive<S: Read + Write>(
     memory: &GuestMemory,
     counts: &mut PageCounts,
 ) -> Result<(), WireError> {
-    let malformed = |why: String| WireError::Malformed { kind: FrameKind::Pages, why };
+    let malformed = |why: String| WireError::Malformed {
+        kind: FrameKind::Pages,
+        why,
+    };
     let mut head = [0u8; PAGES_HEAD_LEN];
     if header.length < PAGES_HEAD_LEN {
-        return Err(malformed(format!("length {} is less than its own head", header.length)));
+        return Err(malformed(format!(
+            "length {} is less than its own head",
+            header.length
+        )));
     }
     connection.receive_into(header, &mut head)?;
     let count = u32::from_le_bytes([head[0], head[1], head[2], head[3]]);
@@ -193,8 +212,11 @@ pub fn receive<S: Read + Write>(
         let pages = u32::from_le_bytes(run[8..12].try_into().expect("4 bytes"));
         let encoding = u32::from_le_bytes(run[12..].try_into().expect("4 bytes"));
         let bytes = u64::from(pages) * PAGE_SIZE;
-        let host = (gpa.is_multiple_of(PAGE_SIZE) && pages > 0).then(|| memory.host_range(GuestAddress(gpa), bytes));
-        let host = host.flatten().ok_or_else(|| malformed(format!("run of {pages} pages at {gpa:#x} is not guest memory")))?;
+        let host =
+            (gpa.is_multiple_of(PAGE_SIZE) && pages > 0).then(|| memory.host_range(GuestAddress(gpa), bytes));
+        let host = host
+            .flatten()
+            .ok_or_else(|| malformed(format!("run of {pages} pages at {gpa:#x} is not guest memory")))?;
         let length = usize::try_from(bytes).expect("within guest memory");
         match encoding {
             RAW => {
@@ -210,7 +232,9 @@ pub fn receive<S: Read + Write>(
         }
     }
     if expected != data_len {
-        return Err(malformed(format!("its raw runs need {expected} bytes and it has {data_len}")));
+        return Err(malformed(format!(
+            "its raw runs need {expected} bytes and it has {data_len}"
+        )));
     }
     {
         let mut buffers: Vec<_> = targets
@@ -248,11 +272,18 @@ mod tests {
     const MEMORY: u64 = 4 << 20;
     const PAGES: u64 = MEMORY / PAGE_SIZE;
 
-    fn transfer(source: &GuestMemory, destination: &GuestMemory, words: &[u64], zero: ZeroPages) -> (PageCounts, PageCounts) {
+    fn transfer(
+        source: &GuestMemory,
+        destination: &GuestMemory,
+        words: &[u64],
+        zero: ZeroPages,
+    ) -> (PageCounts, PageCounts) {
         let mut out = Connection::new(Cursor::new(vec![]));
         let mut sender = PageSender::new(source);
         let region = source.regions()[0];
-        sender.send::<_, PagesError>(&mut out, &region, 0, words, zero, |_, _| Ok(())).expect("memory");
+        sender
+            .send::<_, PagesError>(&mut out, &region, 0, words, zero, |_, _| Ok(()))
+            .expect("memory");
         sender.flush(&mut out).expect("memory");
         let bytes = out.stream().get_ref().clone();
         let length = bytes.len() as u64;
@@ -267,7 +298,10 @@ mod tests {
 
     fn contents(memory: &GuestMemory) -> Vec<u8> {
         let mut bytes = vec![0u8; usize::try_from(MEMORY).expect("small")];
-        memory.mmap().read_slice(&mut bytes, GuestAddress(0)).expect("inside");
+        memory
+            .mmap()
+            .read_slice(&mut bytes, GuestAddress(0))
+            .expect("inside");
         bytes
     }
 
@@ -305,7 +339,13 @@ mod tests {
 
     #[test]
     fn a_run_outside_guest_memory_is_refused() {
-        for (gpa, pages) in [(MEMORY, 1u32), (MEMORY - PAGE_SIZE, 2), (1, 1), (0, 0), (u64::MAX - 4095, 1)] {
+        for (gpa, pages) in [
+            (MEMORY, 1u32),
+            (MEMORY - PAGE_SIZE, 2),
+            (1, 1),
+            (0, 0),
+            (u64::MAX - 4095, 1),
+        ] {
             let mut head = vec![1, 0, 0, 0, 0, 0, 0, 0];
             head.extend_from_slice(&gpa.to_le_bytes());
             head.extend_from_slice(&pages.to_le_bytes());
@@ -315,14 +355,18 @@ mod tests {
             let mut input = Connection::new(Cursor::new(out.stream().get_ref().clone()));
             let mut header = input.receive_header().expect("own header");
             let memory = GuestMemory::new(MEMORY).expect("map");
-            let error = receive(&mut input, &mut header, &memory, &mut PageCounts::default()).expect_err("outside");
+            let error =
+                receive(&mut input, &mut header, &memory, &mut PageCounts::default()).expect_err("outside");
             assert!(error.to_string().contains("is not guest memory"), "{error}");
         }
     }
 
     #[test]
     fn pages_that_are_zero_in_a_fresh_destination_are_not_sent() {
-        let (source, destination) = (GuestMemory::new(MEMORY).expect("map"), GuestMemory::new(MEMORY).expect("map"));
+        let (source, destination) = (
+            GuestMemory::new(MEMORY).expect("map"),
+            GuestMemory::new(MEMORY).expect("map"),
+        );
         source.mmap().write_obj(1u8, GuestAddress(0)).expect("inside");
         let (sent, received) = transfer(&source, &destination, &[u64::MAX], ZeroPages::Skip);
         assert_eq!(sent, PageCounts { raw: 1, zero: 63 });

@@ -62,7 +62,11 @@ pub fn decide(limits: &Limits, facts: &PassFacts) -> Decision {
             .previous_dirty_bytes
             .is_none_or(|previous| (facts.dirty_bytes as f64) < previous as f64 * WORTHWHILE_SHRINK);
         let negligible = predicted <= NEGLIGIBLE.max(facts.fixed_cost * 2);
-        if negligible || !shrinking || facts.passes_within_limit >= EXTRA_PASSES || facts.elapsed >= limits.timeout {
+        if negligible
+            || !shrinking
+            || facts.passes_within_limit >= EXTRA_PASSES
+            || facts.elapsed >= limits.timeout
+        {
             return Decision::Stop;
         }
         return Decision::Continue;
@@ -90,7 +94,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits { max_downtime: Duration::from_millis(50), timeout: Duration::from_secs(60) };
+    const LIMITS: Limits = Limits {
+        max_downtime: Duration::from_millis(50),
+        timeout: Duration::from_secs(60),
+    };
 
     fn facts() -> PassFacts {
         PassFacts {
@@ -110,21 +117,41 @@ mod tests {
 
     #[test]
     fn a_pass_that_fits_is_followed_by_another_while_that_still_shrinks_it() {
-        let fits = PassFacts { dirty_bytes: 20_000_000, ..facts() };
+        let fits = PassFacts {
+            dirty_bytes: 20_000_000,
+            ..facts()
+        };
         assert_eq!(decide(&LIMITS, &fits), Decision::Continue);
-        let steady = PassFacts { previous_dirty_bytes: Some(21_000_000), ..fits };
+        let steady = PassFacts {
+            previous_dirty_bytes: Some(21_000_000),
+            ..fits
+        };
         assert_eq!(decide(&LIMITS, &steady), Decision::Stop);
-        let long_enough = PassFacts { passes_within_limit: EXTRA_PASSES, ..fits };
+        let long_enough = PassFacts {
+            passes_within_limit: EXTRA_PASSES,
+            ..fits
+        };
         assert_eq!(decide(&LIMITS, &long_enough), Decision::Stop);
     }
 
     #[test]
     fn a_guest_that_outruns_the_link_is_given_up_at_the_timeout_with_numbers() {
-        let busy = PassFacts { dirty_bytes: 1 << 30, ..facts() };
+        let busy = PassFacts {
+            dirty_bytes: 1 << 30,
+            ..facts()
+        };
         assert_eq!(decide(&LIMITS, &busy), Decision::Continue);
-        let late = PassFacts { elapsed: Duration::from_secs(61), ..busy };
-        let Decision::GiveUp(reason) = decide(&LIMITS, &late) else { panic!("not given up") };
-        assert!(reason.contains("1024.0 MiB") && reason.contains("--max-downtime"), "{reason}");
+        let late = PassFacts {
+            elapsed: Duration::from_secs(61),
+            ..busy
+        };
+        let Decision::GiveUp(reason) = decide(&LIMITS, &late) else {
+            panic!("not given up")
+        };
+        assert!(
+            reason.contains("1024.0 MiB") && reason.contains("--max-downtime"),
+            "{reason}"
+        );
     }
 
     proptest! {

@@ -51,9 +51,17 @@ pub struct Recorder {
 impl Recorder {
     /// Starts the clock.
     #[must_use]
-    pub fn new(id: MigrationId, total_bytes: u64, publisher: watch::Sender<Option<MigrationProgress>>) -> Self {
+    pub fn new(
+        id: MigrationId,
+        total_bytes: u64,
+        publisher: watch::Sender<Option<MigrationProgress>>,
+    ) -> Self {
         let now = Instant::now();
-        let progress = MigrationProgress { migration_id: id.to_string(), total_bytes, ..Default::default() };
+        let progress = MigrationProgress {
+            migration_id: id.to_string(),
+            total_bytes,
+            ..Default::default()
+        };
         Self {
             started: now,
             published: now,
@@ -135,8 +143,10 @@ impl Recorder {
         self.publisher.send_replace(Some(self.progress.clone()));
     }
 
-    /// Ends it: publishes the report with the last progress, and returns it.
-    pub fn finish(mut self, result: MigrationResult, reason: String, bytes_sent: u64) -> MigrationReport {
+    /// Ends it: the last progress, with the report. It is for the owner of the VM to publish, once the VM's own state
+    /// says the same.
+    #[must_use]
+    pub fn finish(mut self, result: MigrationResult, reason: String, bytes_sent: u64) -> MigrationProgress {
         let report = MigrationReport {
             migration_id: self.progress.migration_id.clone(),
             result: result.into(),
@@ -154,9 +164,9 @@ impl Recorder {
             pass_table: std::mem::take(&mut self.passes),
         };
         self.progress.bytes_sent = bytes_sent;
-        self.progress.report = Some(report.clone());
-        self.publish();
-        report
+        self.progress.report = Some(report);
+        self.progress.elapsed_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.progress
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult};
+use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationResult};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::watch;
 
@@ -93,7 +93,10 @@ impl CancelSwitch {
 #[derive(Debug, thiserror::Error)]
 enum SourceError {
     #[error("cannot connect to the destination {address}: {source}")]
-    Connect { address: SocketAddr, source: std::io::Error },
+    Connect {
+        address: SocketAddr,
+        source: std::io::Error,
+    },
     #[error("cancelled")]
     Cancelled,
     #[error("the guest ended during the migration")]
@@ -101,7 +104,11 @@ enum SourceError {
     #[error("{0}")]
     NotConverging(String),
     #[error("timed out after {:.1} s, in pass {pass}, with {remaining} bytes of it to send; allow more with --timeout", elapsed.as_secs_f64())]
-    TimedOut { elapsed: Duration, pass: u32, remaining: u64 },
+    TimedOut {
+        elapsed: Duration,
+        pass: u32,
+        remaining: u64,
+    },
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error(transparent)]
@@ -118,7 +125,7 @@ enum SourceError {
 
 /// Migrates a running VM. Afterwards, by the report's result: COMPLETED, the VM must never run here again; IN_DOUBT, it
 /// is paused and must not run unless the destination is known never to have committed; else it runs, unharmed, unless the
-/// guest has ended.
+/// guest has ended. The last progress, which carries the report, is returned and not yet published.
 #[must_use]
 pub fn migrate(
     vm: &Vm,
@@ -127,21 +134,25 @@ pub fn migrate(
     request: &Outgoing,
     cancel: &CancelSwitch,
     progress: watch::Sender<Option<MigrationProgress>>,
-) -> MigrationReport {
+) -> MigrationProgress {
     let mut recorder = Recorder::new(request.migration_id, vm.memory().len(), progress);
     recorder.phase(MigrationPhase::Negotiate);
     let mut bytes_sent = 0;
     let outcome = run(vm, spec, kvm, request, cancel, &mut recorder, &mut bytes_sent);
     let (result, reason) = match outcome {
         Ok(()) => (MigrationResult::Completed, String::new()),
-        Err(SourceError::InDoubt(error)) => (MigrationResult::InDoubt, SourceError::InDoubt(error).to_string()),
+        Err(SourceError::InDoubt(error)) => {
+            (MigrationResult::InDoubt, SourceError::InDoubt(error).to_string())
+        }
         Err(error) => {
             if vm.guest_end().is_none() {
                 vm.resume();
             }
             recorder.downtime = super::report::Downtime::default();
             match error {
-                _ if cancel.is_cancelled() => (MigrationResult::Cancelled, SourceError::Cancelled.to_string()),
+                _ if cancel.is_cancelled() => {
+                    (MigrationResult::Cancelled, SourceError::Cancelled.to_string())
+                }
                 error => (MigrationResult::Failed, error.to_string()),
             }
         }
@@ -164,7 +175,11 @@ fn run(
 ) -> Result<(), SourceError> {
     let address = request.destination;
     let stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
-        .and_then(|stream| wire::tune(&stream).and_then(|()| cancel.watch(&stream)).map(|()| stream))
+        .and_then(|stream| {
+            wire::tune(&stream)
+                .and_then(|()| cancel.watch(&stream))
+                .map(|()| stream)
+        })
         .map_err(|source| SourceError::Connect { address, source })?;
     let mut source = Source {
         vm,
@@ -252,8 +267,16 @@ impl Source<'_> {
                 passes_within_limit,
             };
             let predicted = precopy::predicted_downtime(&facts);
-            self.recorder.rates(facts.rate, dirty_bytes as f64 / seconds, predicted);
-            tracing::debug!(pass = self.recorder.pass(), bytes, ?duration, dirty_bytes, ?predicted, "pass sent");
+            self.recorder
+                .rates(facts.rate, dirty_bytes as f64 / seconds, predicted);
+            tracing::debug!(
+                pass = self.recorder.pass(),
+                bytes,
+                ?duration,
+                dirty_bytes,
+                ?predicted,
+                "pass sent"
+            );
             match precopy::decide(&self.request.limits, &facts) {
                 Decision::Stop => return Ok(found),
                 Decision::GiveUp(why) => return Err(SourceError::NotConverging(why)),
@@ -268,7 +291,11 @@ impl Source<'_> {
     }
 
     fn dirty_pages(&self, log: &DirtyLog<'_>) -> Result<Vec<Bitmap>, SourceError> {
-        Ok(self.regions.iter().map(|region| log.get(region)).collect::<Result<_, _>>()?)
+        Ok(self
+            .regions
+            .iter()
+            .map(|region| log.get(region))
+            .collect::<Result<_, _>>()?)
     }
 
     /// Sends every page that the host has backed. Tracking is armed for a chunk before it is looked at, so that a page
@@ -284,7 +311,10 @@ impl Source<'_> {
                 let mut all = Bitmap::clean(pages);
                 all.set_run(0, pages);
                 log.clear(region, first, &mut all.into_words())?;
-                let backed = self.vm.memory().backed_pages(&pagemap, region.slot, first, pages)?;
+                let backed = self
+                    .vm
+                    .memory()
+                    .backed_pages(&pagemap, region.slot, first, pages)?;
                 let count = Bitmap::from_words(backed.clone()).count();
                 self.sender.count_untouched(pages - count);
                 remaining -= pages - count;
@@ -322,30 +352,44 @@ impl Source<'_> {
         remaining: u64,
     ) -> Result<(), SourceError> {
         let before = self.sender.counts();
-        let (vm, cancel, recorder, limits) = (self.vm, self.cancel, &mut *self.recorder, &self.request.limits);
+        let (vm, cancel, recorder, limits) =
+            (self.vm, self.cancel, &mut *self.recorder, &self.request.limits);
         let paused = self.paused;
-        self.sender.send(&mut self.connection, region, first, words, zero_pages, |connection, counts: PageCounts| {
-            let done = counts.raw + counts.zero - before.raw - before.zero;
-            let remaining = remaining.saturating_sub(done);
-            recorder.within_pass(remaining, connection.bytes_sent());
-            let elapsed = recorder.elapsed();
-            if cancel.is_cancelled() {
-                Err(SourceError::Cancelled)
-            } else if vm.guest_end().is_some() {
-                Err(SourceError::GuestEnded)
-            } else if elapsed > limits.timeout && !paused {
-                let remaining = remaining * crate::spec::PAGE_SIZE;
-                Err(SourceError::TimedOut { elapsed, pass: recorder.pass(), remaining })
-            } else {
-                Ok(())
-            }
-        })
+        self.sender.send(
+            &mut self.connection,
+            region,
+            first,
+            words,
+            zero_pages,
+            |connection, counts: PageCounts| {
+                let done = counts.raw + counts.zero - before.raw - before.zero;
+                let remaining = remaining.saturating_sub(done);
+                recorder.within_pass(remaining, connection.bytes_sent());
+                let elapsed = recorder.elapsed();
+                if cancel.is_cancelled() {
+                    Err(SourceError::Cancelled)
+                } else if vm.guest_end().is_some() {
+                    Err(SourceError::GuestEnded)
+                } else if elapsed > limits.timeout && !paused {
+                    let remaining = remaining * crate::spec::PAGE_SIZE;
+                    Err(SourceError::TimedOut {
+                        elapsed,
+                        pass: recorder.pass(),
+                        remaining,
+                    })
+                } else {
+                    Ok(())
+                }
+            },
+        )
     }
 
     fn end_pass(&mut self) -> Result<(u64, Duration), SourceError> {
         self.sender.flush(&mut self.connection)?;
         self.end_pass_on_wire(self.recorder.pass())?;
-        Ok(self.recorder.end_pass(self.sender.counts(), self.connection.bytes_sent()))
+        Ok(self
+            .recorder
+            .end_pass(self.sender.counts(), self.connection.bytes_sent()))
     }
 
     /// Waits until the destination has everything, so that the measured rate is true and the pause starts with empty queues.
@@ -381,7 +425,8 @@ impl Source<'_> {
             remaining -= bitmap.count();
         }
         self.sender.flush(&mut self.connection)?;
-        self.recorder.end_pass(self.sender.counts(), self.connection.bytes_sent());
+        self.recorder
+            .end_pass(self.sender.counts(), self.connection.bytes_sent());
         Ok(())
     }
 
@@ -399,9 +444,16 @@ impl Source<'_> {
         }
         self.commit_sent = true;
         let asked = Instant::now();
-        let step = Step { migration_id: self.request.migration_id.as_bytes().to_vec() };
-        self.connection.send(FrameKind::Commit, &step).map_err(SourceError::InDoubt)?;
-        let _: Step = self.connection.expect(FrameKind::Running, "Running").map_err(SourceError::InDoubt)?;
+        let step = Step {
+            migration_id: self.request.migration_id.as_bytes().to_vec(),
+        };
+        self.connection
+            .send(FrameKind::Commit, &step)
+            .map_err(SourceError::InDoubt)?;
+        let _: Step = self
+            .connection
+            .expect(FrameKind::Running, "Running")
+            .map_err(SourceError::InDoubt)?;
         self.recorder.downtime.start = asked.elapsed();
         self.recorder.phase(MigrationPhase::Commit);
         Ok(())
@@ -419,12 +471,20 @@ impl Source<'_> {
         }
         if broken {
             let waits = self.connection.stream().set_read_timeout(Some(ABORT_REASON_WAIT));
-            return match waits.map_err(WireError::from).and_then(|()| self.connection.receive()) {
+            return match waits
+                .map_err(WireError::from)
+                .and_then(|()| self.connection.receive())
+            {
                 Ok((FrameKind::Abort, payload)) => wire::aborted(&payload).into(),
                 _ => error,
             };
         }
-        let told = self.connection.send(FrameKind::Abort, &Abort { reason: error.to_string() });
+        let told = self.connection.send(
+            FrameKind::Abort,
+            &Abort {
+                reason: error.to_string(),
+            },
+        );
         if let Err(error) = told {
             tracing::debug!(%error, "the destination will notice by the connection's end");
         }

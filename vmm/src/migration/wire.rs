@@ -185,7 +185,12 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
 impl<S: Read + Write> Connection<S> {
     /// Over a connected stream.
     pub fn new(stream: S) -> Self {
-        Self { stream, sent: 0, received: 0, bytes_sent: 0 }
+        Self {
+            stream,
+            sent: 0,
+            received: 0,
+            bytes_sent: 0,
+        }
     }
 
     /// Bytes written to the stream so far.
@@ -252,7 +257,10 @@ impl<S: Read + Write> Connection<S> {
         header[8..12].copy_from_slice(&self.sent.to_le_bytes());
         let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&header), head), body);
         header[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
-        write_all_vectored(&mut self.stream, &mut [IoSlice::new(&header), IoSlice::new(head), IoSlice::new(body)])?;
+        write_all_vectored(
+            &mut self.stream,
+            &mut [IoSlice::new(&header), IoSlice::new(head), IoSlice::new(body)],
+        )?;
         self.sent = self.sent.wrapping_add(1);
         self.bytes_sent += (HEADER_LEN + length) as u64;
         Ok(())
@@ -277,12 +285,21 @@ impl<S: Read + Write> Connection<S> {
         }
         let (found, expected) = (u32_at(8), self.received);
         if found != expected {
-            return Err(WireError::Sequence { kind, found, expected });
+            return Err(WireError::Sequence {
+                kind,
+                found,
+                expected,
+            });
         }
         self.received = self.received.wrapping_add(1);
         let crc = u32_at(CRC_AT);
         bytes[CRC_AT..].fill(0);
-        Ok(FrameHeader { kind, length, crc, running_crc: crc32c::crc32c(&bytes) })
+        Ok(FrameHeader {
+            kind,
+            length,
+            crc,
+            running_crc: crc32c::crc32c(&bytes),
+        })
     }
 
     /// Reads part of a payload.
@@ -337,13 +354,20 @@ impl<S: Read + Write> Connection<S> {
     ///
     /// # Errors
     /// When another frame comes; an Abort becomes [`WireError::Aborted`].
-    pub fn expect<M: Message + Default>(&mut self, kind: FrameKind, name: &'static str) -> Result<M, WireError> {
+    pub fn expect<M: Message + Default>(
+        &mut self,
+        kind: FrameKind,
+        name: &'static str,
+    ) -> Result<M, WireError> {
         let (found, payload) = self.receive()?;
         if found == FrameKind::Abort {
             return Err(aborted(&payload));
         }
         if found != kind {
-            return Err(WireError::Unexpected { found, expected: name });
+            return Err(WireError::Unexpected {
+                found,
+                expected: name,
+            });
         }
         decode(kind, &payload)
     }
@@ -354,14 +378,24 @@ impl<S: Read + Write> Connection<S> {
 /// # Errors
 /// When it is malformed.
 pub fn decode<M: Message + Default>(kind: FrameKind, payload: &[u8]) -> Result<M, WireError> {
-    M::decode(payload).map_err(|error| WireError::Malformed { kind, why: error.to_string() })
+    M::decode(payload).map_err(|error| WireError::Malformed {
+        kind,
+        why: error.to_string(),
+    })
 }
 
 /// The error that an Abort frame stands for.
 #[must_use]
 pub fn aborted(payload: &[u8]) -> WireError {
     match decode::<Abort>(FrameKind::Abort, payload) {
-        Ok(abort) => WireError::Aborted(abort.reason.chars().filter(|c| !c.is_control()).take(500).collect()),
+        Ok(abort) => WireError::Aborted(
+            abort
+                .reason
+                .chars()
+                .filter(|c| !c.is_control())
+                .take(500)
+                .collect(),
+        ),
         Err(error) => error,
     }
 }
@@ -377,7 +411,11 @@ impl FrameHeader {
     /// # Errors
     /// When it is not.
     pub fn verify(&self) -> Result<(), WireError> {
-        if self.running_crc == self.crc { Ok(()) } else { Err(WireError::Checksum { kind: self.kind }) }
+        if self.running_crc == self.crc {
+            Ok(())
+        } else {
+            Err(WireError::Checksum { kind: self.kind })
+        }
     }
 }
 
@@ -512,7 +550,13 @@ mod tests {
     fn a_length_over_the_limit_is_refused_before_allocation() {
         let mut bytes = written(FrameKind::Ready, &[], &[]);
         bytes[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(reader(bytes).receive(), Err(WireError::TooLong { kind: FrameKind::Ready, .. })));
+        assert!(matches!(
+            reader(bytes).receive(),
+            Err(WireError::TooLong {
+                kind: FrameKind::Ready,
+                ..
+            })
+        ));
     }
 
     #[test]
@@ -520,7 +564,14 @@ mod tests {
         let frame = written(FrameKind::Ready, &[], &[]);
         let mut connection = reader([frame.clone(), frame].concat());
         connection.receive().expect("the first");
-        assert!(matches!(connection.receive(), Err(WireError::Sequence { found: 0, expected: 1, .. })));
+        assert!(matches!(
+            connection.receive(),
+            Err(WireError::Sequence {
+                found: 0,
+                expected: 1,
+                ..
+            })
+        ));
     }
 
     #[test]

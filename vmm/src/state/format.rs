@@ -37,8 +37,15 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 7] =
-        [Kind::Vcpu, Kind::IrqChip, Kind::Pit, Kind::Clock, Kind::Serial, Kind::Console, Kind::Power];
+    const ALL: [Kind; 7] = [
+        Kind::Vcpu,
+        Kind::IrqChip,
+        Kind::Pit,
+        Kind::Clock,
+        Kind::Serial,
+        Kind::Console,
+        Kind::Power,
+    ];
 
     /// The version this build writes and reads.
     fn version(self) -> u16 {
@@ -148,7 +155,8 @@ impl Writer {
         self.bytes.extend_from_slice(&(kind as u16).to_le_bytes());
         self.bytes.extend_from_slice(&kind.version().to_le_bytes());
         self.bytes.extend_from_slice(&index.to_le_bytes());
-        let length = u32::try_from(payload.encoded_len()).expect("sections are at most the console's capacity");
+        let length =
+            u32::try_from(payload.encoded_len()).expect("sections are at most the console's capacity");
         self.bytes.extend_from_slice(&length.to_le_bytes());
         payload.encode(&mut self.bytes).expect("a Vec grows");
         self.sections += 1;
@@ -174,7 +182,9 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// What is wrong with the container.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, StateError> {
-        let (header, mut rest) = bytes.split_at_checked(HEADER_LEN).ok_or(StateError::Truncated { at: bytes.len() })?;
+        let (header, mut rest) = bytes
+            .split_at_checked(HEADER_LEN)
+            .ok_or(StateError::Truncated { at: bytes.len() })?;
         if &header[..8] != MAGIC {
             return Err(StateError::Magic(header[..8].to_vec()));
         }
@@ -188,10 +198,16 @@ impl<'a> Reader<'a> {
             let cut = || StateError::Truncated { at: bytes.len() };
             let (section, after) = rest.split_at_checked(SECTION_HEADER_LEN).ok_or_else(cut)?;
             let u16_at = |at: usize| u16::from_le_bytes([section[at], section[at + 1]]);
-            let u32_at = |at: usize| u32::from_le_bytes([section[at], section[at + 1], section[at + 2], section[at + 3]]);
+            let u32_at = |at: usize| {
+                u32::from_le_bytes([section[at], section[at + 1], section[at + 2], section[at + 3]])
+            };
             let kind = Kind::from_wire(u16_at(0)).ok_or(StateError::UnknownKind { kind: u16_at(0) })?;
             if u16_at(2) != kind.version() {
-                return Err(StateError::SectionVersion { kind, found: u16_at(2), wanted: kind.version() });
+                return Err(StateError::SectionVersion {
+                    kind,
+                    found: u16_at(2),
+                    wanted: kind.version(),
+                });
             }
             let length = usize::try_from(u32_at(8)).map_err(|_| cut())?;
             let (payload, after) = after.split_at_checked(length).ok_or_else(cut)?;
@@ -212,8 +228,14 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// When it is missing or its payload does not decode.
     pub fn section<M: Message + Default>(&self, kind: Kind, index: u32) -> Result<M, StateError> {
-        let payload = self.sections.get(&(kind, index)).ok_or(StateError::Missing { kind, index })?;
-        M::decode(*payload).map_err(|error| StateError::Malformed { kind, why: error.to_string() })
+        let payload = self
+            .sections
+            .get(&(kind, index))
+            .ok_or(StateError::Missing { kind, index })?;
+        M::decode(*payload).map_err(|error| StateError::Malformed {
+            kind,
+            why: error.to_string(),
+        })
     }
 }
 
@@ -234,8 +256,16 @@ mod tests {
     fn sections_come_back() {
         let bytes = sample();
         let reader = Reader::parse(&bytes).expect("own state");
-        assert_eq!(reader.section::<PowerState>(Kind::Power, 0).expect("there").exit_status, Some(3));
-        let missing = reader.section::<PowerState>(Kind::Clock, 0).expect_err("not there");
+        assert_eq!(
+            reader
+                .section::<PowerState>(Kind::Power, 0)
+                .expect("there")
+                .exit_status,
+            Some(3)
+        );
+        let missing = reader
+            .section::<PowerState>(Kind::Clock, 0)
+            .expect_err("not there");
         assert_eq!(missing.to_string(), "state section Clock 0: missing");
     }
 
@@ -243,7 +273,10 @@ mod tests {
     fn what_is_wrong_is_named() {
         let mut unknown = sample();
         unknown[HEADER_LEN] = 99;
-        assert_eq!(Reader::parse(&unknown).expect_err("unknown"), StateError::UnknownKind { kind: 99 });
+        assert_eq!(
+            Reader::parse(&unknown).expect_err("unknown"),
+            StateError::UnknownKind { kind: 99 }
+        );
         let mut newer = sample();
         newer[HEADER_LEN + 2] = 9;
         let error = Reader::parse(&newer).expect_err("newer").to_string();
@@ -253,7 +286,10 @@ mod tests {
         assert!(matches!(Reader::parse(&foreign), Err(StateError::Magic(_))));
         let mut trailing = sample();
         trailing.push(0);
-        assert_eq!(Reader::parse(&trailing).expect_err("trailing"), StateError::Trailing(1));
+        assert_eq!(
+            Reader::parse(&trailing).expect_err("trailing"),
+            StateError::Trailing(1)
+        );
     }
 
     proptest! {

@@ -7,5 +7,6 @@ mod payload;
 
 pub use format::{Kind, Reader, StateError, Writer};
 pub use payload::{
-    ClockState, ConsoleState, IrqChipState, MsrEntry, PitState, PowerState, SerialState, VcpuState, from_bytes, to_bytes,
+    ClockState, ConsoleState, IrqChipState, MsrEntry, PitState, PowerState, SerialState, VcpuState,
+    from_bytes, to_bytes,
 };

@@ -49,7 +49,8 @@ mod area {
                 .filter_map(|component| {
                     let leaf = __cpuid_count(LEAF, component);
                     let (size, start) = (usize::try_from(leaf.eax).ok()?, usize::try_from(leaf.ebx).ok()?);
-                    let fits = size > 0 && start >= HEADER_END && start + size <= size_of::<super::kvm_xsave>();
+                    let fits =
+                        size > 0 && start >= HEADER_END && start + size <= size_of::<super::kvm_xsave>();
                     fits.then_some((component, start..start + size))
                 })
                 .collect()
@@ -78,7 +79,9 @@ pub enum EmulateError {
         rip: u64,
     },
     /// Nothing this module knows.
-    #[error("KVM cannot emulate the instruction at {rip:#x} ({bytes:02x?}), nor can this VMM; the guest kernel needs an option that avoids it")]
+    #[error(
+        "KVM cannot emulate the instruction at {rip:#x} ({bytes:02x?}), nor can this VMM; the guest kernel needs an option that avoids it"
+    )]
     Unknown {
         /// Where.
         rip: u64,
@@ -124,7 +127,12 @@ pub fn complete(fd: &mut VcpuFd, memory: &GuestMemory) -> Result<(), EmulateErro
     }
     let regs = call("KVM_GET_REGS", fd.get_regs())?;
     let sregs = call("KVM_GET_SREGS", fd.get_sregs())?;
-    let mut cpu = Cpu { fd, memory, regs, sregs };
+    let mut cpu = Cpu {
+        fd,
+        memory,
+        regs,
+        sregs,
+    };
     let instruction = cpu.fetch()?;
     match cpu.execute(&instruction) {
         Ok(()) => call("KVM_SET_REGS", cpu.fd.set_regs(&cpu.regs)),
@@ -143,13 +151,22 @@ struct Cpu<'a> {
 impl Cpu<'_> {
     fn fetch(&mut self) -> Result<Instruction, EmulateError> {
         let rip = self.regs.rip;
-        let linear = rip.wrapping_add(if self.sregs.cs.l == 0 { self.sregs.cs.base } else { 0 });
+        let linear = rip.wrapping_add(if self.sregs.cs.l == 0 {
+            self.sregs.cs.base
+        } else {
+            0
+        });
         let mut bytes = [0u8; MAX_INSTRUCTION];
-        let first_page = usize::try_from(PAGE - linear % PAGE).unwrap_or(MAX_INSTRUCTION).min(MAX_INSTRUCTION);
+        let first_page = usize::try_from(PAGE - linear % PAGE)
+            .unwrap_or(MAX_INSTRUCTION)
+            .min(MAX_INSTRUCTION);
         let mut length = first_page;
-        self.read(linear, &mut bytes[..first_page]).map_err(|_| EmulateError::Fetch { rip })?;
+        self.read(linear, &mut bytes[..first_page])
+            .map_err(|_| EmulateError::Fetch { rip })?;
         if first_page < MAX_INSTRUCTION
-            && self.read(linear.wrapping_add(first_page as u64), &mut bytes[first_page..]).is_ok()
+            && self
+                .read(linear.wrapping_add(first_page as u64), &mut bytes[first_page..])
+                .is_ok()
         {
             length = MAX_INSTRUCTION;
         }
@@ -160,7 +177,10 @@ impl Cpu<'_> {
         };
         let instruction = Decoder::with_ip(bitness, &bytes[..length], rip, DecoderOptions::NONE).decode();
         if instruction.is_invalid() {
-            return Err(EmulateError::Unknown { rip, bytes: bytes[..length].to_vec() });
+            return Err(EmulateError::Unknown {
+                rip,
+                bytes: bytes[..length].to_vec(),
+            });
         }
         Ok(instruction)
     }
@@ -235,8 +255,16 @@ impl Cpu<'_> {
         self.sregs.cr2 = address;
         call("KVM_SET_SREGS", self.fd.set_sregs(&self.sregs))?;
         let mut events = call("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?;
-        let user = if self.sregs.ss.dpl == 3 { PAGE_FAULT_USER } else { 0 };
-        inject(&mut events, PAGE_FAULT_VECTOR, Some(user | if write { PAGE_FAULT_WRITE } else { 0 }));
+        let user = if self.sregs.ss.dpl == 3 {
+            PAGE_FAULT_USER
+        } else {
+            0
+        };
+        inject(
+            &mut events,
+            PAGE_FAULT_VECTOR,
+            Some(user | if write { PAGE_FAULT_WRITE } else { 0 }),
+        );
         call("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))
     }
 
@@ -308,7 +336,10 @@ impl Cpu<'_> {
         if requested & (area::SSE | area::AVX) != 0 {
             target[area::MXCSR].copy_from_slice(&image[area::MXCSR]);
         }
-        for (_, range) in area::extended().iter().filter(|(bit, _)| requested >> bit & 1 != 0) {
+        for (_, range) in area::extended()
+            .iter()
+            .filter(|(bit, _)| requested >> bit & 1 != 0)
+        {
             target[range.clone()].copy_from_slice(&image[range.clone()]);
         }
         let in_use = read_bv(&target) & !requested | read_bv(image) & requested;
@@ -377,10 +408,15 @@ impl Cpu<'_> {
         let mut done = 0;
         while done < length {
             let linear = address.wrapping_add(done as u64);
-            let piece = usize::try_from(PAGE - linear % PAGE).unwrap_or(length).min(length - done);
+            let piece = usize::try_from(PAGE - linear % PAGE)
+                .unwrap_or(length)
+                .min(length - done);
             let translation = call("KVM_TRANSLATE", self.fd.translate_gva(linear))?;
             if translation.valid == 0 {
-                return Err(Fault::Page { address: linear, write });
+                return Err(Fault::Page {
+                    address: linear,
+                    write,
+                });
             }
             access(GuestAddress(translation.physical_address), done..done + piece)?;
             done += piece;
@@ -389,11 +425,15 @@ impl Cpu<'_> {
     }
 
     fn read(&self, address: u64, data: &mut [u8]) -> Result<(), Fault> {
-        self.pieces(address, data.len(), false, |at, range| self.memory.mmap().read_slice(&mut data[range], at))
+        self.pieces(address, data.len(), false, |at, range| {
+            self.memory.mmap().read_slice(&mut data[range], at)
+        })
     }
 
     fn write(&self, address: u64, data: &[u8]) -> Result<(), Fault> {
-        self.pieces(address, data.len(), true, |at, range| self.memory.mmap().write_slice(&data[range], at))
+        self.pieces(address, data.len(), true, |at, range| {
+            self.memory.mmap().write_slice(&data[range], at)
+        })
     }
 
     fn register(&self, register: Register) -> u64 {
@@ -420,7 +460,11 @@ impl Cpu<'_> {
             Register::GS => self.sregs.gs.base,
             _ => 0,
         };
-        full & if register.is_gpr() { mask(register.size()) } else { u64::MAX }
+        full & if register.is_gpr() {
+            mask(register.size())
+        } else {
+            u64::MAX
+        }
     }
 
     fn set_register(&mut self, register: Register, value: u64) {
@@ -455,7 +499,11 @@ fn inject(events: &mut kvm_vcpu_events, vector: u8, error_code: Option<u32>) {
 }
 
 fn mask(bytes: usize) -> u64 {
-    if bytes >= 8 { u64::MAX } else { (1 << (bytes * 8)) - 1 }
+    if bytes >= 8 {
+        u64::MAX
+    } else {
+        (1 << (bytes * 8)) - 1
+    }
 }
 
 /// How much of the area the requested features reach into.

@@ -125,14 +125,25 @@ impl Vcpu {
     /// # Errors
     /// When the host has no thread to give.
     pub fn spawn(id: u32, fd: VcpuFd, context: Arc<VcpuContext>) -> Result<Self, VcpuError> {
-        let gate = Gate { wanted: Wanted::Park, parked: false };
-        let shared = Arc::new(Shared { gate: Mutex::new(gate), changed: Condvar::new(), fd: Mutex::new(fd) });
+        let gate = Gate {
+            wanted: Wanted::Park,
+            parked: false,
+        };
+        let shared = Arc::new(Shared {
+            gate: Mutex::new(gate),
+            changed: Condvar::new(),
+            fd: Mutex::new(fd),
+        });
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || thread_main(id, &for_thread, &context))
             .map_err(|source| VcpuError::Thread { id, source })?;
-        Ok(Self { id, shared, thread: Some(thread) })
+        Ok(Self {
+            id,
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// Lets the thread run guest code.
@@ -150,7 +161,11 @@ impl Vcpu {
     pub fn wait_parked(&self) {
         let mut gate = lock(&self.shared.gate);
         while !gate.parked {
-            gate = self.shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
+            gate = self
+                .shared
+                .changed
+                .wait(gate)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -279,7 +294,9 @@ fn run_until_kicked(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> 
                 Err(error) => return Some(GuestEnd::Failed(error.to_string())),
             },
             VcpuExit::FailEntry(reason, _) => {
-                return Some(GuestEnd::Failed(format!("KVM could not enter the guest: hardware reason {reason:#x}")));
+                return Some(GuestEnd::Failed(format!(
+                    "KVM could not enter the guest: hardware reason {reason:#x}"
+                )));
             }
             other => return Some(GuestEnd::Failed(format!("unexpected exit {other:?}"))),
         }

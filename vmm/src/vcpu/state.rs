@@ -65,11 +65,20 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateErr
     let mut saved = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let wanted: Vec<_> =
-            rest.iter().take(MSRS_PER_CALL).map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let wanted: Vec<_> = rest
+            .iter()
+            .take(MSRS_PER_CALL)
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
         let mut msrs = Msrs::from_entries(&wanted).map_err(VcpuStateError::MsrList)?;
         let count = call("KVM_GET_MSRS", fd.get_msrs(&mut msrs))?;
-        saved.extend(msrs.as_slice()[..count].iter().map(|entry| MsrEntry { index: entry.index, data: entry.data }));
+        saved.extend(msrs.as_slice()[..count].iter().map(|entry| MsrEntry {
+            index: entry.index,
+            data: entry.data,
+        }));
         // KVM stops at the first it cannot read (listed, but not for this guest's CPUID): leave that one out.
         rest = &rest[(count + usize::from(count < wanted.len())).min(rest.len())..];
     }
@@ -82,33 +91,65 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateErr
 /// The section that is malformed, or the KVM call that failed.
 pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc_advance: u64) -> Result<(), VcpuStateError> {
     let kind = Kind::Vcpu;
-    call("KVM_SET_MP_STATE", fd.set_mp_state(from_bytes(kind, "mp_state", &state.mp_state)?))?;
-    call("KVM_SET_REGS", fd.set_regs(&from_bytes(kind, "regs", &state.regs)?))?;
-    call("KVM_SET_SREGS", fd.set_sregs(&from_bytes(kind, "sregs", &state.sregs)?))?;
+    call(
+        "KVM_SET_MP_STATE",
+        fd.set_mp_state(from_bytes(kind, "mp_state", &state.mp_state)?),
+    )?;
+    call(
+        "KVM_SET_REGS",
+        fd.set_regs(&from_bytes(kind, "regs", &state.regs)?),
+    )?;
+    call(
+        "KVM_SET_SREGS",
+        fd.set_sregs(&from_bytes(kind, "sregs", &state.sregs)?),
+    )?;
     let xsave = from_bytes(kind, "xsave", &state.xsave)?;
     // SAFETY: KVM reads the 4096 bytes of `struct kvm_xsave`. It would read more only if this process had asked for
     // dynamically enabled features (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which it never does.
     call("KVM_SET_XSAVE", unsafe { fd.set_xsave(&xsave) })?;
-    call("KVM_SET_XCRS", fd.set_xcrs(&from_bytes(kind, "xcrs", &state.xcrs)?))?;
-    call("KVM_SET_DEBUGREGS", fd.set_debug_regs(&from_bytes(kind, "debug_regs", &state.debug_regs)?))?;
-    call("KVM_SET_LAPIC", fd.set_lapic(&from_bytes(kind, "lapic", &state.lapic)?))?;
+    call(
+        "KVM_SET_XCRS",
+        fd.set_xcrs(&from_bytes(kind, "xcrs", &state.xcrs)?),
+    )?;
+    call(
+        "KVM_SET_DEBUGREGS",
+        fd.set_debug_regs(&from_bytes(kind, "debug_regs", &state.debug_regs)?),
+    )?;
+    call(
+        "KVM_SET_LAPIC",
+        fd.set_lapic(&from_bytes(kind, "lapic", &state.lapic)?),
+    )?;
     restore_msrs(fd, &state.msrs, tsc_advance)?;
-    call("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&from_bytes(kind, "events", &state.events)?))
+    call(
+        "KVM_SET_VCPU_EVENTS",
+        fd.set_vcpu_events(&from_bytes(kind, "events", &state.events)?),
+    )
 }
 
 fn restore_msrs(fd: &VcpuFd, msrs: &[MsrEntry], tsc_advance: u64) -> Result<(), VcpuStateError> {
     let entries: Vec<_> = msrs
         .iter()
         .map(|msr| {
-            let data = if msr.index == msr::TSC { msr.data.wrapping_add(tsc_advance) } else { msr.data };
-            kvm_msr_entry { index: msr.index, data, ..Default::default() }
+            let data = if msr.index == msr::TSC {
+                msr.data.wrapping_add(tsc_advance)
+            } else {
+                msr.data
+            };
+            kvm_msr_entry {
+                index: msr.index,
+                data,
+                ..Default::default()
+            }
         })
         .collect();
     for chunk in entries.chunks(MSRS_PER_CALL) {
         let msrs = Msrs::from_entries(chunk).map_err(VcpuStateError::MsrList)?;
         let count = call("KVM_SET_MSRS", fd.set_msrs(&msrs))?;
         if let Some(refused) = chunk.get(count) {
-            return Err(VcpuStateError::Msr { index: refused.index, data: refused.data });
+            return Err(VcpuStateError::Msr {
+                index: refused.index,
+                data: refused.data,
+            });
         }
     }
     Ok(())

@@ -52,7 +52,15 @@ pub fn write_tables(memory: &GuestMemory, cpus: u32) -> Result<GuestAddress, Gue
 }
 
 fn fadt(dsdt: u64) -> Vec<u8> {
-    let port = |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port));
+    let port = |port: u16| {
+        GAS::new(
+            AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            u64::from(port),
+        )
+    };
     let mut builder = FADTBuilder::new(OEM_ID, TABLE_ID, REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -69,7 +77,12 @@ fn fadt(dsdt: u64) -> Vec<u8> {
 }
 
 fn madt(cpus: u32) -> Vec<u8> {
-    let mut table = MADT::new(OEM_ID, TABLE_ID, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC));
+    let mut table = MADT::new(
+        OEM_ID,
+        TABLE_ID,
+        REVISION,
+        LocalInterruptController::Address(layout::LOCAL_APIC),
+    );
     for id in 0..u8::try_from(cpus).unwrap_or(u8::MAX) {
         table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -81,7 +94,14 @@ fn madt(cpus: u32) -> Vec<u8> {
 
 /// The serial port, and the sleep type that means power off.
 fn dsdt() -> Sdt {
-    let mut table = Sdt::new(*b"DSDT", SDT_HEADER_LEN, DSDT_REVISION, OEM_ID, TABLE_ID, REVISION);
+    let mut table = Sdt::new(
+        *b"DSDT",
+        SDT_HEADER_LEN,
+        DSDT_REVISION,
+        OEM_ID,
+        TABLE_ID,
+        REVISION,
+    );
     let mut bytes = vec![];
     aml::Device::new(
         "_SB_.COM1".into(),
@@ -115,7 +135,10 @@ mod tests {
     fn every_table_sums_to_zero_and_states_its_length() {
         for table in [dsdt().as_slice().to_vec(), fadt(0xe0100), madt(4)] {
             assert_eq!(checksum(&table), 0, "{:?}", &table[..4]);
-            assert_eq!(u32::from_le_bytes(table[4..8].try_into().expect("4 bytes")) as usize, table.len());
+            assert_eq!(
+                u32::from_le_bytes(table[4..8].try_into().expect("4 bytes")) as usize,
+                table.len()
+            );
         }
     }
 
@@ -129,7 +152,10 @@ mod tests {
         assert_eq!(checksum(&bytes), 0);
         let xsdt = u64::from_le_bytes(bytes[24..32].try_into().expect("8 bytes"));
         let mut signature = [0u8; 4];
-        memory.mmap().read_slice(&mut signature, GuestAddress(xsdt)).expect("inside");
+        memory
+            .mmap()
+            .read_slice(&mut signature, GuestAddress(xsdt))
+            .expect("inside");
         assert_eq!(&signature, b"XSDT");
     }
 }

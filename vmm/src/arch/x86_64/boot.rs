@@ -111,7 +111,9 @@ pub fn load(
     rsdp: GuestAddress,
 ) -> Result<LoadedKernel, BootError> {
     let (loaded, format) = load_kernel(memory, kernel)?;
-    let initrd = initrd.map(|path| load_initrd(memory, path, loaded.kernel_end)).transpose()?;
+    let initrd = initrd
+        .map(|path| load_initrd(memory, path, loaded.kernel_end))
+        .transpose()?;
     let mut text = cmdline.as_bytes().to_vec();
     text.push(0);
     memory.mmap().write_slice(&text, layout::CMDLINE)?;
@@ -119,11 +121,17 @@ pub fn load(
     match format {
         Format::Pvh(entry) => {
             write_start_info(memory, initrd.as_ref(), rsdp)?;
-            Ok(LoadedKernel { entry, mode: BootMode::Pvh })
+            Ok(LoadedKernel {
+                entry,
+                mode: BootMode::Pvh,
+            })
         }
         Format::Linux64(entry) => {
             write_zero_page(memory, &loaded, initrd.as_ref(), cmdline_len, rsdp)?;
-            Ok(LoadedKernel { entry, mode: BootMode::Linux64 })
+            Ok(LoadedKernel {
+                entry,
+                mode: BootMode::Linux64,
+            })
         }
     }
 }
@@ -134,9 +142,20 @@ enum Format {
 }
 
 fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult, Format), BootError> {
-    let file_error = |source| BootError::File { what: "kernel", path: path.to_owned(), source };
-    let loader_error = |source| BootError::Kernel { path: path.to_owned(), memory_bytes: memory.len(), source };
-    let unusable = |why: String| BootError::Unusable { path: path.to_owned(), why };
+    let file_error = |source| BootError::File {
+        what: "kernel",
+        path: path.to_owned(),
+        source,
+    };
+    let loader_error = |source| BootError::Kernel {
+        path: path.to_owned(),
+        memory_bytes: memory.len(),
+        source,
+    };
+    let unusable = |why: String| BootError::Unusable {
+        path: path.to_owned(),
+        why,
+    };
     let mut file = File::open(path).map_err(file_error)?;
     let mut magic = [0u8; 4];
     file.read_exact(&mut magic).map_err(file_error)?;
@@ -145,8 +164,15 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult,
 
     if magic == *b"\x7fELF" {
         let loaded = Elf::load(memory.mmap(), None, &mut file, highmem).map_err(loader_error)?;
-        if loaded.kernel_end > 0 && !memory.mmap().address_in_range(GuestAddress(loaded.kernel_end - 1)) {
-            return Err(unusable(format!("needs memory up to {:#x}, more than the VM has", loaded.kernel_end)));
+        if loaded.kernel_end > 0
+            && !memory
+                .mmap()
+                .address_in_range(GuestAddress(loaded.kernel_end - 1))
+        {
+            return Err(unusable(format!(
+                "needs memory up to {:#x}, more than the VM has",
+                loaded.kernel_end
+            )));
         }
         let format = match loaded.pvh_boot_cap {
             PvhBootCapability::PvhEntryPresent(entry) => Format::Pvh(entry),
@@ -156,7 +182,9 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult,
     }
     let loaded = BzImage::load(memory.mmap(), None, &mut file, highmem).map_err(|source| match source {
         linux_loader::loader::Error::Bzimage(linux_loader::loader::bzimage::Error::InvalidBzImage) => {
-            BootError::UnknownFormat { path: path.to_owned() }
+            BootError::UnknownFormat {
+                path: path.to_owned(),
+            }
         }
         source => loader_error(source),
     })?;
@@ -164,19 +192,33 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult,
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(unusable("this bzImage has no 64-bit entry point".into()));
     }
-    let entry = loaded.kernel_load.checked_add(BZIMAGE_64_ENTRY).ok_or_else(|| unusable("entry point overflows".into()))?;
+    let entry = loaded
+        .kernel_load
+        .checked_add(BZIMAGE_64_ENTRY)
+        .ok_or_else(|| unusable("entry point overflows".into()))?;
     Ok((loaded, Format::Linux64(entry)))
 }
 
 /// Puts the initrd as high as it may go, so that it is out of the kernel's way.
 fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64) -> Result<Initrd, BootError> {
-    let file_error = |source| BootError::File { what: "initrd", path: path.to_owned(), source };
+    let file_error = |source| BootError::File {
+        what: "initrd",
+        path: path.to_owned(),
+        source,
+    };
     let mut file = File::open(path).map_err(file_error)?;
     let size = file.metadata().map_err(file_error)?.len();
     let low_ram = ram_ranges(memory.len())[0].1.min(INITRD_LIMIT);
-    let start = low_ram.checked_sub(size).map(|start| start / PAGE_SIZE * PAGE_SIZE);
-    let Some(start) = start.filter(|&start| start >= kernel_end.max(layout::HIGH_MEMORY_START.raw_value())) else {
-        return Err(BootError::InitrdTooLarge { path: path.to_owned(), size, memory_bytes: memory.len() });
+    let start = low_ram
+        .checked_sub(size)
+        .map(|start| start / PAGE_SIZE * PAGE_SIZE);
+    let Some(start) = start.filter(|&start| start >= kernel_end.max(layout::HIGH_MEMORY_START.raw_value()))
+    else {
+        return Err(BootError::InitrdTooLarge {
+            path: path.to_owned(),
+            size,
+            memory_bytes: memory.len(),
+        });
     };
     let start = GuestAddress(start);
     let count = usize::try_from(size).expect("smaller than guest memory");
@@ -189,26 +231,47 @@ fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64)> {
     let mut map = vec![(0, layout::LOW_MEMORY_END)];
     for (start, len) in ram_ranges(memory.len()) {
         let start = start.raw_value();
-        map.push(if start == 0 { (high_start, len - high_start) } else { (start, len) });
+        map.push(if start == 0 {
+            (high_start, len - high_start)
+        } else {
+            (start, len)
+        });
     }
     map
 }
 
-fn write_start_info(memory: &GuestMemory, initrd: Option<&Initrd>, rsdp: GuestAddress) -> Result<(), BootError> {
+fn write_start_info(
+    memory: &GuestMemory,
+    initrd: Option<&Initrd>,
+    rsdp: GuestAddress,
+) -> Result<(), BootError> {
     let memmap: Vec<_> = memory_map(memory)
         .into_iter()
-        .map(|(addr, size)| hvm_memmap_table_entry { addr, size, type_: E820_RAM, reserved: 0 })
+        .map(|(addr, size)| hvm_memmap_table_entry {
+            addr,
+            size,
+            type_: E820_RAM,
+            reserved: 0,
+        })
         .collect();
     let modules: Vec<_> = initrd
         .iter()
-        .map(|initrd| hvm_modlist_entry { paddr: initrd.start.raw_value(), size: initrd.size, ..Default::default() })
+        .map(|initrd| hvm_modlist_entry {
+            paddr: initrd.start.raw_value(),
+            size: initrd.size,
+            ..Default::default()
+        })
         .collect();
     let start_info = hvm_start_info {
         magic: PVH_MAGIC,
         version: 1,
         flags: 0,
         nr_modules: u32::try_from(modules.len()).expect("at most one"),
-        modlist_paddr: if modules.is_empty() { 0 } else { layout::PVH_MODULES.raw_value() },
+        modlist_paddr: if modules.is_empty() {
+            0
+        } else {
+            layout::PVH_MODULES.raw_value()
+        },
         cmdline_paddr: layout::CMDLINE.raw_value(),
         rsdp_paddr: rsdp.raw_value(),
         memmap_paddr: layout::PVH_MEMMAP.raw_value(),
@@ -231,7 +294,10 @@ fn write_zero_page(
     cmdline_len: u32,
     rsdp: GuestAddress,
 ) -> Result<(), BootError> {
-    let mut params = boot_params { hdr: loaded.setup_header.unwrap_or_default(), ..Default::default() };
+    let mut params = boot_params {
+        hdr: loaded.setup_header.unwrap_or_default(),
+        ..Default::default()
+    };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HDRS;
@@ -246,7 +312,11 @@ fn write_zero_page(
     let map = memory_map(memory);
     params.e820_entries = u8::try_from(map.len()).expect("at most three");
     for (slot, (addr, size)) in params.e820_table.iter_mut().zip(map) {
-        *slot = boot_e820_entry { addr, size, r#type: E820_RAM };
+        *slot = boot_e820_entry {
+            addr,
+            size,
+            r#type: E820_RAM,
+        };
     }
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, layout::ZERO_PAGE), memory.mmap())?;
     Ok(())
@@ -258,7 +328,10 @@ fn write_zero_page(
 /// As [`load`].
 pub fn check_image(kernel: &Path, initrd: Option<&Path>) -> Result<(), BootError> {
     const ROOM: u64 = 1 << 30;
-    let probe = GuestMemory::new(ROOM).map_err(|error| BootError::Unusable { path: kernel.to_owned(), why: error.to_string() })?;
+    let probe = GuestMemory::new(ROOM).map_err(|error| BootError::Unusable {
+        path: kernel.to_owned(),
+        why: error.to_string(),
+    })?;
     load(&probe, kernel, initrd, "", layout::ACPI_RSDP).map(|_| ())
 }
 
@@ -276,23 +349,37 @@ mod tests {
 
     #[test]
     fn garbage_is_neither_elf_nor_bzimage() {
-        let garbage: Vec<u8> = (0..1u32 << 20).map(|i| u8::try_from(i.wrapping_mul(2_654_435_761) >> 24).expect("8 bits")).collect();
+        let garbage: Vec<u8> = (0..1u32 << 20)
+            .map(|i| u8::try_from(i.wrapping_mul(2_654_435_761) >> 24).expect("8 bits"))
+            .collect();
         let (_dir, path) = scratch(&garbage);
-        assert!(matches!(check_image(&path, None), Err(BootError::UnknownFormat { .. })));
+        assert!(matches!(
+            check_image(&path, None),
+            Err(BootError::UnknownFormat { .. })
+        ));
     }
 
     #[test]
     fn a_truncated_elf_is_refused_by_name() {
         let (_dir, path) = scratch(b"\x7fELF\x02\x01\x01 and no more");
         let error = check_image(&path, None).expect_err("truncated").to_string();
-        assert!(error.contains("kernel") && error.contains("is the file whole"), "{error}");
+        assert!(
+            error.contains("kernel") && error.contains("is the file whole"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_missing_or_empty_file_is_named() {
         let (_dir, path) = scratch(b"");
-        assert!(matches!(check_image(&path, None), Err(BootError::File { what: "kernel", .. })));
-        assert!(matches!(check_image(Path::new("no-such-kernel"), None), Err(BootError::File { .. })));
+        assert!(matches!(
+            check_image(&path, None),
+            Err(BootError::File { what: "kernel", .. })
+        ));
+        assert!(matches!(
+            check_image(Path::new("no-such-kernel"), None),
+            Err(BootError::File { .. })
+        ));
     }
 
     proptest! {

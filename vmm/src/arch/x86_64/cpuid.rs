@@ -25,14 +25,26 @@ const LOCAL_APIC_BUS_KHZ: u32 = 1_000_000;
 /// # Errors
 /// When KVM does not say what it supports.
 pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
-    let mut entries = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?.as_slice().to_vec();
-    entries.retain(|entry| !matches!(entry.function, LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 | LEAF_HYPERVISOR_TIMING));
+    let mut entries = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?
+        .as_slice()
+        .to_vec();
+    entries.retain(|entry| {
+        !matches!(
+            entry.function,
+            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 | LEAF_HYPERVISOR_TIMING
+        )
+    });
     let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
     for entry in &mut entries {
         match entry.function {
             LEAF_FEATURES => {
                 entry.ecx |= HYPERVISOR_BIT | if tsc_deadline { TSC_DEADLINE_BIT } else { 0 };
-                entry.edx = if cpus > 1 { entry.edx | HTT_BIT } else { entry.edx & !HTT_BIT };
+                entry.edx = if cpus > 1 {
+                    entry.edx | HTT_BIT
+                } else {
+                    entry.edx & !HTT_BIT
+                };
                 entry.ebx = entry.ebx & 0xff00_ffff | cpus << 16;
             }
             LEAF_CACHE => {
@@ -45,7 +57,11 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
             _ => {}
         }
     }
-    for (index, level, shift, count) in [(0, LEVEL_SMT, 0, 1), (1, LEVEL_CORE, apic_id_bits(cpus), cpus), (2, 0, 0, 0)] {
+    for (index, level, shift, count) in [
+        (0, LEVEL_SMT, 0, 1),
+        (1, LEVEL_CORE, apic_id_bits(cpus), cpus),
+        (2, 0, 0, 0),
+    ] {
         entries.push(kvm_cpuid_entry2 {
             function: LEAF_TOPOLOGY,
             index,
@@ -101,13 +117,20 @@ pub fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Result<CpuId, vmm_sys_util::fam::
 pub fn missing_features(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String> {
     let mut missing = vec![];
     for entry in wanted {
-        let find = || host.iter().find(|other| other.function == entry.function && other.index == entry.index);
-        let mut compare = |register: &str, wanted: u32, offered: fn(&kvm_cpuid_entry2) -> u32, ignore: u32| {
-            let lacking = wanted & !find().map_or(0, offered) & !ignore;
-            if lacking != 0 {
-                missing.push(format!("CPUID {:#x}.{:#x} {register} bits {lacking:#x}", entry.function, entry.index));
-            }
+        let find = || {
+            host.iter()
+                .find(|other| other.function == entry.function && other.index == entry.index)
         };
+        let mut compare =
+            |register: &str, wanted: u32, offered: fn(&kvm_cpuid_entry2) -> u32, ignore: u32| {
+                let lacking = wanted & !find().map_or(0, offered) & !ignore;
+                if lacking != 0 {
+                    missing.push(format!(
+                        "CPUID {:#x}.{:#x} {register} bits {lacking:#x}",
+                        entry.function, entry.index
+                    ));
+                }
+            };
         match (entry.function, entry.index) {
             (LEAF_FEATURES, _) => {
                 compare("ecx", entry.ecx, |e| e.ecx, HYPERVISOR_BIT | TSC_DEADLINE_BIT);
@@ -137,15 +160,26 @@ mod tests {
 
     #[test]
     fn a_feature_the_host_lacks_is_named() {
-        let vm = [kvm_cpuid_entry2 { function: 7, ebx: 0b110, ..Default::default() }];
-        let host = [kvm_cpuid_entry2 { function: 7, ebx: 0b011, ..Default::default() }];
+        let vm = [kvm_cpuid_entry2 {
+            function: 7,
+            ebx: 0b110,
+            ..Default::default()
+        }];
+        let host = [kvm_cpuid_entry2 {
+            function: 7,
+            ebx: 0b011,
+            ..Default::default()
+        }];
         assert_eq!(missing_features(&vm, &host), ["CPUID 0x7.0x0 ebx bits 0x4"]);
         assert!(missing_features(&vm, &vm).is_empty());
     }
 
     #[test]
     fn each_vcpu_has_its_own_apic_id() {
-        let table = [kvm_cpuid_entry2 { function: 1, ..Default::default() }];
+        let table = [kvm_cpuid_entry2 {
+            function: 1,
+            ..Default::default()
+        }];
         assert_eq!(for_vcpu(&table, 3)[0].ebx >> 24, 3);
     }
 }

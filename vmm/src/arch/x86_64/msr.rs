@@ -30,8 +30,15 @@ pub fn saved_indices(kvm: &Kvm) -> Result<Vec<u32>, kvm_ioctls::Error> {
 /// MSRs that boot firmware would have set.
 #[must_use]
 pub fn boot_entries() -> Vec<kvm_msr_entry> {
-    [(MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK)]
-        .into_iter()
-        .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
-        .collect()
+    [
+        (MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        (MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
+    ]
+    .into_iter()
+    .map(|(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    })
+    .collect()
 }

@@ -52,7 +52,9 @@ pub fn boot_registers(
     };
     let gdt = [0, 0, code_descriptor, GDT_DATA, GDT_TSS];
     for (index, descriptor) in (0u64..).zip(gdt) {
-        memory.mmap().write_obj(descriptor, layout::GDT.unchecked_add(index * 8))?;
+        memory
+            .mmap()
+            .write_obj(descriptor, layout::GDT.unchecked_add(index * 8))?;
     }
     sregs.gdt.base = layout::GDT.raw_value();
     sregs.gdt.limit = u16::try_from(gdt.len() * 8 - 1).expect("five descriptors");
@@ -64,9 +66,19 @@ pub fn boot_registers(
     let data = segment(DATA, 3, 0, 1);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { limit: 0x67, selector: TSS, type_: 11, present: 1, ..Default::default() };
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        selector: TSS,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
 
-    let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, rip: entry.raw_value(), ..Default::default() };
+    let mut regs = kvm_regs {
+        rflags: RFLAGS_RESERVED,
+        rip: entry.raw_value(),
+        ..Default::default()
+    };
     match mode {
         BootMode::Linux64 => {
             write_identity_map(memory)?;
@@ -105,10 +117,15 @@ fn segment(selector: u16, kind: u8, long: u8, default_big: u8) -> kvm_segment {
 
 /// Maps the first 4 GiB onto themselves in 2 MiB pages.
 fn write_identity_map(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
-    memory.mmap().write_obj(layout::PDPT.raw_value() | PRESENT_WRITABLE, layout::PML4)?;
+    memory
+        .mmap()
+        .write_obj(layout::PDPT.raw_value() | PRESENT_WRITABLE, layout::PML4)?;
     for directory in 0..PAGE_DIRECTORY_COUNT {
         let table = layout::PAGE_DIRECTORIES.unchecked_add(directory * 4096);
-        memory.mmap().write_obj(table.raw_value() | PRESENT_WRITABLE, layout::PDPT.unchecked_add(directory * 8))?;
+        memory.mmap().write_obj(
+            table.raw_value() | PRESENT_WRITABLE,
+            layout::PDPT.unchecked_add(directory * 8),
+        )?;
         let entries: Vec<u8> = (0..512u64)
             .flat_map(|entry| ((directory << 30 | entry << 21) | PRESENT_WRITABLE | LARGE_PAGE).to_le_bytes())
             .collect();

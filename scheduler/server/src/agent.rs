@@ -26,7 +26,7 @@ const FETCH_TIME: Duration = Duration::from_secs(900);
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
     /// No answer, or one that does not tell what happened.
-    #[error("node {node} does not answer ({what})")]
+    #[error("node {node} gave no clear answer ({what})")]
     NoAnswer {
         /// The node.
         node: NodeName,

@@ -60,7 +60,9 @@ pub async fn round(scheduler: &Shared) -> (Plan, Vec<Arc<OpenMigration>>) {
 }
 
 async fn housekeeping(scheduler: &Shared) {
-    observe::announce_reachability(scheduler);
+    for entry in scheduler.nodes.list() {
+        observe::announce_reachability(scheduler, &entry);
+    }
     for (vm, end) in scheduler.logs.expire_early().await {
         let Some(entry) = scheduler.vms.get(vm) else {
             continue;

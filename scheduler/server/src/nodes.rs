@@ -15,6 +15,9 @@ use crate::record::{Cordon, NodeRecord};
 /// A node that has not reported for this long is unreachable. It may be well and cut off: nothing is restarted.
 pub const SILENCE: Duration = Duration::from_secs(5);
 
+/// Below this, in CPUs, a node's use says nothing of how long its threads wait.
+const MEASURABLE_CPU: f64 = 0.01;
+
 /// One end of an agent's Report stream.
 pub type ReportSender = mpsc::Sender<Result<node::SchedulerMessage, Status>>;
 
@@ -25,7 +28,7 @@ pub struct ObservedVm {
     pub facts: node::VmFacts,
     /// How fast its resident memory grows.
     pub growth: Growth,
-    /// CPUs it uses, smoothed.
+    /// CPUs it would use if it had not to wait for any, smoothed.
     pub cpu: LocalLoad,
     sampled: Instant,
 }
@@ -184,6 +187,12 @@ impl NodeEntry {
         let observed = &mut inner.observed;
         observed.memory_available = heartbeat.memory_available_bytes.min(memory);
         let load = heartbeat.cpu_use.max(heartbeat.run_queue);
+        // What is used, times this, is what would be used if no thread had to wait for a CPU.
+        let stretch = if heartbeat.cpu_use > MEASURABLE_CPU {
+            load / heartbeat.cpu_use
+        } else {
+            1.0
+        };
         observed.load_local.update(load);
         observed.load_exported.update(load);
         observed.pressure = heartbeat.pressure.unwrap_or_default();
@@ -201,7 +210,7 @@ impl NodeEntry {
             .into_iter()
             .map(|(key, facts)| {
                 let seen = previous.remove(&key);
-                (key, ObservedVm::next(seen, facts, now, true))
+                (key, ObservedVm::next(seen, facts, now, Some(stretch)))
             })
             .collect();
     }
@@ -212,7 +221,7 @@ impl NodeEntry {
         let mut inner = self.lock();
         inner.last_report = Some(now);
         let seen = inner.vms.remove(&key);
-        inner.vms.insert(key, ObservedVm::next(seen, facts, now, false));
+        inner.vms.insert(key, ObservedVm::next(seen, facts, now, None));
     }
 
     /// A VM has left: until the next heartbeat its memory counts as free.
@@ -251,7 +260,8 @@ impl Inner {
 }
 
 impl ObservedVm {
-    fn next(seen: Option<Self>, facts: node::VmFacts, now: Instant, sample: bool) -> Self {
+    /// The next view of a VM. `stretch` comes with a heartbeat; news in between are not sampled.
+    fn next(seen: Option<Self>, facts: node::VmFacts, now: Instant, stretch: Option<f64>) -> Self {
         let (growth, cpu, sampled) = seen.map_or((Growth::default(), LocalLoad::default(), now), |seen| {
             (seen.growth, seen.cpu, seen.sampled)
         });
@@ -261,9 +271,7 @@ impl ObservedVm {
             cpu,
             sampled,
         };
-        if !sample {
-            return next;
-        }
+        let Some(stretch) = stretch else { return next };
         if next.state() == vm::VmState::Incoming {
             // It grows as fast as the link sends, which says nothing of the guest.
             next.growth = Growth::default();
@@ -271,7 +279,9 @@ impl ObservedVm {
             next.growth
                 .update(Bytes(next.facts.resident_bytes), now - next.sampled);
         }
-        next.cpu.update(next.facts.cpu_use);
+        let cpus = next.facts.status.as_ref().map_or(u32::MAX, |status| status.cpus);
+        let demand = (next.facts.cpu_use * stretch).min(f64::from(cpus));
+        next.cpu.update(demand.max(next.facts.cpu_use));
         next.sampled = now;
         next
     }

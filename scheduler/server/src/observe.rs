@@ -61,12 +61,9 @@ pub fn may_write_console(scheduler: &Scheduler, name: &NodeName, vm: VmId, epoch
             .is_some_and(|migration| migration.intent.to == *name && migration.intent.epoch == epoch)
 }
 
-/// Announces nodes that have begun or ceased to answer.
-pub fn announce_reachability(scheduler: &Scheduler) {
-    for entry in scheduler.nodes.list() {
-        let Some(reachable) = entry.reachability_change() else {
-            continue;
-        };
+/// Announces that a node has begun or ceased to answer, if it has.
+pub fn announce_reachability(scheduler: &Scheduler, entry: &NodeEntry) {
+    if let Some(reachable) = entry.reachability_change() {
         let node = entry.record();
         let event = if reachable {
             NewEvent::new(

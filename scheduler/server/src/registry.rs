@@ -170,6 +170,7 @@ async fn begin(
     entry
         .begin_session(record, session, sender)
         .map_err(bad_address)?;
+    observe::announce_reachability(scheduler, &entry);
     Ok((name, entry))
 }
 

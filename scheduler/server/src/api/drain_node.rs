@@ -38,7 +38,7 @@ pub async fn call(
             let gone: Vec<&str> = left.difference(&now).map(String::as_str).collect();
             let message = match &progress {
                 _ if !gone.is_empty() => format!("gone: {}", gone.join(", ")),
-                Progress::Moving => String::new(),
+                Progress::Moving => format!("{} to move", now.len()),
                 Progress::Empty => {
                     format!("{name} is empty and takes no VMs; undo with `shoal uncordon {name}`")
                 }

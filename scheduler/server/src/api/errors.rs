@@ -1,7 +1,7 @@
 //! Errors of the parts below as gRPC statuses.
 
 use prost::Message as _;
-use shoal_plan::{MigrateError, PlaceError, Rejection};
+use shoal_plan::{MigrateError, PlaceError, RejectReason, Rejection};
 use shoal_proto::cluster::{NodeRejection, PlacementFailure};
 use tonic::{Code, Status};
 
@@ -12,6 +12,9 @@ use crate::execute::stop::StopError;
 use crate::images::ImportError;
 use crate::limits::FieldError;
 use crate::store::StoreError;
+
+/// Placement failures are cut to this many bytes.
+const MAX_DETAIL_BYTES: usize = 6 << 10;
 
 /// An error and all that caused it, in one line.
 fn chain(error: &dyn std::error::Error) -> String {
@@ -57,7 +60,7 @@ pub fn launch(error: LaunchError) -> Status {
         LaunchError::Name(_) => Status::already_exists(error.to_string()),
         LaunchError::Place(PlaceError::UnknownNode(_)) => Status::not_found(error.to_string()),
         LaunchError::Place(PlaceError::NothingFits { ref rejections }) => {
-            nothing_fits(error.to_string(), rejections)
+            nothing_fits(&error.to_string(), rejections)
         }
         LaunchError::Failed {
             code: Code::Ok | Code::AlreadyExists,
@@ -81,8 +84,8 @@ pub fn begin(error: BeginError) -> Status {
             MigrateError::CannotMove { .. } | MigrateError::NotReady { .. } => {
                 Status::failed_precondition(text)
             }
-            MigrateError::NoRoom { node, reason, .. } => nothing_fits(text, &[Rejection { node, reason }]),
-            MigrateError::NothingFits { rejections } => nothing_fits(text, &rejections),
+            MigrateError::NoRoom { node, reason, .. } => nothing_fits(&text, &[Rejection { node, reason }]),
+            MigrateError::NothingFits { rejections } => nothing_fits(&text, &rejections),
         },
         BeginError::Store(error) => store(&error),
     }
@@ -99,15 +102,50 @@ pub fn stop(error: StopError) -> Status {
     }
 }
 
-/// RESOURCE_EXHAUSTED with a [`PlacementFailure`] as its details.
-fn nothing_fits(message: String, rejections: &[Rejection]) -> Status {
-    let rejections = rejections
+/// RESOURCE_EXHAUSTED with a [`PlacementFailure`] as its details: as many nodes as HTTP/2 headers can be relied on to
+/// carry, those that were asked for first.
+fn nothing_fits(message: &str, rejections: &[Rejection]) -> Status {
+    let (other, asked): (Vec<_>, Vec<_>) = rejections
         .iter()
-        .map(|rejection| NodeRejection {
-            node: rejection.node.to_string(),
-            reason: rejection.reason.to_string(),
-        })
-        .collect();
-    let details = PlacementFailure { rejections }.encode_to_vec();
-    Status::with_details(Code::ResourceExhausted, message, details.into())
+        .partition(|rejection| matches!(rejection.reason, RejectReason::NotAskedFor { .. }));
+    let mut failure = PlacementFailure::default();
+    for (index, rejection) in asked.iter().chain(&other).enumerate() {
+        let (node, reason) = (rejection.node.to_string(), rejection.reason.to_string());
+        failure.rejections.push(NodeRejection { node, reason });
+        if failure.encoded_len() > MAX_DETAIL_BYTES {
+            failure.rejections.pop();
+            let left = rejections.len() - index;
+            let (node, reason) = (
+                "…".to_owned(),
+                format!("and {left} more nodes cannot take it either"),
+            );
+            failure.rejections.push(NodeRejection { node, reason });
+            break;
+        }
+    }
+    let message = crate::limits::shorten(message);
+    Status::with_details(Code::ResourceExhausted, message, failure.encode_to_vec().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_in_a_large_cluster_still_fits_into_headers() {
+        let rejections: Vec<Rejection> = (0..10_000)
+            .map(|number| Rejection {
+                node: shoal_plan::NodeName::new(&format!("node{number}")),
+                reason: RejectReason::TooFewCpus { needed: 64, has: 2 },
+            })
+            .collect();
+        let status = nothing_fits(&"long ".repeat(10_000), &rejections);
+        assert!(status.details().len() <= MAX_DETAIL_BYTES + 200 && status.message().len() < 1000);
+        let failure = PlacementFailure::decode(status.details()).expect("decodes");
+        let last = failure.rejections.last().expect("one at least");
+        assert!(
+            failure.rejections.len() > 50 && last.reason.contains("more nodes"),
+            "{last:?}"
+        );
+    }
 }

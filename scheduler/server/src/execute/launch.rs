@@ -41,15 +41,15 @@ pub enum LaunchError {
         /// Its code, to be passed on.
         code: tonic::Code,
     },
-    /// The node stopped answering.
+    /// It is not known what became of it.
     #[error(
-        "node {node} stopped answering while VM {vm} was started; it is brought to an end when the node answers: see `shoal inspect {vm}`"
+        "{error} while VM {vm} was started; it is brought to an end when the node answers: `shoal inspect {vm}`"
     )]
     Unclear {
         /// The VM's name.
         vm: VmName,
-        /// The node.
-        node: NodeName,
+        /// What the node said last.
+        error: AgentError,
     },
     /// The store cannot be written.
     #[error(transparent)]
@@ -92,9 +92,9 @@ pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> R
             mark_running(scheduler, entry, guard).await;
             Ok(())
         }
-        Told::NoAnswer => Err(LaunchError::Unclear {
+        Told::NoAnswer(error) => Err(LaunchError::Unclear {
             vm: record.name.clone(),
-            node: record.node.clone(),
+            error,
         }),
         Told::Failed { reason, code } => {
             scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await?;
@@ -120,7 +120,7 @@ pub async fn resume_start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuar
     let record = entry.record();
     match tell(scheduler, &record, None).await {
         Told::Runs => mark_running(scheduler, entry, guard).await,
-        Told::NoAnswer => {}
+        Told::NoAnswer(error) => tracing::info!(vm = %record.id, %error, "start: later"),
         Told::Failed { reason, .. } => {
             let reason = format!("node {} could not start it: {reason}", record.node);
             finish::end_vm(scheduler, entry, Outcome::Failed { reason }, guard).await;
@@ -147,64 +147,83 @@ enum Told {
     /// It runs, or has run and ended by itself.
     Runs,
     /// It does not run and never will: the node has confirmed that.
-    Failed {
-        reason: String,
-        code: tonic::Code,
-    },
-    NoAnswer,
+    Failed { reason: String, code: tonic::Code },
+    /// Not known yet.
+    NoAnswer(AgentError),
 }
 
-/// Tells the node to start the VM, and asks until it is clear what came of it. Without a deadline: asks once.
+/// Tells the node to start the VM, and asks until it is clear what came of it. Without a deadline, for a start that was
+/// interrupted: asks before it tells, and asks once.
 async fn tell(scheduler: &Scheduler, record: &VmRecord, deadline: Option<Instant>) -> Told {
-    let Ok(agent) = scheduler.agent(&record.node) else {
-        return Told::NoAnswer;
+    let agent = match scheduler.agent(&record.node) {
+        Ok(agent) => agent,
+        Err(error) => return Told::NoAnswer(error),
     };
-    if deadline.is_none()
-        && let Some(told) = known(&agent, record).await
-    {
-        return told;
-    }
-    let failure = match agent.launch(record.to_spec(record.epoch)).await {
-        Ok(_) => return Told::Runs,
-        Err(error) => error,
+    let interrupted = match deadline {
+        None => known(&agent, record).await,
+        Some(_) => Known::Nothing,
+    };
+    let failure = match interrupted {
+        Known::Runs => return Told::Runs,
+        Known::Silent(error) => return Told::NoAnswer(error),
+        Known::Starting | Known::Nothing | Known::Failed => {
+            match agent.launch(record.to_spec(record.epoch)).await {
+                Ok(_) => return Told::Runs,
+                Err(error) => error,
+            }
+        }
     };
     let mut backoff = Backoff::new();
     loop {
-        if let Some(Told::Runs) = known(&agent, record).await {
-            return Told::Runs;
-        }
-        // The undo: after it the epoch can never start there, so also a lost request that is still on its way is void.
-        if agent.destroy(record.id, record.epoch).await.is_ok() {
-            let code = failure.code().unwrap_or(tonic::Code::Internal);
-            return Told::Failed {
-                reason: failure.to_string(),
-                code,
-            };
-        }
+        let unclear = match known(&agent, record).await {
+            Known::Runs => return Told::Runs,
+            Known::Starting => failure.clone(),
+            Known::Silent(error) => error,
+            // The undo: after it the epoch can never start there, so a lost request still on its way is void, too.
+            Known::Nothing | Known::Failed => match agent.destroy(record.id, record.epoch).await {
+                Ok(()) => {
+                    let code = failure.code().unwrap_or(tonic::Code::Internal);
+                    let reason = failure.to_string();
+                    return Told::Failed { reason, code };
+                }
+                Err(error) => error,
+            },
+        };
         if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
-            return Told::NoAnswer;
+            return Told::NoAnswer(unclear);
         }
         backoff.pause().await;
     }
 }
 
-/// What the node knows of the VM; None if it knows nothing yet or does not answer.
-async fn known(agent: &Agent, record: &VmRecord) -> Option<Told> {
+/// What a node knows of a VM that it was told to start.
+#[derive(Debug)]
+enum Known {
+    /// It runs, or has run and ended by itself.
+    Runs,
+    /// It is being started.
+    Starting,
+    /// It is not there.
+    Nothing,
+    /// It is there, and did not start.
+    Failed,
+    /// The node did not say.
+    Silent(AgentError),
+}
+
+async fn known(agent: &Agent, record: &VmRecord) -> Known {
     let facts = match agent.describe(record.id, record.epoch).await {
         Ok(facts) => facts,
-        Err(AgentError::NoAnswer { .. }) => return Some(Told::NoAnswer),
-        Err(AgentError::Refused(_)) => return None,
+        Err(error) if error.is_not_found() => return Known::Nothing,
+        Err(error) => return Known::Silent(error),
     };
     let state = facts
         .status
         .as_ref()
         .map_or(vm::VmState::Unspecified, vm::VmStatus::state);
     match (state, outcome(&facts)) {
-        (vm::VmState::Running, None) | (_, Some(Outcome::Exited { .. })) => Some(Told::Runs),
-        (_, Some(Outcome::Failed { reason })) => Some(Told::Failed {
-            reason,
-            code: tonic::Code::Internal,
-        }),
-        _ => None,
+        (vm::VmState::Running, None) | (_, Some(Outcome::Exited { .. })) => Known::Runs,
+        (_, Some(Outcome::Failed { .. })) => Known::Failed,
+        _ => Known::Starting,
     }
 }

@@ -38,6 +38,8 @@ pub struct Settlement {
     /// What went wrong first, if the source cannot report it.
     error: Option<String>,
     start_refused: bool,
+    /// The destination's VMM process had died when that was last asked.
+    destination_died: bool,
     since: Instant,
 }
 
@@ -53,6 +55,7 @@ impl Settlement {
             report: None,
             error: None,
             start_refused: false,
+            destination_died: false,
             since,
         }
     }
@@ -133,10 +136,13 @@ impl Settlement {
         }
     }
 
-    async fn ask_destination(&self) -> Destination {
-        let intent = &self.open.intent;
+    async fn ask_destination(&mut self) -> Destination {
+        let intent = self.intent();
         match self.describe(&intent.to, intent.epoch).await {
-            Ok(facts) => destination_view(facts.as_ref()),
+            Ok(facts) => {
+                self.destination_died = facts.as_ref().is_some_and(|facts| !facts.vmm_alive);
+                destination_view(facts.as_ref())
+            }
             Err(_) => Destination::Silent,
         }
     }
@@ -287,6 +293,10 @@ impl Settlement {
             self.fetch_report().await;
         }
         let report = match (self.report.take(), &self.error) {
+            (Some(mut report), _) if report.result() == MigrationResult::Failed && self.destination_died => {
+                report.reason = format!("{}; the VMM at the destination died", report.reason);
+                report
+            }
             (Some(report), _)
                 if matches!(
                     report.result(),

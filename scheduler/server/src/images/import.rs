@@ -201,7 +201,20 @@ impl Import {
             .lines()
             .find(|line| !line.trim().is_empty())
             .unwrap_or("the image cannot be booted");
-        Err(ImportError::NotBootable(shorten(line)))
+        Err(ImportError::NotBootable(shorten(&self.in_user_terms(line))))
+    }
+
+    /// The user knows the files by their names in the image, not by those they have here.
+    fn in_user_terms(&self, line: &str) -> String {
+        let kernel = self.kernel.as_ref().zip(Some(&self.manifest.kernel));
+        let initrd = self.initrd.as_ref().zip(self.manifest.initrd.as_ref());
+        let line = line.trim_start_matches("shoal-vmm: ").to_owned();
+        kernel
+            .into_iter()
+            .chain(initrd)
+            .fold(line, |line, (staged, name)| {
+                line.replace(&staged.file.path().display().to_string(), &format!("'{name}'"))
+            })
     }
 
     /// Keeps the files; the caller stores the record.

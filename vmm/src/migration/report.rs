@@ -1,5 +1,6 @@
 //! What a migration did, while it runs (progress) and afterwards (report).
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use shoal_proto::MigrationId;
@@ -9,8 +10,33 @@ use tokio::sync::watch;
 use super::pages::PageCounts;
 use crate::spec::PAGE_SIZE;
 
-/// Progress is published at most this often within a pass.
+/// Progress is published at most this often, but for a change of phase.
 const INTERVAL: Duration = Duration::from_millis(50);
+/// Passes of which the report tells: the first and the last so many. A migration that will not converge makes thousands.
+const FIRST_PASSES: usize = 16;
+const LAST_PASSES: usize = 48;
+
+/// The passes of a migration, bounded.
+#[derive(Debug, Default)]
+struct PassTable {
+    count: u32,
+    first: Vec<MigrationPass>,
+    last: VecDeque<MigrationPass>,
+}
+
+impl PassTable {
+    fn push(&mut self, pass: MigrationPass) {
+        self.count += 1;
+        if self.first.len() < FIRST_PASSES {
+            self.first.push(pass);
+            return;
+        }
+        if self.last.len() == LAST_PASSES {
+            self.last.pop_front();
+        }
+        self.last.push_back(pass);
+    }
+}
 
 /// The pause and its parts.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,7 +66,7 @@ pub struct Recorder {
     published: Instant,
     progress: MigrationProgress,
     publisher: watch::Sender<Option<MigrationProgress>>,
-    passes: Vec<MigrationPass>,
+    passes: PassTable,
     pass_started: Instant,
     counts_before: PageCounts,
     bytes_before: u64,
@@ -67,7 +93,7 @@ impl Recorder {
             published: now,
             progress,
             publisher,
-            passes: vec![],
+            passes: PassTable::default(),
             pass_started: now,
             counts_before: PageCounts::default(),
             bytes_before: 0,
@@ -99,16 +125,14 @@ impl Recorder {
         self.progress.pass += 1;
         self.progress.remaining_bytes = pages * PAGE_SIZE;
         self.pass_started = Instant::now();
-        self.publish();
+        self.publish_if_due();
     }
 
     /// Some of the pass has been sent.
     pub fn within_pass(&mut self, remaining_pages: u64, bytes_sent: u64) {
         self.progress.remaining_bytes = remaining_pages * PAGE_SIZE;
         self.progress.bytes_sent = bytes_sent;
-        if self.published.elapsed() >= INTERVAL {
-            self.publish();
-        }
+        self.publish_if_due();
     }
 
     /// The pass is sent and acknowledged. Gives the bytes it took and how long.
@@ -125,7 +149,6 @@ impl Recorder {
         (self.counts_before, self.bytes_before) = (counts, bytes_sent);
         self.progress.remaining_bytes = 0;
         self.progress.bytes_sent = bytes_sent;
-        self.publish();
         (bytes, duration)
     }
 
@@ -134,7 +157,13 @@ impl Recorder {
         self.progress.rate_bytes_per_second = to_u64(rate);
         self.progress.dirty_rate_bytes_per_second = to_u64(dirty_rate);
         self.progress.predicted_downtime_us = micros(predicted);
-        self.publish();
+        self.publish_if_due();
+    }
+
+    fn publish_if_due(&mut self) {
+        if self.published.elapsed() >= INTERVAL {
+            self.publish();
+        }
     }
 
     fn publish(&mut self) {
@@ -157,11 +186,11 @@ impl Recorder {
             downtime_pages_us: micros(self.downtime.pages),
             downtime_state_us: micros(self.downtime.state),
             downtime_start_us: micros(self.downtime.start),
-            passes: u32::try_from(self.passes.len()).unwrap_or(u32::MAX),
+            passes: self.passes.count,
             bytes_sent,
             pages_sent: self.counts_before.raw,
             zero_pages: self.counts_before.zero,
-            pass_table: std::mem::take(&mut self.passes),
+            pass_table: self.passes.first.into_iter().chain(self.passes.last).collect(),
         };
         self.progress.bytes_sent = bytes_sent;
         self.progress.report = Some(report);
@@ -177,4 +206,23 @@ fn micros(duration: Duration) -> u64 {
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturating, and never negative
 fn to_u64(value: f64) -> u64 {
     value as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_of_a_long_migration_stays_short() {
+        let mut table = PassTable::default();
+        for pass in 1..=10_000 {
+            table.push(MigrationPass {
+                pass,
+                ..Default::default()
+            });
+        }
+        assert_eq!(table.count, 10_000);
+        assert_eq!(table.first.last().map(|pass| pass.pass), Some(16));
+        assert_eq!(table.last.front().map(|pass| pass.pass), Some(10_000 - 47));
+    }
 }

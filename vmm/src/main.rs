@@ -26,8 +26,9 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
                                                 status that the workload reports
        shoal-vmm check-image --kernel PATH [--initrd PATH]
                                                 say whether an image can be booted; needs no KVM
-The API is proto/vm.proto. Logs go to standard error; RUST_LOG sets the level.";
+The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
+const LOG_LEVEL: &str = "SHOAL_LOG";
 const RAN_MARK: &str = "ran";
 const FAILED: u8 = 1;
 const USAGE_ERROR: u8 = 2;

@@ -97,8 +97,11 @@ fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
     step("unpacking and patching the kernel source", || {
         // No stamp until all is done: whatever interrupts this, the next run starts afresh.
         fs::write(&stamp, "")?;
-        if source.exists() {
-            fs::remove_dir_all(&source).with_context(|| format!("cannot remove {}", source.display()))?;
+        // Objects too: a file that is no longer patched is older than what was built from it, and make would keep that.
+        for old in [&source, &build_directory(directory)] {
+            if old.exists() {
+                fs::remove_dir_all(old).with_context(|| format!("cannot remove {}", old.display()))?;
+            }
         }
         let mut tar = Command::new("tar");
         run_logged(
@@ -123,7 +126,7 @@ fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
 /// an option, or wants another one for it.
 fn configure(recipe: &Recipe, directory: &Path, source: &Path) -> Result<PathBuf> {
     step("configuring the kernel", || {
-        let output = directory.join("build");
+        let output = build_directory(directory);
         fs::create_dir_all(&output)?;
         let config = output.join(".config");
         fs::write(&config, &recipe.config)?;
@@ -145,6 +148,10 @@ fn configure(recipe: &Recipe, directory: &Path, source: &Path) -> Result<PathBuf
         }
         Ok(output)
     })
+}
+
+fn build_directory(directory: &Path) -> PathBuf {
+    directory.join("build")
 }
 
 fn make(source: &Path, output: &Path) -> Command {

@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 
 use crate::context::{run, step};
 
+const APT_GET: &str = "/usr/bin/apt-get";
+
 /// A package, and a file that tells whether it is there (also where another package brings it).
 #[derive(Debug, Clone, Copy)]
 pub struct Package {
@@ -101,6 +103,9 @@ pub fn ensure(packages: &[Package]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
+    if !Path::new(APT_GET).exists() {
+        bail!("install what Debian calls {}, then try again", missing.join(" "));
+    }
     if !is_root()? {
         bail!(
             "packages are missing. Run this, then try again:\n  sudo apt-get install --yes {}",
@@ -116,7 +121,7 @@ pub fn ensure(packages: &[Package]) -> Result<()> {
 }
 
 fn apt_get() -> Command {
-    let mut command = Command::new("apt-get");
+    let mut command = Command::new(APT_GET);
     command.env("DEBIAN_FRONTEND", "noninteractive");
     command
 }

@@ -139,14 +139,12 @@ fn become_command(command: &mut [*mut c_char], environment: &[*const c_char]) ->
     }
     let Err(error) = outcome;
     system::complain(&[c"cannot run '", name, c"': ", error.as_text()]);
-    system::exit(
-        if error == NO_SUCH_FILE {
-            STATUS_NOT_FOUND
-        } else {
-            STATUS_NOT_EXECUTABLE
-        }
-        .into(),
-    );
+    let status = if error == NO_SUCH_FILE {
+        STATUS_NOT_FOUND
+    } else {
+        STATUS_NOT_EXECUTABLE
+    };
+    system::exit(status);
 }
 
 /// `directory` and `name`, if they fit.
@@ -175,5 +173,5 @@ fn wait_for(child: i32) -> u8 {
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     system::complain(&[c"internal error"]);
-    system::exit(STATUS_NOT_EXECUTABLE.into());
+    system::exit(STATUS_NOT_EXECUTABLE);
 }

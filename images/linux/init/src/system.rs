@@ -88,9 +88,14 @@ unsafe extern "C" fn _start() -> ! {
     naked_asm!("mov rdi, rsp", "and rsp, -16", "call {run}", "ud2", run = sym crate::run)
 }
 
+/// Makes a system call of up to five arguments.
+///
 /// # Safety
 /// As the system call: pointers among the arguments must be what it expects.
-unsafe fn call(number: usize, arguments: [usize; 5]) -> Result<usize, Error> {
+unsafe fn call<const COUNT: usize>(number: usize, given: [usize; COUNT]) -> Result<usize, Error> {
+    const { assert!(COUNT <= 5) };
+    let mut arguments = [0; 5];
+    arguments[..COUNT].copy_from_slice(&given);
     let result: isize;
     // SAFETY: the caller's promise; SYSCALL overwrites RCX and R11 besides its result.
     unsafe {
@@ -101,23 +106,39 @@ unsafe fn call(number: usize, arguments: [usize; 5]) -> Result<usize, Error> {
     usize::try_from(result).map_err(|_| Error(-result))
 }
 
+/// The address of something that a system call is given.
+fn address<T: ?Sized>(value: &T) -> usize {
+    ptr::from_ref(value).expose_provenance()
+}
+
+/// open(2).
+fn open(path: &CStr, flags: usize) -> Result<usize, Error> {
+    // SAFETY: a string, for as long as the call takes.
+    unsafe { call(SYS_OPEN, [address(path), flags]) }
+}
+
+/// write(2).
+fn write(file: usize, bytes: &[u8]) -> Result<usize, Error> {
+    // SAFETY: as many bytes as said, for as long as the call takes.
+    unsafe { call(SYS_WRITE, [file, address(bytes), bytes.len()]) }
+}
+
 /// getpid(2).
 pub fn process_id() -> usize {
     // SAFETY: no pointers.
-    unsafe { call(SYS_GETPID, [0; 5]) }.unwrap_or(0)
+    unsafe { call(SYS_GETPID, []) }.unwrap_or(0)
 }
 
 /// mount(2), without a device and without options.
 pub fn mount(kind: &CStr, target: &CStr) -> Result<(), Error> {
-    let kind = kind.as_ptr().expose_provenance();
     // SAFETY: strings, for as long as the call takes.
-    unsafe { call(SYS_MOUNT, [kind, target.as_ptr().expose_provenance(), kind, 0, 0]) }.map(drop)
+    unsafe { call(SYS_MOUNT, [address(kind), address(target), address(kind)]) }.map(drop)
 }
 
 /// fork(2).
 pub fn fork() -> Result<Process, Error> {
     // SAFETY: one thread and nothing shared: both processes can go on.
-    let process = unsafe { call(SYS_FORK, [0; 5]) }?;
+    let process = unsafe { call(SYS_FORK, []) }?;
     Ok(i32::try_from(process)
         .ok()
         .filter(|&process| process > 0)
@@ -130,15 +151,11 @@ pub fn execute(
     arguments: &[*mut c_char],
     environment: &[*const c_char],
 ) -> Result<Infallible, Error> {
-    let (arguments, environment) = (
-        arguments.as_ptr().expose_provenance(),
-        environment.as_ptr().expose_provenance(),
-    );
-    // SAFETY: strings and lists of strings, for as long as the call takes.
+    // SAFETY: a string and two lists of strings, for as long as the call takes.
     match unsafe {
         call(
             SYS_EXECVE,
-            [path.as_ptr().expose_provenance(), arguments, environment, 0, 0],
+            [address(path), address(arguments), address(environment)],
         )
     } {
         Err(error) => Err(error),
@@ -148,22 +165,18 @@ pub fn execute(
 
 /// Waits for any child to end: its id and status as wait4(2) gives them.
 pub fn wait_any() -> Result<(i32, u32), Error> {
+    const ANY: usize = usize::MAX;
     let mut status = 0u32;
     // SAFETY: the status is written to a variable that outlives the call.
-    let process = unsafe {
-        call(
-            SYS_WAIT4,
-            [usize::MAX, (&raw mut status).expose_provenance(), 0, 0, 0],
-        )
-    }?;
+    let process = unsafe { call(SYS_WAIT4, [ANY, (&raw mut status).expose_provenance()]) }?;
     Ok((i32::try_from(process).unwrap_or(0), status))
 }
 
 /// exit(2).
-pub fn exit(status: usize) -> ! {
+pub fn exit(status: u8) -> ! {
     loop {
         // SAFETY: no pointers; does not return.
-        let _ = unsafe { call(SYS_EXIT, [status, 0, 0, 0, 0]) };
+        let _ = unsafe { call(SYS_EXIT, [status.into()]) };
     }
 }
 
@@ -171,37 +184,24 @@ pub fn exit(status: usize) -> ! {
 /// ends, the terminal is hung up, and what it has not sent yet is lost. Where there is no such console, the standard streams stay
 /// what the kernel made them.
 pub fn take_terminal() {
-    // SAFETY: a string; no pointers in the others.
+    let Ok(terminal) = open(c"/dev/ttyS0", O_RDWR) else {
+        return;
+    };
+    // SAFETY: no pointers.
     unsafe {
-        let _ = call(SYS_SETSID, [0; 5]);
-        if let Ok(terminal) = call(
-            SYS_OPEN,
-            [c"/dev/ttyS0".as_ptr().expose_provenance(), O_RDWR, 0, 0, 0],
-        ) {
-            let _ = call(SYS_IOCTL, [terminal, TIOCSCTTY, 0, 0, 0]);
-            for stream in STDIN..=STDERR {
-                let _ = call(SYS_DUP2, [terminal, stream, 0, 0, 0]);
-            }
+        let _ = call(SYS_SETSID, []);
+        let _ = call(SYS_IOCTL, [terminal, TIOCSCTTY]);
+        for stream in STDIN..=STDERR {
+            let _ = call(SYS_DUP2, [terminal, stream]);
         }
     }
 }
 
 /// One line on the console: `init: ` and the parts.
 pub fn complain(parts: &[&CStr]) {
+    // If it cannot be written there is nowhere else to say so.
     let say = |text: &CStr| {
-        // SAFETY: a string of that length. If it cannot be written there is nowhere else to say so.
-        let _ = unsafe {
-            call(
-                SYS_WRITE,
-                [
-                    STDERR,
-                    text.as_ptr().expose_provenance(),
-                    text.count_bytes(),
-                    0,
-                    0,
-                ],
-            )
-        };
+        let _ = write(STDERR, text.to_bytes());
     };
     say(c"init: ");
     parts.iter().copied().for_each(say);
@@ -210,44 +210,35 @@ pub fn complain(parts: &[&CStr]) {
 
 /// Reports the workload's exit status and ends the machine, after all console output is out and file systems are clean.
 pub fn end_machine(status: u8) -> ! {
-    // As the kernel has it: handler, flags, restorer, mask.
-    let ignore = [SIG_IGN, 0, 0, 0];
-    // SAFETY: a string, a signal action and one byte, for as long as the calls take; no pointers in the others.
+    finish_output();
+    if let Err(error) = report(status) {
+        complain(&[c"cannot report the exit status: ", error.as_text()]);
+    }
+    // The console has been the workload's: the kernel need not say that it restarts.
+    let _ = open(c"/proc/sys/kernel/printk", O_WRONLY).and_then(|level| write(level, b"0"));
+    // SAFETY: no pointers.
     unsafe {
-        // Another process group may have the terminal; waiting for its output is then allowed only to who ignores this signal.
-        let _ = call(
-            SYS_RT_SIGACTION,
-            [
-                SIGTTOU,
-                ignore.as_ptr().expose_provenance(),
-                0,
-                SIGNAL_SET_SIZE,
-                0,
-            ],
-        );
-        let _ = call(SYS_IOCTL, [STDERR, TCSBRK, 1, 0, 0]);
-        let reported = call(
-            SYS_OPEN,
-            [c"/dev/port".as_ptr().expose_provenance(), O_WRONLY, 0, 0, 0],
-        )
-        .and_then(|port| {
-            call(
-                SYS_PWRITE64,
-                [
-                    port,
-                    ptr::from_ref(&status).expose_provenance(),
-                    1,
-                    EXIT_STATUS_PORT,
-                    0,
-                ],
-            )
-        });
-        if let Err(error) = reported {
-            complain(&[c"cannot report the exit status: ", error.as_text()]);
-        }
-        let _ = call(SYS_SYNC, [0; 5]);
-        let _ = call(SYS_REBOOT, [REBOOT_MAGIC1, REBOOT_MAGIC2, REBOOT_RESTART, 0, 0]);
+        let _ = call(SYS_SYNC, []);
+        let _ = call(SYS_REBOOT, [REBOOT_MAGIC1, REBOOT_MAGIC2, REBOOT_RESTART]);
     }
     complain(&[c"the machine does not restart"]);
-    exit(0);
+    exit(1);
+}
+
+/// Waits until the console has sent everything.
+fn finish_output() {
+    // As the kernel has it: handler, flags, restorer, mask.
+    let ignore = [SIG_IGN, 0, 0, 0];
+    // SAFETY: a signal action, for as long as the call takes; no pointers in the other.
+    unsafe {
+        // Another process group may have the terminal; waiting for its output is then allowed only to who ignores this signal.
+        let _ = call(SYS_RT_SIGACTION, [SIGTTOU, address(&ignore), 0, SIGNAL_SET_SIZE]);
+        let _ = call(SYS_IOCTL, [STDERR, TCSBRK, 1]);
+    }
+}
+
+fn report(status: u8) -> Result<(), Error> {
+    let port = open(c"/dev/port", O_WRONLY)?;
+    // SAFETY: one byte, for as long as the call takes.
+    unsafe { call(SYS_PWRITE64, [port, address(&status), 1, EXIT_STATUS_PORT]) }.map(drop)
 }

@@ -255,6 +255,9 @@ impl Source<'_> {
                 None => self.first_pass(log)?,
                 Some(dirty) => self.later_pass(log, dirty)?,
             };
+            if self.vm.guest_end().is_some() {
+                return Err(SourceError::GuestEnded);
+            }
             let found = self.dirty_pages(log)?;
             let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * crate::spec::PAGE_SIZE;
             let seconds = duration.as_secs_f64().max(1e-6);

@@ -64,6 +64,7 @@ fn a_drained_node_is_empty_and_stays_so_until_it_is_uncordoned() {
             nodes: 2,
             node_memory: "1GiB",
             automatic: true,
+            ..Shape::default()
         },
     );
     for name in ["a", "b"] {
@@ -103,6 +104,7 @@ fn what_cannot_leave_a_drained_node_is_named() {
             nodes: 2,
             node_memory: "512MiB",
             automatic: true,
+            ..Shape::default()
         },
     );
     cluster.run_probe("big", "node1", "448MiB", "fill=384MiB");

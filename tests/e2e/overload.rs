@@ -22,6 +22,7 @@ fn vms_are_moved_before_their_node_runs_out_of_memory() {
         &Shape {
             nodes: 3,
             node_memory: "1GiB",
+            node_cpus: 32,
             automatic: true,
         },
     );
@@ -56,7 +57,7 @@ fn vms_are_moved_before_their_node_runs_out_of_memory() {
     for planned in &moves {
         let reason = planned["message"].as_str().unwrap_or_default();
         assert!(
-            reason.contains("memory") && reason.contains(|c: char| c.is_ascii_digit()),
+            reason.contains("usher:") && reason.contains(|c: char| c.is_ascii_digit()),
             "{planned}"
         );
     }

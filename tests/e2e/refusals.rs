@@ -55,9 +55,10 @@ fn bad_sizes_names_and_targets_are_refused() {
             nodes: 2,
             node_memory: "512MiB",
             automatic: false,
+            ..Shape::default()
         },
     );
-    cluster.run_probe("small", "node1", "128MiB", CALM);
+    cluster.run_probe("small", "node1", "256MiB", "fill=192MiB wss=4MiB rate=100");
     cluster.run_probe("large", "node2", "384MiB", "fill=320MiB");
     let refuse = |args: &[&str], words: &[&str]| {
         let refusal = cluster.shoal.fails(args);
@@ -117,7 +118,7 @@ fn bad_images_are_refused_and_harm_nothing() {
         &garbage(1 << 20),
         &["kernel"],
     );
-    refuse("name = \"empty\"\nkernel = \"k\"", b"", &["kernel"]);
+    refuse("name = \"empty\"\nkernel = \"k\"", b"", &["'k'"]);
     refuse(
         "name = \"gone\"\nkernel = \"no-such-file\"",
         &kernel,

@@ -25,6 +25,8 @@ pub struct Shape {
     pub nodes: u32,
     /// What each lends, as typed.
     pub node_memory: &'static str,
+    /// CPUs that each lends. More than there are keeps load from moving VMs where memory should.
+    pub node_cpus: u32,
     /// Whether the scheduler moves VMs on its own.
     pub automatic: bool,
 }
@@ -34,6 +36,7 @@ impl Default for Shape {
         Self {
             nodes: 2,
             node_memory: "2GiB",
+            node_cpus: 2,
             automatic: false,
         }
     }
@@ -79,7 +82,7 @@ impl Cluster {
         let mut args = vec!["up".into(), "--detach".into(), format!("--nodes={}", shape.nodes)];
         args.extend([
             format!("--node-memory={}", shape.node_memory),
-            "--node-cpus=2".into(),
+            format!("--node-cpus={}", shape.node_cpus),
         ]);
         args.extend([
             format!("--state-dir={}", state.display()),
@@ -378,26 +381,41 @@ pub fn vmms_below(state_dir: &Path, vm_id: &str) -> Vec<VmmProcess> {
     found
 }
 
-/// How many of these VMMs have a VM whose vCPUs may run. A paused source in doubt, or a copy that is being loaded, is none.
-#[must_use]
-pub fn running_copies(vmms: &[VmmProcess]) -> usize {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    let runs = |vmm: &VmmProcess| {
+/// Panics if two of these VMMs run the VM. A source that says it migrates while the destination already runs has sent
+/// Commit and is paused for good, so only two that say they run are one too many.
+pub fn assert_at_most_one_runs(vmms: &[VmmProcess]) {
+    let running: Vec<&VmmProcess> = vmms
+        .iter()
+        .filter(|vmm| vmm.state() == Some(VmState::Running))
+        .collect();
+    // They were not asked at the same moment: the first may have been paused, and the second started, in between.
+    let still = running
+        .iter()
+        .filter(|vmm| vmm.state() == Some(VmState::Running))
+        .count();
+    assert!(still <= 1, "two copies run: {running:?}");
+}
+
+impl VmmProcess {
+    /// What it says of itself; `None` if it does not answer.
+    #[must_use]
+    pub fn state(&self) -> Option<VmState> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
         runtime.block_on(async {
-            let mut client = vmm::connect(&vmm.directory.join("vmm.sock")).await.ok()?;
-            let state = client
-                .get_status(GetStatusRequest {})
-                .await
-                .ok()?
-                .into_inner()
-                .state();
-            Some(matches!(state, VmState::Running | VmState::Migrating))
+            let mut client = vmm::connect(&self.directory.join("vmm.sock")).await.ok()?;
+            Some(
+                client
+                    .get_status(GetStatusRequest {})
+                    .await
+                    .ok()?
+                    .into_inner()
+                    .state(),
+            )
         })
-    };
-    vmms.iter().filter(|vmm| runs(vmm) == Some(true)).count()
+    }
 }
 
 fn all_vmm_dirs(state_dir: &Path) -> Vec<PathBuf> {

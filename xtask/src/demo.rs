@@ -12,7 +12,7 @@ use crate::shoal::{Cluster, wait_for};
 use crate::{build, images, packages};
 
 const COUNT_FOR_EVER: &str = "i=0; while :; do echo count $i; i=$((i+1)); sleep 1; done";
-const NODES: [&str; 3] = ["--nodes=3", "--node-memory=1GiB", "--node-cpus=2"];
+const NODES: [&str; 3] = ["--nodes=3", "--node-memory=1GiB", "--node-cpus=32"];
 /// VMs that together do not fit node3 once they have filled their memory.
 const CROWD: [&str; 4] = ["crowd1", "crowd2", "crowd3", "crowd4"];
 const CROWD_FILL: u64 = 320 << 20;

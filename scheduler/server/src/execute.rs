@@ -32,3 +32,6 @@ impl Backoff {
         tokio::time::sleep(self.next()).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

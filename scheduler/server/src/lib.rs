@@ -28,6 +28,8 @@ mod registry;
 mod scheduler;
 mod server;
 mod store;
+#[cfg(test)]
+mod testing;
 mod view;
 mod vms;
 

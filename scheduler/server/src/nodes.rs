@@ -123,6 +123,22 @@ impl NodeEntry {
         (inner.observed, inner.is_reachable())
     }
 
+    /// It has reported since this scheduler started.
+    pub fn has_reported(&self) -> bool {
+        self.lock().last_report.is_some()
+    }
+
+    /// Epochs of a VM that it last reported.
+    pub fn epochs_of(&self, vm: VmId) -> Vec<Epoch> {
+        let inner = self.lock();
+        inner
+            .vms
+            .keys()
+            .filter(|(id, _)| *id == vm)
+            .map(|(_, epoch)| *epoch)
+            .collect()
+    }
+
     /// What it last reported of a VM.
     pub fn observed_vm(&self, vm: VmId, epoch: Epoch) -> Option<ObservedVm> {
         self.lock().vms.get(&(vm, epoch)).cloned()

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, vm};
 use tokio::sync::{Semaphore, mpsc};
@@ -18,6 +19,10 @@ use crate::vms::{VmEntry, VmGuard};
 
 /// Subjects dealt with at a time.
 const PARALLEL: usize = 64;
+/// How long a stray copy waits for what else is done with its VM.
+const STRAY_PATIENCE: Duration = Duration::from_secs(1);
+/// A node that has not reported this long after the scheduler's start is not waited for before a VM counts as lost.
+const ALL_REPORT: Duration = Duration::from_secs(60);
 /// VMs that no record knows are announced once each, up to this many.
 const ANNOUNCED_STRANGERS: usize = 10_000;
 
@@ -123,7 +128,7 @@ pub async fn check_running(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGua
     };
     let facts = match agent.describe(record.id, record.epoch).await {
         Ok(facts) => facts,
-        Err(error) if error.is_not_found() => {
+        Err(error) if error.is_not_found() && is_nowhere_else(scheduler, &record) => {
             let reason = format!(
                 "node {} no longer knows it; was the host started again, or its state directory removed?",
                 record.node
@@ -149,6 +154,17 @@ pub async fn check_running(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGua
     if let Err(error) = result {
         tracing::info!(vm = %record.id, node = %record.node, %error, "reconcile: later");
     }
+}
+
+/// No node has a newer copy, as far as can be known: with a store put back to an old state, the VM may have moved on.
+fn is_nowhere_else(scheduler: &Scheduler, record: &VmRecord) -> bool {
+    let nodes = scheduler.nodes.list();
+    let all_heard = nodes.iter().all(|node| node.has_reported()) || scheduler.started.elapsed() > ALL_REPORT;
+    let newer = |epoch: &Epoch| *epoch > record.epoch && *epoch > record.fenced_through;
+    all_heard
+        && !nodes
+            .iter()
+            .any(|node| node.epochs_of(record.id).iter().any(newer))
 }
 
 async fn finish_stop(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) {
@@ -184,7 +200,10 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
         }
         return;
     };
-    let Some(guard) = entry.try_lock() else { return };
+    // A look at the same VM's owner, which may come with every report, must not crowd this out.
+    let Ok(guard) = tokio::time::timeout(STRAY_PATIENCE, entry.lock()).await else {
+        return;
+    };
     let record = entry.record();
     if scheduler.migrations.get(vm).is_some() || (record.node == *node && record.epoch == epoch) {
         return;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use shoal_plan::Policy;
 use shoal_proto::NodeName;
@@ -38,6 +39,8 @@ pub struct Scheduler {
     pub reconcile: ReconcileQueue,
     /// Constants of the planner.
     pub policy: Policy,
+    /// When this scheduler began to listen.
+    pub started: Instant,
     /// Looks at images before they are kept.
     pub vmm_binary: Option<PathBuf>,
     /// Held from a snapshot until what was decided on it is stored, so that no room is given away twice. Taken after

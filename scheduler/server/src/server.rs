@@ -108,7 +108,7 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
 type Subjects = tokio::sync::mpsc::UnboundedReceiver<reconcile::Subject>;
 
 /// Opens the state directory.
-fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
+pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
     let directory = &config.state_dir;
     let state_dir = |source| ServerError::StateDir {
         path: directory.clone(),
@@ -128,6 +128,7 @@ fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>), Ser
         events: Events::new(contents.events),
         reconcile,
         policy: config.policy.clone(),
+        started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
         store,

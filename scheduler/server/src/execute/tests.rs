@@ -1,0 +1,303 @@
+use std::sync::Arc;
+
+use shoal_proto::cluster::VmPhase;
+use shoal_proto::vm::MigrationResult;
+use shoal_proto::{Epoch, cluster};
+
+use super::launch::{self, LaunchError};
+use super::migrate::{self, Limits};
+use super::stop;
+use crate::migrations::OpenMigration;
+use crate::record::{Outcome, Phase};
+use crate::testing::{Cluster, FakeNode, Script, until};
+use crate::view;
+use crate::vms::VmEntry;
+
+const GIB: u64 = 1 << 30;
+
+async fn running_vm(cluster: &Cluster) -> Arc<VmEntry> {
+    let draft = cluster.draft("vm", 256 << 20);
+    let first = cluster.nodes[0].record.name.clone();
+    let (entry, guard) = launch::submit(&cluster.scheduler, draft, Some(&first))
+        .await
+        .expect("placed");
+    launch::start(&cluster.scheduler, &entry, &guard)
+        .await
+        .expect("started");
+    drop(guard);
+    cluster.report();
+    entry
+}
+
+async fn migrate(cluster: &Cluster, entry: &Arc<VmEntry>) -> Arc<OpenMigration> {
+    let to = cluster.nodes[1].record.name.clone();
+    let limits = Limits::default();
+    migrate::begin_requested(&cluster.scheduler, entry, Some(&to), limits)
+        .await
+        .expect("begun")
+}
+
+async fn outcome(migration: &OpenMigration) -> (MigrationResult, cluster::Migration) {
+    let mut views = migration.watch();
+    let view = views
+        .wait_for(|view| view.outcome.is_some())
+        .await
+        .expect("the sender is in hand")
+        .clone();
+    let outcome = view.outcome.expect("waited for");
+    let report = outcome.report.clone().expect("a report");
+    (report.result(), outcome)
+}
+
+/// Migrates to the second node.
+async fn migrated(cluster: &Cluster, entry: &Arc<VmEntry>) -> (MigrationResult, cluster::Migration) {
+    let migration = migrate(cluster, entry).await;
+    outcome(&migration).await
+}
+
+async fn doubt(migration: &OpenMigration) {
+    let mut views = migration.watch();
+    views
+        .wait_for(|view| view.in_doubt.is_some())
+        .await
+        .expect("the sender is in hand");
+}
+
+fn running(nodes: &[FakeNode]) -> Vec<usize> {
+    nodes.iter().map(FakeNode::running).collect()
+}
+
+#[tokio::test]
+async fn a_migration_moves_the_record_and_destroys_the_source() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    let (result, outcome) = migrated(&cluster, &entry).await;
+    assert_eq!((result, outcome.epoch), (MigrationResult::Completed, 2));
+    let record = entry.record();
+    assert_eq!(
+        (record.node.as_str(), record.epoch, record.last_epoch),
+        ("node2", Epoch(2), Epoch(2))
+    );
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+    assert_eq!(
+        cluster.nodes[0].vmms(),
+        0,
+        "the source was destroyed before the end was told"
+    );
+    assert_eq!(entry.migrations().len(), 1);
+    assert!(cluster.scheduler.migrations.get(record.id).is_none());
+}
+
+#[tokio::test]
+async fn a_failed_attempt_burns_its_epoch() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[0].set_script(Script::Fail);
+    let (result, outcome) = migrated(&cluster, &entry).await;
+    assert_eq!(result, MigrationResult::Failed);
+    assert_eq!(outcome.report.expect("a report").reason, "scripted");
+    assert_eq!(
+        (entry.record().epoch, entry.record().last_epoch),
+        (Epoch(1), Epoch(2))
+    );
+    assert_eq!(running(&cluster.nodes), [1, 0]);
+    assert_eq!(cluster.nodes[1].vmms(), 0);
+
+    cluster.nodes[0].set_script(Script::Complete);
+    let (result, outcome) = migrated(&cluster, &entry).await;
+    assert_eq!((result, outcome.epoch), (MigrationResult::Completed, 3));
+}
+
+#[tokio::test]
+async fn a_destination_that_cannot_be_prepared_changes_nothing() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[1].set_silent(true);
+    let (result, outcome) = migrated(&cluster, &entry).await;
+    assert_eq!(result, MigrationResult::Failed);
+    let reason = outcome.report.expect("a report").reason;
+    assert!(reason.contains("node2"), "{reason}");
+    assert_eq!(running(&cluster.nodes), [1, 0]);
+}
+
+#[tokio::test]
+async fn in_doubt_the_source_is_not_resumed_until_the_destination_says_that_it_never_ran() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = in_doubt(&cluster, false).await;
+    assert_eq!(cluster.nodes[0].resumed(), 0);
+    assert_eq!(view::vm(&cluster.scheduler, &entry).phase(), VmPhase::InDoubt);
+    let stopped = stop::stop(&cluster.scheduler, &entry).await;
+    assert!(matches!(stopped, Err(stop::StopError::InDoubt(_))));
+
+    cluster.nodes[1].set_silent(false);
+    let (result, _) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Failed);
+    assert_eq!(cluster.nodes[0].resumed(), 1);
+    assert_eq!(running(&cluster.nodes), [1, 0]);
+    assert_eq!(
+        (entry.record().node.as_str(), entry.record().epoch),
+        ("node1", Epoch(1))
+    );
+}
+
+#[tokio::test]
+async fn in_doubt_with_a_commit_that_arrived_the_destination_owns_the_vm() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[0].set_script(Script::InDoubt { commit_arrives: true });
+    let (result, _) = migrated(&cluster, &entry).await;
+    assert_eq!(result, MigrationResult::Completed);
+    assert_eq!(cluster.nodes[0].resumed(), 0);
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+    assert_eq!(entry.record().node.as_str(), "node2");
+}
+
+/// A VM in doubt whose destination does not answer, although it may have got the commit.
+async fn in_doubt(cluster: &Cluster, commit_arrives: bool) -> (Arc<VmEntry>, Arc<OpenMigration>) {
+    let entry = running_vm(cluster).await;
+    cluster.nodes[0].set_script(Script::InDoubt { commit_arrives });
+    cluster.nodes[1].silence_once_prepared();
+    let migration = migrate(cluster, &entry).await;
+    doubt(&migration).await;
+    (entry, migration)
+}
+
+#[tokio::test]
+async fn an_operator_who_keeps_the_source_fences_the_destination() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = in_doubt(&cluster, true).await;
+    migration.ask(|wish| wish.keep = Some(cluster.nodes[0].record.name.clone()));
+    outcome(&migration).await;
+    until("the source runs again", || cluster.nodes[0].running() == 1).await;
+    assert_eq!(
+        (entry.record().node.as_str(), entry.record().epoch),
+        ("node1", Epoch(1))
+    );
+
+    // The other node comes back with a VM that runs at the newer, fenced epoch.
+    cluster.nodes[1].set_silent(false);
+    until("the fenced copy is destroyed", || {
+        cluster.report();
+        cluster.nodes[1].vmms() == 0
+    })
+    .await;
+    assert_eq!(running(&cluster.nodes), [1, 0]);
+}
+
+#[tokio::test]
+async fn an_operator_who_keeps_the_destination_destroys_the_source() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = in_doubt(&cluster, true).await;
+    migration.ask(|wish| wish.keep = Some(cluster.nodes[1].record.name.clone()));
+    let (result, _) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Completed);
+    cluster.nodes[1].set_silent(false);
+    until("the source is destroyed", || cluster.nodes[0].vmms() == 0).await;
+    assert_eq!(
+        (entry.record().node.as_str(), entry.record().epoch),
+        ("node2", Epoch(2))
+    );
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+}
+
+#[tokio::test]
+async fn a_restarted_scheduler_ends_what_it_finds_open() {
+    for commit_arrives in [false, true] {
+        let mut cluster = Cluster::start(2, GIB).await;
+        let id = in_doubt(&cluster, commit_arrives).await.0.record().id;
+        cluster.restart();
+        let open = cluster.scheduler.migrations.get(id).expect("taken up");
+        doubt(&open).await;
+        cluster.nodes[1].set_silent(false);
+        until("closed", || cluster.scheduler.migrations.get(id).is_none()).await;
+        until("one copy", || {
+            cluster.nodes.iter().map(FakeNode::vmms).sum::<usize>() == 1
+        })
+        .await;
+        let expected = if commit_arrives { [0, 1] } else { [1, 0] };
+        until("one runs", || running(&cluster.nodes) == expected).await;
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_runs_at_a_newer_epoch_is_taken_up_not_destroyed() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    // As if the store had been put back to before the migration.
+    let before = entry.record();
+    let (result, _) = migrated(&cluster, &entry).await;
+    assert_eq!(result, MigrationResult::Completed);
+    let guard = entry.lock().await;
+    cluster
+        .scheduler
+        .save_vm(before.as_ref().clone(), Vec::new())
+        .await
+        .expect("stored");
+    drop(guard);
+    until("the record follows", || {
+        cluster.report();
+        entry.record().epoch == Epoch(2)
+    })
+    .await;
+    assert_eq!(entry.record().node.as_str(), "node2");
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+}
+
+#[tokio::test]
+async fn a_launch_whose_answer_is_lost_is_asked_for() {
+    let cluster = Cluster::start(1, GIB).await;
+    for (done, name) in [(true, "done"), (false, "undone")] {
+        cluster.nodes[0].lose_next_launch(done);
+        let draft = cluster.draft(name, 64 << 20);
+        let (entry, guard) = launch::submit(&cluster.scheduler, draft, None)
+            .await
+            .expect("placed");
+        let started = launch::start(&cluster.scheduler, &entry, &guard).await;
+        if done {
+            started.expect("it runs");
+            assert_eq!(entry.record().phase, Phase::Running);
+        } else {
+            assert!(matches!(started, Err(LaunchError::Failed { .. })), "{started:?}");
+            assert!(cluster.scheduler.vms.find(name).is_none());
+        }
+    }
+    assert_eq!(cluster.nodes[0].running(), 1);
+}
+
+#[tokio::test]
+async fn two_submissions_at_once_do_not_share_the_last_room() {
+    let cluster = Cluster::start(1, GIB).await;
+    let submit = |name| launch::submit(&cluster.scheduler, cluster.draft(name, GIB), None);
+    let (first, second) = tokio::join!(submit("a"), submit("b"));
+    assert_eq!(u32::from(first.is_ok()) + u32::from(second.is_ok()), 1);
+    let (first, second) = tokio::join!(submit("c"), submit("c"));
+    assert!(first.is_err() && second.is_err());
+}
+
+#[tokio::test]
+async fn a_vm_that_vanishes_with_its_node_is_failed_and_one_that_exits_is_cleaned_up() {
+    let cluster = Cluster::start(1, GIB).await;
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[0].guests_exit(7);
+    until("ended", || {
+        cluster.report();
+        matches!(entry.record().phase, Phase::Ended(_))
+    })
+    .await;
+    assert_eq!(
+        entry.record().phase,
+        Phase::Ended(Outcome::Exited { status: Some(7) })
+    );
+    assert_eq!(cluster.nodes[0].vmms(), 0);
+    stop::remove(&cluster.scheduler, &entry, false)
+        .await
+        .expect("removed");
+
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[0].lose_everything();
+    until("ended", || {
+        cluster.report();
+        matches!(entry.record().phase, Phase::Ended(Outcome::Failed { .. }))
+    })
+    .await;
+}

@@ -1,0 +1,491 @@
+//! For unit tests of what real processes cannot be made to do on demand: an agent whose answers are scripted, served over
+//! real gRPC, and a scheduler on a temporary state directory.
+
+use std::collections::{HashMap, HashSet};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use shoal_proto::node::agent_server::{Agent, AgentServer};
+use shoal_proto::node::{
+    AbortIncomingRequest, AbortIncomingResponse, CancelMigrationRequest, CancelMigrationResponse,
+    DestroyVmResponse, Heartbeat, LaunchVmRequest, PrepareIncomingRequest, PrepareIncomingResponse,
+    StartMigrationRequest, StartMigrationResponse, VmFacts, VmRef, WatchMigrationRequest,
+    WriteConsoleRequest, WriteConsoleResponse,
+};
+use shoal_proto::vm::{MigrationProgress, MigrationReport, MigrationResult, VmState, VmStatus};
+use shoal_proto::{Epoch, VmId};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use crate::config::SchedulerConfig;
+use crate::observe;
+use crate::reconcile;
+use crate::record::{BlobRef, Cordon, NodeRecord, Phase, VmRecord, now_unix_ms};
+use crate::scheduler::Shared;
+
+/// What becomes of the next migration that starts on a fake node.
+#[derive(Debug, Clone, Default)]
+pub enum Script {
+    /// The destination runs the VM.
+    #[default]
+    Complete,
+    /// The source gives up before Commit.
+    Fail,
+    /// Commit is sent, arrives or not, and is not answered.
+    InDoubt { commit_arrives: bool },
+}
+
+#[derive(Debug, Default)]
+struct FakeVm {
+    state: VmState,
+    ran: bool,
+    outgoing: String,
+    report: Option<MigrationReport>,
+    exit_status: Option<u32>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    vms: HashMap<(String, u64), FakeVm>,
+    fenced: HashSet<(String, u64)>,
+    /// Every call gets no answer.
+    silent: bool,
+    /// From the next preparation on.
+    silent_once_prepared: bool,
+    /// The next launch is done, or not, and not answered.
+    lose_launch: Option<bool>,
+    script: Script,
+    resumed: u32,
+}
+
+/// A node with a scripted agent.
+#[derive(Debug, Clone)]
+pub struct FakeNode {
+    state: Arc<Mutex<State>>,
+    peers: Arc<Mutex<Vec<FakeNode>>>,
+    pub record: NodeRecord,
+}
+
+impl FakeNode {
+    pub fn set_silent(&self, silent: bool) {
+        self.lock().silent = silent;
+    }
+
+    /// The network to this node is cut right after it has prepared for the next migration.
+    pub fn silence_once_prepared(&self) {
+        self.lock().silent_once_prepared = true;
+    }
+
+    /// Every guest here powers off.
+    pub fn guests_exit(&self, status: u32) {
+        for vm in self.lock().vms.values_mut() {
+            vm.state = VmState::Exited;
+            vm.exit_status = Some(status);
+        }
+    }
+
+    /// As a host does that was started again.
+    pub fn lose_everything(&self) {
+        self.lock().vms.clear();
+    }
+
+    pub fn set_script(&self, script: Script) {
+        self.lock().script = script;
+    }
+
+    pub fn lose_next_launch(&self, done: bool) {
+        self.lock().lose_launch = Some(done);
+    }
+
+    /// How often a VM was resumed here.
+    pub fn resumed(&self) -> u32 {
+        self.lock().resumed
+    }
+
+    /// VMs whose vCPUs run here.
+    pub fn running(&self) -> usize {
+        self.lock()
+            .vms
+            .values()
+            .filter(|vm| vm.state == VmState::Running)
+            .count()
+    }
+
+    /// VMMs here, in any state.
+    pub fn vmms(&self) -> usize {
+        self.lock().vms.len()
+    }
+
+    /// Reports as a real agent does each second.
+    pub fn report(&self, scheduler: &Shared) {
+        let vms: Vec<VmFacts> = self.lock().vms.iter().map(|(key, vm)| facts(key, vm)).collect();
+        let heartbeat = Heartbeat {
+            memory_available_bytes: self.record.memory_bytes,
+            vms,
+            ..Default::default()
+        };
+        let entry = scheduler.nodes.get(&self.record.name).expect("registered");
+        observe::heartbeat(scheduler, &self.record.name, &entry, heartbeat);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answering(&self) -> Result<MutexGuard<'_, State>, Status> {
+        let state = self.lock();
+        if state.silent {
+            Err(Status::unavailable("the network is cut"))
+        } else {
+            Ok(state)
+        }
+    }
+}
+
+fn facts((id, epoch): &(String, u64), vm: &FakeVm) -> VmFacts {
+    let status = VmStatus {
+        vm_id: id.clone(),
+        epoch: *epoch,
+        state: vm.state.into(),
+        cpus: 1,
+        outgoing_migration_id: vm.outgoing.clone(),
+        exit_status: vm.exit_status,
+        ..Default::default()
+    };
+    VmFacts {
+        status: Some(status),
+        vmm_alive: true,
+        ran_here: vm.ran,
+        ..Default::default()
+    }
+}
+
+fn key(vm: Option<VmRef>) -> (String, u64) {
+    let vm = vm.expect("a VM");
+    (vm.vm_id, vm.epoch)
+}
+
+fn missing() -> Status {
+    Status::not_found("no such VM")
+}
+
+#[tonic::async_trait]
+impl Agent for FakeNode {
+    type WatchMigrationStream = Pin<Box<dyn Stream<Item = Result<MigrationProgress, Status>> + Send>>;
+
+    async fn launch_vm(&self, request: Request<LaunchVmRequest>) -> Result<Response<VmStatus>, Status> {
+        let mut state = self.answering()?;
+        let spec = request.into_inner().spec.expect("a spec");
+        let key = (spec.vm_id, spec.epoch);
+        let lost = state.lose_launch.take();
+        if state.fenced.contains(&key) {
+            return Err(Status::aborted("stale epoch"));
+        }
+        if lost != Some(false) {
+            let vm = FakeVm {
+                state: VmState::Running,
+                ran: true,
+                ..Default::default()
+            };
+            state.vms.insert(key, vm);
+        }
+        match lost {
+            Some(_) => Err(Status::unavailable("the answer is lost")),
+            None => Ok(Response::new(VmStatus::default())),
+        }
+    }
+
+    async fn prepare_incoming(
+        &self,
+        request: Request<PrepareIncomingRequest>,
+    ) -> Result<Response<PrepareIncomingResponse>, Status> {
+        let mut state = self.answering()?;
+        let spec = request.into_inner().spec.expect("a spec");
+        let vm = FakeVm {
+            state: VmState::Incoming,
+            ..Default::default()
+        };
+        state.vms.insert((spec.vm_id, spec.epoch), vm);
+        state.silent |= std::mem::take(&mut state.silent_once_prepared);
+        Ok(Response::new(PrepareIncomingResponse {
+            address: "127.0.0.1:1".to_owned(),
+        }))
+    }
+
+    async fn abort_incoming(
+        &self,
+        request: Request<AbortIncomingRequest>,
+    ) -> Result<Response<AbortIncomingResponse>, Status> {
+        let mut state = self.answering()?;
+        let key = key(request.into_inner().vm);
+        let committed = state.vms.get(&key).is_some_and(|vm| vm.ran);
+        if !committed {
+            state.vms.remove(&key);
+            state.fenced.insert(key);
+        }
+        Ok(Response::new(AbortIncomingResponse { committed }))
+    }
+
+    async fn start_migration(
+        &self,
+        request: Request<StartMigrationRequest>,
+    ) -> Result<Response<StartMigrationResponse>, Status> {
+        let request = request.into_inner();
+        let migration = request.migration.expect("a migration");
+        let here = key(request.vm);
+        let there = (here.0.clone(), migration.destination_epoch);
+        let script = self.answering()?.script.clone();
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let commit = || {
+            for peer in &peers {
+                if let Some(vm) = peer.lock().vms.get_mut(&there) {
+                    vm.state = VmState::Running;
+                    vm.ran = true;
+                }
+            }
+        };
+        let (state, result) = match script {
+            Script::Complete => {
+                commit();
+                (VmState::Migrated, MigrationResult::Completed)
+            }
+            Script::Fail => (VmState::Running, MigrationResult::Failed),
+            Script::InDoubt { commit_arrives } => {
+                if commit_arrives {
+                    commit();
+                }
+                (VmState::InDoubt, MigrationResult::InDoubt)
+            }
+        };
+        let mut own = self.lock();
+        let vm = own.vms.get_mut(&here).ok_or_else(missing)?;
+        vm.state = state;
+        vm.outgoing = migration.migration_id.clone();
+        let (migration_id, reason) = (migration.migration_id, "scripted".to_owned());
+        let result = result.into();
+        vm.report = Some(MigrationReport {
+            migration_id,
+            result,
+            reason,
+            passes: 3,
+            ..Default::default()
+        });
+        Ok(Response::new(StartMigrationResponse {}))
+    }
+
+    async fn watch_migration(
+        &self,
+        request: Request<WatchMigrationRequest>,
+    ) -> Result<Response<Self::WatchMigrationStream>, Status> {
+        let state = self.answering()?;
+        let vm = state.vms.get(&key(request.into_inner().vm)).ok_or_else(missing)?;
+        let progress = MigrationProgress {
+            report: vm.report.clone(),
+            ..Default::default()
+        };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(progress)))))
+    }
+
+    async fn cancel_migration(
+        &self,
+        _: Request<CancelMigrationRequest>,
+    ) -> Result<Response<CancelMigrationResponse>, Status> {
+        Ok(Response::new(CancelMigrationResponse {}))
+    }
+
+    async fn describe_vm(&self, request: Request<VmRef>) -> Result<Response<VmFacts>, Status> {
+        let state = self.answering()?;
+        let key = key(Some(request.into_inner()));
+        state
+            .vms
+            .get(&key)
+            .map(|vm| Response::new(facts(&key, vm)))
+            .ok_or_else(missing)
+    }
+
+    async fn resume_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        let mut state = self.answering()?;
+        let vm = state
+            .vms
+            .get_mut(&key(Some(request.into_inner())))
+            .ok_or_else(missing)?;
+        vm.state = VmState::Running;
+        state.resumed += 1;
+        Ok(Response::new(VmStatus::default()))
+    }
+
+    async fn stop_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        let mut state = self.answering()?;
+        let vm = state
+            .vms
+            .get_mut(&key(Some(request.into_inner())))
+            .ok_or_else(missing)?;
+        vm.state = VmState::Exited;
+        Ok(Response::new(VmStatus {
+            state: vm.state.into(),
+            ..Default::default()
+        }))
+    }
+
+    async fn destroy_vm(&self, request: Request<VmRef>) -> Result<Response<DestroyVmResponse>, Status> {
+        let mut state = self.answering()?;
+        let key = key(Some(request.into_inner()));
+        state.vms.remove(&key);
+        state.fenced.insert(key);
+        Ok(Response::new(DestroyVmResponse {}))
+    }
+
+    async fn write_console(
+        &self,
+        _: Request<WriteConsoleRequest>,
+    ) -> Result<Response<WriteConsoleResponse>, Status> {
+        Ok(Response::new(WriteConsoleResponse {}))
+    }
+}
+
+/// A scheduler and its fake nodes.
+#[derive(Debug)]
+pub struct Cluster {
+    pub scheduler: Shared,
+    pub nodes: Vec<FakeNode>,
+    directory: tempfile::TempDir,
+}
+
+impl Cluster {
+    /// `node1`, `node2`, … with 4 CPUs and this much memory each.
+    pub async fn start(nodes: usize, memory_bytes: u64) -> Self {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let scheduler = open(directory.path());
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        for number in 1..=nodes {
+            let node = serve(format!("node{number}"), memory_bytes, Arc::clone(&peers)).await;
+            peers.lock().unwrap_or_else(PoisonError::into_inner).push(node);
+        }
+        let nodes = peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let cluster = Self {
+            scheduler,
+            nodes,
+            directory,
+        };
+        cluster.register();
+        cluster
+    }
+
+    /// Ends this scheduler's part of the test and opens its state directory again, as after a crash.
+    pub fn restart(&mut self) {
+        // The store is locked while it is open: the new one gets a copy, as it was at this moment.
+        let copy = tempfile::tempdir().expect("temporary directory");
+        std::fs::copy(
+            self.directory.path().join("shoal.redb"),
+            copy.path().join("shoal.redb"),
+        )
+        .expect("copied");
+        self.scheduler = open(copy.path());
+        self.directory = copy;
+        self.register();
+    }
+
+    /// Every node reports.
+    pub fn report(&self) {
+        for node in &self.nodes {
+            node.report(&self.scheduler);
+        }
+    }
+
+    /// A VM that is about to be submitted.
+    pub fn draft(&self, name: &str, memory_bytes: u64) -> VmRecord {
+        VmRecord {
+            id: VmId::new(),
+            name: name.parse().expect("a name"),
+            image: "probe".to_owned(),
+            image_digest: String::new(),
+            args: Vec::new(),
+            kernel: BlobRef {
+                sha256: "0".repeat(64),
+                size_bytes: 1,
+            },
+            initrd: None,
+            cmdline: String::new(),
+            cmdline_software_kvm: String::new(),
+            cpus: 1,
+            memory_bytes,
+            created_unix_ms: now_unix_ms(),
+            node: self.nodes[0].record.name.clone(),
+            epoch: Epoch(1),
+            last_epoch: Epoch(1),
+            fenced_through: Epoch(0),
+            phase: Phase::Starting,
+            message: String::new(),
+        }
+    }
+
+    fn register(&self) {
+        for node in &self.nodes {
+            let entry = self
+                .scheduler
+                .nodes
+                .get_or_insert(node.record.clone())
+                .expect("an address");
+            let (sender, _) = mpsc::channel(1);
+            entry
+                .begin_session(node.record.clone(), 1, sender)
+                .expect("an address");
+        }
+        self.report();
+    }
+}
+
+/// Polls until a condition holds.
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), wait)
+        .await
+        .unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+fn open(directory: &std::path::Path) -> Shared {
+    let config = SchedulerConfig {
+        listen: ([127, 0, 0, 1], 0).into(),
+        insecure: false,
+        state_dir: directory.to_owned(),
+        vmm_binary: None,
+        policy: shoal_plan::Policy::default(),
+        automatic: false,
+        shutdown: Box::pin(std::future::pending()),
+    };
+    let (scheduler, subjects, intents) = crate::server::open(&config).expect("opened");
+    reconcile::recover(&scheduler, intents);
+    tokio::spawn(reconcile::run(Arc::clone(&scheduler), subjects));
+    scheduler
+}
+
+async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>) -> FakeNode {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address").to_string();
+    let name = name.parse().expect("a name");
+    let record = NodeRecord {
+        name,
+        address,
+        cpus: 4,
+        memory_bytes,
+        cordon: Cordon::Open,
+    };
+    let node = FakeNode {
+        state: Arc::default(),
+        peers,
+        record,
+    };
+    let server = Server::builder()
+        .add_service(AgentServer::new(node.clone()))
+        .serve_with_incoming(TcpIncoming::from(listener));
+    tokio::spawn(server);
+    node
+}

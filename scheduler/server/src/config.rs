@@ -23,7 +23,7 @@ pub struct SchedulerConfig {
     pub vmm_binary: Option<PathBuf>,
     /// Constants of the planner.
     pub policy: Policy,
-    /// Plans and executes each second. Off: only what users ask for happens.
+    /// Moves what the planner wants moved, each second. Off: only what users ask for happens, drains included.
     pub automatic: bool,
     /// The scheduler ends when this completes. VMs go on running.
     pub shutdown: Shutdown,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_plan::{Note, NoteKind, Plan};
+use shoal_plan::{ActionKind, Note, NoteKind, Plan};
 use tokio::time::MissedTickBehavior;
 
 use crate::drain::{self, Progress};
@@ -17,7 +17,16 @@ use crate::scheduler::Shared;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Goes on until the scheduler ends. `automatic`: what the planner wants is done.
+/// What of a plan is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// All of it.
+    All,
+    /// What someone asked for: VMs leave nodes that are drained, nothing else moves.
+    Drains,
+}
+
+/// Goes on until the scheduler ends. `automatic`: what the planner wants is done, not only what someone asked for.
 pub async fn run(scheduler: Shared, automatic: bool) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -25,29 +34,39 @@ pub async fn run(scheduler: Shared, automatic: bool) {
     loop {
         ticks.tick().await;
         housekeeping(&scheduler).await;
-        if automatic {
-            let (plan, _) = round(&scheduler).await;
-            announce_stuck(&scheduler, &plan.notes, &mut told);
-            finish_drains(&scheduler).await;
-        }
+        let wanted = if automatic { Wanted::All } else { Wanted::Drains };
+        let (plan, _) = round(&scheduler, wanted).await;
+        announce_stuck(&scheduler, &plan.notes, &mut told);
+        finish_drains(&scheduler).await;
     }
 }
 
 /// Plans without doing anything. Off the async threads: a large cluster takes a while.
-pub async fn plan(scheduler: &Shared) -> Plan {
+pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
     let shared = Arc::clone(scheduler);
-    let planned =
-        tokio::task::spawn_blocking(move || shoal_plan::round(&observe::snapshot(&shared), &shared.policy));
+    let planned = tokio::task::spawn_blocking(move || {
+        let snapshot = observe::snapshot(&shared);
+        match wanted {
+            Wanted::All => shoal_plan::round(&snapshot, &shared.policy),
+            Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &shared.policy)),
+        }
+    });
     planned.await.unwrap_or_else(|error| {
         tracing::error!(%error, "the planner failed");
         Plan::default()
     })
 }
 
+fn drains(mut plan: Plan) -> Plan {
+    plan.actions.retain(|action| action.kind == ActionKind::Drain);
+    plan.notes.retain(|note| note.kind == NoteKind::DrainStuck);
+    plan
+}
+
 /// Plans, and begins what is planned.
-pub async fn round(scheduler: &Shared) -> (Plan, Vec<Arc<OpenMigration>>) {
+pub async fn round(scheduler: &Shared, wanted: Wanted) -> (Plan, Vec<Arc<OpenMigration>>) {
     let _planning = scheduler.planning.lock().await;
-    let plan = plan(scheduler).await;
+    let plan = plan(scheduler, wanted).await;
     let mut begun = Vec::new();
     for action in &plan.actions {
         match migrate::begin_planned(scheduler, action).await {

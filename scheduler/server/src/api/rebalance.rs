@@ -6,17 +6,17 @@ use shoal_plan::Plan;
 use shoal_proto::cluster::{Migration, PlannedMove, RebalanceRequest, RebalanceResponse};
 use tonic::Status;
 
-use crate::control;
+use crate::control::{self, Wanted};
 use crate::migrations::OpenMigration;
 use crate::scheduler::{Scheduler, Shared};
 
 pub async fn call(scheduler: &Shared, request: &RebalanceRequest) -> Result<RebalanceResponse, Status> {
     if request.dry_run {
-        let plan = control::plan(scheduler).await;
+        let plan = control::plan(scheduler, Wanted::All).await;
         return Ok(response(scheduler, &plan, Vec::new()));
     }
     let shared = Arc::clone(scheduler);
-    let (plan, begun) = tokio::spawn(async move { control::round(&shared).await })
+    let (plan, begun) = tokio::spawn(async move { control::round(&shared, Wanted::All).await })
         .await
         .map_err(super::ended)?;
     let mut results = Vec::new();

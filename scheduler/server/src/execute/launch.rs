@@ -98,6 +98,16 @@ pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> R
         }),
         Told::Failed { reason, code } => {
             scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await?;
+            // Whoever waits for the VM hears of its end before it is forgotten.
+            let outcome = Outcome::Failed {
+                reason: reason.clone(),
+            };
+            let ended = VmRecord {
+                phase: Phase::Ended(outcome),
+                message: reason.clone(),
+                ..record.as_ref().clone()
+            };
+            scheduler.vms.publish(&Arc::new(ended));
             scheduler.vms.remove(record.id);
             if let Err(error) = scheduler.logs.remove(record.id).await {
                 tracing::warn!(vm = %record.id, %error, "console log is left over");

@@ -17,6 +17,8 @@ pub struct Heartbeat {
     pub corrupt: u64,
     /// Bytes of the fill that are written.
     pub filled: u64,
+    /// Checks of pages since boot, before each write and by the scan of all that is filled.
+    pub checked: u64,
 }
 
 impl Heartbeat {
@@ -37,6 +39,7 @@ impl Heartbeat {
             dirtied: get("dirtied")?,
             corrupt: get("corrupt")?,
             filled: get("filled").unwrap_or(0),
+            checked: get("checked").unwrap_or(0),
         })
     }
 }

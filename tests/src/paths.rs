@@ -38,8 +38,15 @@ pub fn images() -> PathBuf {
     }
 }
 
-/// `target/release`, if this is `target/release/deps/some_test`.
+/// `target/release`, if this is `target/release/deps/some_test` or `target/release/some_program`.
 fn profile_dir() -> PathBuf {
-    let own = std::env::current_exe().expect("the path of this test");
-    own.ancestors().nth(2).expect("a target directory").to_owned()
+    let own = std::env::current_exe().expect("the path of this program");
+    let directory = own.parent().expect("a target directory");
+    let is_test = directory.ends_with("deps");
+    let profile = if is_test {
+        directory.parent()
+    } else {
+        Some(directory)
+    };
+    profile.expect("a target directory").to_owned()
 }

@@ -1,18 +1,28 @@
 //! VMMs driven directly through `vm.proto`, as an agent drives them.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use shoal_proto::vm::vmm_client::VmmClient;
-use shoal_proto::vm::{GetStatusRequest, VmSpec, VmState};
+use shoal_proto::vm::{
+    BootRequest, GetStatusRequest, MigrationProgress, MigrationReport, PrepareIncomingRequest,
+    ReadConsoleRequest, StartMigrationRequest, VmSpec, VmState, WatchMigrationRequest,
+};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::paths;
+
+/// The one migration that a pair of VMMs makes here.
+pub const MIGRATION: &str = "6d1d3f60-9d0e-4a6e-8f3b-3f6d7f3f0a01";
+const TOKEN: &str = "a secret of this migration";
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A VMM process with a directory of its own; killed in the end.
 #[derive(Debug)]
@@ -66,6 +76,84 @@ impl Vmm {
             .expect("a status")
             .into_inner()
             .state()
+    }
+
+    /// Boots a VM in it.
+    pub async fn boot(&mut self, spec: VmSpec) {
+        let request = BootRequest { spec: Some(spec) };
+        self.client.boot(request).await.expect("booted");
+    }
+
+    /// The console since the VM's first boot.
+    pub async fn console(&mut self) -> String {
+        self.console_until(false, |_| false).await
+    }
+
+    /// Follows the console until all of it so far is `enough`.
+    pub async fn follow_console(&mut self, enough: impl FnMut(&str) -> bool) -> String {
+        self.console_until(true, enough).await
+    }
+
+    async fn console_until(&mut self, follow: bool, mut enough: impl FnMut(&str) -> bool) -> String {
+        let request = ReadConsoleRequest {
+            from_offset: 0,
+            follow,
+        };
+        let answer = self.client.read_console(request).await;
+        let mut stream = answer.expect("the console").into_inner();
+        let mut text = String::new();
+        while let Some(chunk) = stream.message().await.expect("a chunk") {
+            text.push_str(&String::from_utf8_lossy(&chunk.data));
+            if enough(&text) {
+                break;
+            }
+        }
+        text
+    }
+
+    /// Makes it the destination of [`MIGRATION`]. Answers where it listens.
+    pub async fn prepare_incoming(&mut self, spec: VmSpec) -> SocketAddr {
+        let request = PrepareIncomingRequest {
+            spec: Some(spec),
+            migration_id: MIGRATION.into(),
+            token: TOKEN.into(),
+            listen_address: "127.0.0.1:0".into(),
+            commit_timeout_ms: 30_000,
+        };
+        let answer = self.client.prepare_incoming(request).await.expect("prepared");
+        answer.into_inner().address.parse().expect("an address")
+    }
+
+    /// Migrates its VM to where `epoch` was prepared, and watches.
+    pub async fn migrate(
+        &mut self,
+        to: SocketAddr,
+        epoch: u64,
+        max_downtime: Duration,
+        mut seen: impl FnMut(&MigrationProgress),
+    ) -> MigrationReport {
+        let millis = |duration: Duration| u64::try_from(duration.as_millis()).expect("a sane duration");
+        let request = StartMigrationRequest {
+            migration_id: MIGRATION.into(),
+            token: TOKEN.into(),
+            destination_address: to.to_string(),
+            destination_epoch: epoch,
+            max_downtime_ms: millis(max_downtime),
+            timeout_ms: millis(MIGRATION_TIMEOUT),
+        };
+        self.client.start_migration(request).await.expect("started");
+        let request = WatchMigrationRequest {
+            migration_id: MIGRATION.into(),
+        };
+        let answer = self.client.watch_migration(request).await;
+        let mut stream = answer.expect("watched").into_inner();
+        while let Some(progress) = stream.message().await.expect("progress") {
+            seen(&progress);
+            if let Some(report) = progress.report {
+                return report;
+            }
+        }
+        panic!("the stream of progress ended without a report");
     }
 
     /// Ends the process, as a crash would.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod build;
 mod check;
 mod context;
@@ -21,7 +22,7 @@ use clap::{Parser, Subcommand};
 use context::Context;
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "Build, demo, test and check Shoal")]
+#[command(name = "cargo xtask", about = "Build, demo, test, check and measure Shoal")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -46,6 +47,12 @@ enum Command {
         #[arg(long)]
         lints: bool,
     },
+    /// Measure start, memory and migration, beside QEMU if it is installed
+    Bench {
+        /// Options of the benchmark: --runs N, --case NAME, --no-qemu, --max-downtime-ms N
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Build the guest images
     Images {
         /// Only this one
@@ -62,6 +69,7 @@ fn main() -> anyhow::Result<()> {
         Command::Demo { keep } => demo::run_demo(&context, keep),
         Command::Test { filter } => test::run_tests(&context, filter.as_deref()),
         Command::Check { lints } => check::run_checks(&context, lints),
+        Command::Bench { options } => bench::run_benchmarks(&context, &options),
         Command::Images { only: None } => images::build_all(&context),
         Command::Images { only: Some(image) } => images::build(&context, image),
         Command::Packages => packages::ensure_all(),

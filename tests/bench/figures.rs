@@ -1,0 +1,189 @@
+//! What is measured, as it goes into the JSON file.
+
+use serde::Serialize;
+use serde_json::Value;
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Where and with what.
+    pub machine: Machine,
+    /// Limit on downtime that both sides were given.
+    pub max_downtime_ms: u64,
+    /// Runs of each case.
+    pub runs: u32,
+    /// What the machine can do at best.
+    pub references: References,
+    /// Starting.
+    pub startup: Pair<Startup>,
+    /// Moving.
+    pub cases: Vec<CaseReport>,
+}
+
+/// Shoal, and QEMU if it was asked for and is there.
+#[derive(Debug, Serialize)]
+pub struct Pair<T> {
+    /// Shoal's.
+    pub shoal: T,
+    /// QEMU's.
+    pub qemu: Option<T>,
+}
+
+/// The machine.
+#[derive(Debug, Serialize)]
+pub struct Machine {
+    /// CPUs that may be used.
+    pub cpus: usize,
+    /// As the kernel names it.
+    pub cpu_model: String,
+    /// Whether it says that it has VT-x or AMD-V. Without, KVM emulates or the machine is a guest itself.
+    pub hardware_virtualization: bool,
+    /// Version of the host's kernel.
+    pub kernel: String,
+    /// Load when the measurement began: it should be near 0.
+    pub load_average: f64,
+    /// First line of `qemu-system-x86_64 --version`.
+    pub qemu: Option<String>,
+}
+
+/// Rates of the machine, in bytes per second.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct References {
+    /// Between pages that have been touched.
+    pub memcpy_touched: f64,
+    /// Into pages that have not (of 4 KiB).
+    pub memcpy_fresh: f64,
+    /// One stream over loopback, chunks of 1 MiB, into one buffer.
+    pub tcp: f64,
+    /// The same into fresh memory.
+    pub tcp_fresh: f64,
+    /// The same with one CPU busy, as a guest that never sleeps keeps it.
+    pub tcp_fresh_beside_busy_cpu: f64,
+}
+
+/// From the start of a process.
+#[derive(Debug, Clone, Serialize)]
+pub struct Startup {
+    /// To the first byte on the guest's console: what was measured, in order.
+    pub first_byte_ms: Vec<f64>,
+    /// The same through the API (spawn, connect, boot, read the console).
+    pub first_byte_by_api_ms: Vec<f64>,
+    /// Resident memory beyond that of guest RAM, with the API up.
+    pub memory_beyond_guest_bytes: Vec<f64>,
+}
+
+/// One case.
+#[derive(Debug, Serialize)]
+pub struct CaseReport {
+    /// Its name.
+    pub name: &'static str,
+    /// In words.
+    pub title: &'static str,
+    /// The probe's options.
+    pub cmdline: &'static str,
+    /// Who did how well.
+    #[serde(flatten)]
+    pub sides: Pair<Side>,
+}
+
+/// All runs of one case by one VMM.
+#[derive(Debug, Default, Serialize)]
+pub struct Side {
+    /// The median of each figure.
+    pub median: Option<Figures>,
+    /// Runs that went well.
+    pub runs: Vec<Run>,
+    /// Why others did not.
+    pub failures: Vec<String>,
+}
+
+impl Side {
+    /// Of the outcome of each run.
+    pub fn of(outcomes: Vec<anyhow::Result<Run>>) -> Self {
+        let mut side = Self::default();
+        for outcome in outcomes {
+            match outcome {
+                Ok(run) => side.runs.push(run),
+                Err(error) => side.failures.push(format!("{error:#}")),
+            }
+        }
+        side.median = (!side.runs.is_empty()).then(|| Figures::medians(&side.runs));
+        side
+    }
+}
+
+/// One migration.
+#[derive(Debug, Serialize)]
+pub struct Run {
+    /// What is compared.
+    #[serde(flatten)]
+    pub figures: Figures,
+    /// What the VMM itself reports.
+    pub own_report: Value,
+}
+
+/// The figures that both sides have.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Figures {
+    /// From the request until the guest runs at its destination and the source says so.
+    pub total_ms: f64,
+    /// vCPU stop to vCPU run.
+    pub downtime_ms: f64,
+    /// Worst gap that the guest saw from the start until 2 s after the end.
+    pub gap_ms: f64,
+    /// Worst gap that it saw in the 3 s before.
+    pub gap_before_ms: f64,
+    /// On the wire.
+    pub bytes: f64,
+    /// Passes over memory.
+    pub passes: f64,
+    /// CPU time of the source's process without vCPU threads.
+    pub cpu_source_s: f64,
+    /// CPU time of the destination's.
+    pub cpu_destination_s: f64,
+    /// Resident memory of the destination beyond that of guest RAM, afterwards.
+    pub destination_beyond_guest_bytes: f64,
+}
+
+impl Figures {
+    fn medians(runs: &[Run]) -> Self {
+        let of = |figure: fn(&Self) -> f64| {
+            median(&runs.iter().map(|run| figure(&run.figures)).collect::<Vec<_>>())
+        };
+        Self {
+            total_ms: of(|figures| figures.total_ms),
+            downtime_ms: of(|figures| figures.downtime_ms),
+            gap_ms: of(|figures| figures.gap_ms),
+            gap_before_ms: of(|figures| figures.gap_before_ms),
+            bytes: of(|figures| figures.bytes),
+            passes: of(|figures| figures.passes),
+            cpu_source_s: of(|figures| figures.cpu_source_s),
+            cpu_destination_s: of(|figures| figures.cpu_destination_s),
+            destination_beyond_guest_bytes: of(|figures| figures.destination_beyond_guest_bytes),
+        }
+    }
+}
+
+/// The middle one, or the mean of the middle two; NaN of nothing.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.as_slice() {
+        [] => f64::NAN,
+        odd if odd.len() % 2 == 1 => odd[middle],
+        even => f64::midpoint(even[middle - 1], even[middle]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
+        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+        assert!(median(&[]).is_nan());
+    }
+}

@@ -1,0 +1,112 @@
+//! What the machine can do at best, measured in the same run.
+
+use std::hint::black_box;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+
+use crate::figures::{References, median};
+
+const BUFFER: usize = 512 << 20;
+const CHUNK: usize = 1 << 20;
+const REPEATS: usize = 5;
+
+/// Measures them all; each is the median of five.
+///
+/// # Errors
+/// If there is no loopback network.
+pub fn measure() -> Result<References> {
+    let source: Vec<u8> = (0..BUFFER).map(|index| index.to_le_bytes()[0] | 1).collect();
+    let mut target = vec![1u8; BUFFER];
+    let memcpy_touched = repeat(|| {
+        target.copy_from_slice(black_box(&source));
+        black_box(&mut target);
+        Ok(())
+    })?;
+    drop(target);
+    let memcpy_fresh = repeat(|| {
+        // From the kernel, as every allocation of this size: zero and not yet there.
+        let mut target = vec![0u8; BUFFER];
+        target.copy_from_slice(black_box(&source));
+        black_box(&mut target);
+        Ok(())
+    })?;
+    let tcp = repeat(|| send(&source, CHUNK))?;
+    let tcp_fresh = repeat(|| send(&source, BUFFER))?;
+    let busy = BusyCpu::start();
+    let tcp_fresh_beside_busy_cpu = repeat(|| send(&source, BUFFER))?;
+    drop(busy);
+    Ok(References {
+        memcpy_touched,
+        memcpy_fresh,
+        tcp,
+        tcp_fresh,
+        tcp_fresh_beside_busy_cpu,
+    })
+}
+
+/// Bytes per second of something that handles [`BUFFER`] bytes.
+fn repeat(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut rates = Vec::new();
+    for _ in 0..REPEATS {
+        let start = Instant::now();
+        work()?;
+        rates.push(BUFFER as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(median(&rates))
+}
+
+/// Sends `data` to a receiver with a buffer of `room` bytes that is fresh when it begins.
+fn send(data: &[u8], room: usize) -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("no loopback network")?;
+    let mut sender = TcpStream::connect(listener.local_addr()?)?;
+    let (mut receiver, _) = listener.accept()?;
+    thread::scope(|scope| {
+        let sending = scope.spawn(move || data.chunks(CHUNK).try_for_each(|chunk| sender.write_all(chunk)));
+        let mut target = vec![0u8; room];
+        for index in 0..data.len() / CHUNK {
+            let start = index * CHUNK % room;
+            receiver.read_exact(&mut target[start..start + CHUNK])?;
+        }
+        black_box(&mut target);
+        sending.join().ok().context("the sender panicked")??;
+        Ok(())
+    })
+}
+
+/// A thread that never sleeps, as the probe.
+struct BusyCpu {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl BusyCpu {
+    fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut work = 0u64;
+            while !seen.load(Ordering::Relaxed) {
+                work = black_box(work.wrapping_add(1));
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for BusyCpu {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join()); // it cannot panic
+        }
+    }
+}

@@ -72,9 +72,13 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    // A level, not a filter language: that would cost every VM its compiled expressions.
+    let level = std::env::var(LOG_LEVEL)
+        .ok()
+        .and_then(|level| level.parse().ok())
+        .unwrap_or(tracing::Level::INFO);
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();

@@ -22,8 +22,14 @@ use crate::vm::{Vm, VmError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pages whose write protection is re-armed at once, right before they are read (256 MiB).
 const CHUNK_PAGES: u64 = 64 * 1024;
-/// The pause that remains with nothing to send, before it is measured: stop, save and load, two round trips.
-const ASSUMED_FIXED_COST: Duration = Duration::from_millis(1);
+/// What the pause takes with nothing to send and no network: stop, save, load.
+const LOCAL_FIXED_COST: Duration = Duration::from_millis(1);
+/// State and Commit each wait for an answer.
+const ROUND_TRIPS_IN_PAUSE: u32 = 2;
+/// A pass with fewer bytes measures latency, not throughput.
+const RATE_SAMPLE_BYTES: u64 = 256 * 1024;
+/// After a pass too small to matter the next one waits a little: what keeps the pause from fitting is not the pages.
+const SMALL_PASS_PACE: Duration = Duration::from_millis(20);
 const ABORT_REASON_WAIT: Duration = Duration::from_secs(1);
 
 /// What is asked of the source.
@@ -189,7 +195,8 @@ fn run(
         connection: Connection::new(stream),
         sender: PageSender::new(vm.memory()),
         regions: vm.memory().regions(),
-        fixed_cost: ASSUMED_FIXED_COST,
+        round_trip: Duration::MAX,
+        rate: None,
         paused: false,
         commit_sent: false,
     };
@@ -206,7 +213,10 @@ struct Source<'a> {
     connection: Connection<TcpStream>,
     sender: PageSender<'a>,
     regions: Vec<Region>,
-    fixed_cost: Duration,
+    /// Shortest seen: one that met a busy host or a full queue says nothing about the next.
+    round_trip: Duration,
+    /// Bytes per second, smoothed over passes that are large enough to tell.
+    rate: Option<f64>,
     paused: bool,
     commit_sent: bool,
 }
@@ -238,10 +248,7 @@ impl Source<'_> {
         self.connection.send_preamble()?;
         self.connection.send(FrameKind::Hello, &hello)?;
         let _: HelloAck = self.connection.expect(FrameKind::HelloAck, "HelloAck")?;
-        let sent = Instant::now();
-        self.end_pass_on_wire(0)?;
-        self.fixed_cost += sent.elapsed() * 2;
-        Ok(())
+        self.end_pass_on_wire(0)
     }
 
     /// Sends passes while the guest runs. Gives what was dirty at the decision to stop.
@@ -261,11 +268,15 @@ impl Source<'_> {
             let found = self.dirty_pages(log)?;
             let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * crate::spec::PAGE_SIZE;
             let seconds = duration.as_secs_f64().max(1e-6);
+            if bytes >= RATE_SAMPLE_BYTES || self.rate.is_none() {
+                let sample = bytes.max(RATE_SAMPLE_BYTES) as f64 / seconds;
+                self.rate = Some(self.rate.map_or(sample, |rate| f64::midpoint(rate, sample)));
+            }
             let facts = PassFacts {
                 dirty_bytes,
                 previous_dirty_bytes,
-                rate: bytes as f64 / seconds,
-                fixed_cost: self.fixed_cost,
+                rate: self.rate.unwrap_or_default(),
+                fixed_cost: LOCAL_FIXED_COST + self.round_trip * ROUND_TRIPS_IN_PAUSE,
                 elapsed: self.recorder.elapsed(),
                 passes_within_limit,
             };
@@ -287,6 +298,8 @@ impl Source<'_> {
             }
             if predicted <= self.request.limits.max_downtime {
                 passes_within_limit += 1;
+            } else if dirty_bytes < RATE_SAMPLE_BYTES {
+                std::thread::sleep(SMALL_PASS_PACE);
             }
             previous_dirty_bytes = Some(dirty_bytes);
             dirty = Some(found);
@@ -398,8 +411,10 @@ impl Source<'_> {
     /// Waits until the destination has everything, so that the measured rate is true and the pause starts with empty queues.
     fn end_pass_on_wire(&mut self, pass: u32) -> Result<(), SourceError> {
         let pages = self.sender.counts().raw;
+        let sent = Instant::now();
         self.connection.send(FrameKind::PassEnd, &Pass { pass, pages })?;
         let _: Pass = self.connection.expect(FrameKind::PassAck, "PassAck")?;
+        self.round_trip = self.round_trip.min(sent.elapsed());
         Ok(())
     }
 

@@ -32,9 +32,10 @@ impl Network {
         ip(&["netns", "add", &namespace]);
         self.hosts.push(host.to_owned());
         ip(&[
-            "-n", &switch, "link", "add", host, "type", "veth", "peer", "name", "eth0", "netns", &namespace,
+            "-n", &switch, "link", "add", "name", host, "type", "veth", "peer", "name", "eth0", "netns",
+            &namespace,
         ]);
-        ip(&["-n", &switch, "link", "set", host, "master", "br0", "up"]);
+        ip(&["-n", &switch, "link", "set", "dev", host, "master", "br0", "up"]);
         let address = format!("{}/24", self.address(host));
         ip(&["-n", &namespace, "addr", "add", &address, "dev", "eth0"]);
         ip(&["-n", &namespace, "link", "set", "eth0", "up"]);
@@ -67,12 +68,20 @@ impl Network {
 
     /// Cuts a host's link.
     pub fn cut(&self, host: &str) {
-        ip(&["-n", &self.namespace("switch"), "link", "set", host, "down"]);
+        ip(&[
+            "-n",
+            &self.namespace("switch"),
+            "link",
+            "set",
+            "dev",
+            host,
+            "down",
+        ]);
     }
 
     /// Brings it back.
     pub fn restore(&self, host: &str) {
-        ip(&["-n", &self.namespace("switch"), "link", "set", host, "up"]);
+        ip(&["-n", &self.namespace("switch"), "link", "set", "dev", host, "up"]);
     }
 
     fn namespace(&self, host: &str) -> String {

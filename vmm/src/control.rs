@@ -4,7 +4,6 @@
 //! progress are published as they change, so nobody waits on this thread to read them.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
@@ -20,6 +19,7 @@ use crate::console::Console;
 use crate::migration::destination::{self, Arbiter, DestinationError, Incoming};
 use crate::migration::negotiate::Prepared;
 use crate::migration::source::{self, CancelSwitch, Outgoing};
+use crate::ran_mark::RanMark;
 use crate::spec::{SpecError, VmSpec};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Vm, VmError, VmHooks};
@@ -176,20 +176,10 @@ impl ControlHandle {
 /// Settings of the process.
 #[derive(Debug, Default)]
 pub struct ControlConfig {
-    /// Where to leave the mark that vCPUs have run ([`mark_as_run`]); none for a VM run by hand.
-    pub ran_mark: Option<PathBuf>,
+    /// Where to leave the mark that vCPUs have run.
+    pub ran_mark: RanMark,
     /// Console output also goes to standard output.
     pub mirror_console: bool,
-}
-
-/// Leaves an empty file that says that vCPUs have run here, so that it is known even after this process has died.
-/// A failure is logged and the VM runs all the same: as long as this process lives it can say so itself.
-pub fn mark_as_run(mark: Option<&Path>) {
-    if let Some(path) = mark
-        && let Err(error) = std::fs::write(path, [])
-    {
-        tracing::error!(%error, "cannot leave the mark that this VM has run here");
-    }
 }
 
 struct Control {
@@ -334,7 +324,7 @@ impl Control {
         };
         self.describe(&spec);
         let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
-        mark_as_run(self.config.ran_mark.as_deref());
+        self.config.ran_mark.leave();
         vm.resume();
         self.state = State::Running(Box::new(vm));
         self.spec = Some(spec);
@@ -390,13 +380,8 @@ impl Control {
         if status.incoming_migration_id != id.to_string() {
             return Err(ControlError::UnknownMigration(id));
         }
-        // It ended already: failed before Commit, or became a VM that ran.
-        Ok(status.state() != VmState::Failed || self.console_has_run())
-    }
-
-    /// A VM that came in, ran and then failed has a spec and did commit.
-    fn console_has_run(&self) -> bool {
-        self.config.ran_mark.as_deref().is_some_and(Path::exists)
+        // It ended already: failed before Commit, or became a VM that ran, and may have failed since.
+        Ok(status.state() != VmState::Failed || self.config.ran_mark.is_left())
     }
 
     fn incoming_ended(&mut self, result: Result<Vm, DestinationError>) {

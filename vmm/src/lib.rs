@@ -15,6 +15,7 @@ pub mod devices;
 pub mod dirty;
 pub mod memory;
 pub mod migration;
+pub mod ran_mark;
 pub mod spec;
 pub mod state;
 pub mod vcpu;

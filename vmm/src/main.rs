@@ -13,6 +13,7 @@ use shoal_proto::{Epoch, VmId};
 use shoal_vmm::api::{self, Api};
 use shoal_vmm::arch::boot;
 use shoal_vmm::control::{self, ControlConfig};
+use shoal_vmm::ran_mark::RanMark;
 use shoal_vmm::spec::VmSpec;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -145,7 +146,7 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         return Ok(fail(USAGE_ERROR, &format!("nothing to do\n{USAGE}")));
     }
     let config = ControlConfig {
-        ran_mark: options.api_fd.map(|_| RAN_MARK.into()),
+        ran_mark: RanMark::at(options.api_fd.map(|_| RAN_MARK.into())),
         mirror_console: spec.is_some(),
     };
     let control = control::start(config)?;

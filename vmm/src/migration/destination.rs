@@ -2,7 +2,6 @@
 
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use super::negotiate::{self, Prepared, Refusal};
 use super::pages::{self, PageCounts};
 use super::wire::{self, Abort, Connection, FrameKind, Hello, HelloAck, Pass, Step, WireError};
 use crate::build::{self, BuildError};
+use crate::ran_mark::RanMark;
 use crate::vm::{Vm, VmError, VmHooks};
 
 /// A source that has been told this address connects at once; one that has not come by then is not coming.
@@ -27,7 +27,7 @@ pub struct Incoming {
     /// How long to wait for Commit after everything is loaded.
     pub commit_timeout: Duration,
     /// Where to leave the mark that vCPUs have run, if anywhere.
-    pub ran_mark: Option<PathBuf>,
+    pub ran_mark: RanMark,
 }
 
 /// Decides between Commit and abort: whichever comes first wins, for good.
@@ -301,7 +301,7 @@ fn commit(
         .into());
     }
     arbiter.commit()?;
-    crate::control::mark_as_run(incoming.ran_mark.as_deref());
+    incoming.ran_mark.leave();
     vm.resume();
     if let Err(error) = connection.send(FrameKind::Running, &step) {
         tracing::warn!(%error, "the VM runs here, but the source could not be told; the scheduler will find out");

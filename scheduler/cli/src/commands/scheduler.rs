@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use shoal_server::{Policy, SchedulerConfig};
+use shoal_plan::{BytesPerSecond, Policy};
+use shoal_server::SchedulerConfig;
 
 use crate::daemon;
 use crate::error::CliError;
+use crate::format::parse_size;
 
 /// Arguments of `scheduler`.
 #[derive(Debug, Args)]
@@ -27,6 +29,9 @@ pub struct SchedulerArgs {
     /// Move nothing unless asked to.
     #[arg(long)]
     pub manual: bool,
+    /// Bytes per second that a migration gets of the network. Taken too high, VMs leave a full node too late.
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_size)]
+    pub link_rate: u64,
 }
 
 /// Serves until SIGTERM or Ctrl-C. VMs go on without it.
@@ -36,12 +41,19 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         Some(dir) => dir,
         None => daemon::default_state_dir()?.join("scheduler"),
     };
+    let policy = Policy {
+        link_rate: BytesPerSecond(args.link_rate),
+        ..Policy::default()
+    };
+    policy
+        .check()
+        .map_err(|error| CliError::Usage(error.to_string()))?;
     let config = SchedulerConfig {
         listen: args.listen,
         insecure: args.insecure,
         state_dir,
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
-        policy: Policy::default(),
+        policy,
         automatic: !args.manual,
         shutdown: daemon::shutdown()?,
     };

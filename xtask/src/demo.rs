@@ -109,7 +109,7 @@ fn overload(cluster: &Cluster) -> Result<()> {
     for name in CROWD {
         let probe = [
             "fill=320MiB",
-            "fill_rate=16MiB",
+            "fill_rate=12MiB",
             "wss=16MiB",
             "rate=500",
             "pattern=random",
@@ -126,6 +126,7 @@ fn overload(cluster: &Cluster) -> Result<()> {
         moves: 0,
         last_move: Instant::now(),
         peak: 0.0,
+        shown: Vec::new(),
     };
     wait_for(
         "the VMs to fill their memory and the moves to end",
@@ -161,16 +162,13 @@ struct Watch<'a> {
     moves: usize,
     last_move: Instant,
     peak: f64,
+    /// How full each node was when it was told last, in tens of percent.
+    shown: Vec<i64>,
 }
 
 impl Watch<'_> {
     fn look(&mut self) -> Result<()> {
-        for node in self.cluster.list(&["nodes"])? {
-            let bytes = |key: &str| node[key].as_f64().unwrap_or(0.0);
-            self.peak = self
-                .peak
-                .max(1.0 - bytes("memory_available_bytes") / bytes("memory_bytes"));
-        }
+        self.usage()?;
         for event in self
             .cluster
             .list(&["events", "--after", &self.told.to_string()])?
@@ -185,6 +183,29 @@ impl Watch<'_> {
         }
         Ok(())
     }
+
+    /// Keeps the highest use of memory seen, and tells of it as it changes.
+    fn usage(&mut self) -> Result<()> {
+        let nodes = self.cluster.list(&["nodes"])?;
+        let used: Vec<f64> = nodes.iter().map(used_part).collect();
+        self.peak = used.iter().copied().fold(self.peak, f64::max);
+        #[allow(clippy::cast_possible_truncation, reason = "a part of 1, times 10")]
+        let tens: Vec<i64> = used.iter().map(|part| (part * 10.0) as i64).collect();
+        if tens != self.shown {
+            let told = |(node, part): (&Value, &f64)| {
+                format!("{} {:.0} %", node["name"].as_str().unwrap_or("?"), part * 100.0)
+            };
+            let text: Vec<String> = nodes.iter().zip(&used).map(told).collect();
+            println!("    memory in use: {}", text.join(", "));
+            self.shown = tens;
+        }
+        Ok(())
+    }
+}
+
+fn used_part(node: &Value) -> f64 {
+    let bytes = |key: &str| node[key].as_f64().unwrap_or(0.0);
+    1.0 - bytes("memory_available_bytes") / bytes("memory_bytes")
 }
 
 fn check(cluster: &Cluster) -> Result<()> {

@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Deserializer, Value};
 
 const POLL: Duration = Duration::from_millis(200);
+/// How often a long wait says that it goes on.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 
 /// A cluster on this machine. Ctrl-C ends it too, unless it is kept.
 #[derive(Debug)]
@@ -165,16 +167,17 @@ impl Cluster {
 /// # Errors
 /// If it does not within `limit`, or fails.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + limit;
+    let start = Instant::now();
+    let mut next_sign = SIGN_OF_LIFE;
     loop {
         if let Some(found) = look()? {
             return Ok(found);
         }
-        ensure!(
-            Instant::now() < deadline,
-            "waited {} s for {what}",
-            limit.as_secs()
-        );
+        ensure!(start.elapsed() < limit, "waited {} s for {what}", limit.as_secs());
+        if start.elapsed() >= next_sign {
+            println!("    ... {} s, waiting for {what}", next_sign.as_secs());
+            next_sign += SIGN_OF_LIFE;
+        }
         thread::sleep(POLL);
     }
 }

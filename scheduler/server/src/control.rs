@@ -7,7 +7,7 @@ use std::time::Duration;
 use shoal_plan::{ActionKind, Note, NoteKind, Plan};
 use tokio::time::MissedTickBehavior;
 
-use crate::drain::{self, Progress};
+use crate::drain;
 use crate::events::{Kind, NewEvent};
 use crate::execute::migrate;
 use crate::migrations::OpenMigration;
@@ -59,7 +59,8 @@ pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
 
 fn drains(mut plan: Plan) -> Plan {
     plan.actions.retain(|action| action.kind == ActionKind::Drain);
-    plan.notes.retain(|note| note.kind == NoteKind::DrainStuck);
+    plan.notes
+        .retain(|note| matches!(note.kind, NoteKind::DrainStuck | NoteKind::DrainWaiting));
     plan
 }
 
@@ -129,14 +130,12 @@ fn announce_stuck(
 async fn finish_drains(scheduler: &Shared) {
     for entry in scheduler.nodes.list() {
         let node = entry.record();
-        if node.cordon != Cordon::Draining || scheduler.vms.count_on_node(&node.name) > 0 {
+        if node.cordon != Cordon::Draining || !drain::is_empty(scheduler, &node.name) {
             continue;
         }
-        if drain::progress(scheduler, &entry) == Progress::Empty {
-            let event = NewEvent::new(Kind::NodeDrained, format!("{} is empty", node.name)).node(&node.name);
-            if let Err(error) = drain::set_cordon(scheduler, &entry, Cordon::Cordoned, event).await {
-                tracing::error!(error = &error as &dyn std::error::Error, "node cannot be stored");
-            }
+        let event = NewEvent::new(Kind::NodeDrained, format!("{} is empty", node.name)).node(&node.name);
+        if let Err(error) = drain::set_cordon(scheduler, &entry, Cordon::Cordoned, event).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "node cannot be stored");
         }
     }
 }

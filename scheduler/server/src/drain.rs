@@ -1,10 +1,12 @@
 //! The operator's will about nodes, and how far a drain has come.
 
+use shoal_proto::NodeName;
+
+use crate::control::{self, Wanted};
 use crate::events::NewEvent;
 use crate::nodes::NodeEntry;
-use crate::observe;
 use crate::record::{Cordon, NodeRecord};
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
 
 /// How a drain stands.
@@ -36,23 +38,28 @@ pub async fn set_cordon(
     Ok(())
 }
 
+/// No VM is on the node or on its way to it.
+pub fn is_empty(scheduler: &Scheduler, node: &NodeName) -> bool {
+    scheduler.vms.count_on_node(node) == 0 && !scheduler.migrations.any_to(node)
+}
+
 /// How the drain of a node stands, by what the planner would do now.
-pub fn progress(scheduler: &Scheduler, entry: &NodeEntry) -> Progress {
+pub async fn progress(scheduler: &Shared, entry: &NodeEntry) -> Progress {
     let name = entry.record().name;
     let vms = scheduler.vms.on_node(&name);
-    if vms.is_empty() {
+    if is_empty(scheduler, &name) {
         return Progress::Empty;
     }
     if !entry.is_reachable() {
         return Progress::Stuck(format!("{name} does not answer; it is drained when it does"));
     }
-    let busy = vms
+    let leaving = vms
         .iter()
         .any(|vm| scheduler.migrations.get(vm.record().id).is_some());
-    if busy {
+    if leaving || vms.is_empty() {
         return Progress::Moving;
     }
-    let plan = shoal_plan::urgent(&observe::snapshot(scheduler), &scheduler.policy);
+    let plan = control::plan(scheduler, Wanted::Drains).await;
     if plan
         .actions
         .iter()

@@ -95,6 +95,12 @@ impl MigrationTable {
             .cloned()
     }
 
+    /// A VM is on its way to this node.
+    pub fn any_to(&self, node: &NodeName) -> bool {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.values().any(|migration| migration.intent.to == *node)
+    }
+
     /// Drops one whose intent has been closed.
     pub fn close(&self, vm: VmId) {
         self.open

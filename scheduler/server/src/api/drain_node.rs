@@ -33,7 +33,7 @@ pub async fn call(
         let mut left = before.clone();
         let mut said = None;
         loop {
-            let progress = drain::progress(&scheduler, &entry);
+            let progress = drain::progress(&scheduler, &entry).await;
             let now = names(&scheduler.vms.on_node(&name));
             let gone: Vec<&str> = left.difference(&now).map(String::as_str).collect();
             let message = match &progress {

@@ -10,6 +10,8 @@ pub struct Report {
     pub machine: Machine,
     /// Limit on downtime that both sides were given.
     pub max_downtime_ms: u64,
+    /// Whether free memory was left as it was.
+    pub cold: bool,
     /// Runs of each case.
     pub runs: u32,
     /// What the machine can do at best.
@@ -51,11 +53,13 @@ pub struct Machine {
 pub struct References {
     /// Between pages that have been touched.
     pub memcpy_touched: f64,
-    /// Into pages that have not (of 4 KiB).
+    /// Into pages of 4 KiB that have not.
     pub memcpy_fresh: f64,
+    /// Into huge pages that have not.
+    pub memcpy_fresh_huge: f64,
     /// One stream over loopback, chunks of 1 MiB, into one buffer.
     pub tcp: f64,
-    /// The same into fresh memory.
+    /// The same into fresh memory in huge pages.
     pub tcp_fresh: f64,
     /// The same with one CPU busy, as a guest that never sleeps keeps it.
     pub tcp_fresh_beside_busy_cpu: f64,

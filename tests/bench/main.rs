@@ -6,6 +6,7 @@
 mod case;
 mod figures;
 mod gap;
+mod memory;
 mod process;
 mod qemu;
 mod qmp;
@@ -26,6 +27,7 @@ use tokio::runtime::Runtime;
 
 use case::{CASES, Case};
 use figures::{CaseReport, Machine, Pair, Report, Side};
+use memory::Warm;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench", about = "Measure start, memory and migration")]
@@ -42,6 +44,9 @@ struct Arguments {
     /// Limit on downtime for both
     #[arg(long, default_value_t = 20)]
     max_downtime_ms: u64,
+    /// Leave free memory as it is; see memory.rs
+    #[arg(long)]
+    cold: bool,
     /// Where to write the figures as JSON
     #[arg(long)]
     out: Option<PathBuf>,
@@ -95,6 +100,7 @@ fn measure(runtime: &Runtime, arguments: &Arguments) -> Result<Report> {
     Ok(Report {
         machine,
         max_downtime_ms: arguments.max_downtime_ms,
+        cold: arguments.cold,
         runs: arguments.runs,
         references,
         startup,
@@ -107,9 +113,10 @@ fn measure_case(runtime: &Runtime, case: &Case, arguments: &Arguments, with_qemu
     let max_downtime = Duration::from_millis(arguments.max_downtime_ms);
     let (mut shoal, mut qemu) = (Vec::new(), Vec::new());
     for _ in 0..arguments.runs {
-        shoal.push(runtime.block_on(shoal::run(case, max_downtime)));
+        let warm = || Warm::up(!arguments.cold);
+        shoal.push(warm().and_then(|warm| runtime.block_on(shoal::run(case, max_downtime, warm))));
         if with_qemu {
-            qemu.push(qemu::run(case, max_downtime));
+            qemu.push(warm().and_then(|warm| qemu::run(case, max_downtime, warm)));
         }
     }
     CaseReport {

@@ -7,11 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use shoal_tests::{cluster, guest, vmm};
 
 use crate::case::{Case, MEMORY};
 use crate::figures::{Figures, Run};
+use crate::memory::Warm;
 use crate::process::{cpu_time, memory_beyond_guest};
 use crate::qmp::{Qmp, time_of};
 use crate::{gap, millis};
@@ -126,11 +127,11 @@ pub fn end(child: &mut Child) {
     drop(child.wait());
 }
 
-/// Boots a guest, moves it once and looks at it until it has checked all of its memory.
+/// Boots a guest, moves it once into memory that was `warm` and looks at it until it has checked all of its memory.
 ///
 /// # Errors
 /// If the migration fails or the guest was harmed.
-pub fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
+pub fn run(case: &Case, max_downtime: Duration, warm: Option<Warm>) -> Result<Run> {
     let directory = tempfile::tempdir()?;
     let address = format!("tcp:127.0.0.1:{}", cluster::free_port());
     let mut source = Qemu::start(directory.path(), "source", case.cmdline, None)?;
@@ -140,6 +141,7 @@ pub fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
 
     let pids = [source.pid(), destination.pid()];
     let cpu_before = [cpu_time(pids[0])?, cpu_time(pids[1])?];
+    drop(warm);
     let moved = migrate(&mut source, &mut destination, &address)
         .with_context(|| format!("source: {}\ndestination: {}", source.log(), destination.log()))?;
     let cpu_after = [cpu_time(pids[0])?, cpu_time(pids[1])?];
@@ -150,11 +152,13 @@ pub fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
         gap::around(case, &console(), &before, moved.total)
     })?;
     guest::check_unharmed(&console()).map_err(anyhow::Error::msg)?;
+    // Only now: some figures are still missing when QEMU says that it has completed.
+    let own_report = source.qmp.run("query-migrate", &json!({}))?;
     let own_cpu = |side: usize| {
         let (before, after) = (cpu_before[side], cpu_after[side]);
         ((after.all - before.all) - (after.vcpus - before.vcpus)).max(0.0)
     };
-    let figure = |name: &str| moved.own_report["ram"][name].as_f64().unwrap_or(f64::NAN);
+    let figure = |name: &str| own_report["ram"][name].as_f64().unwrap_or(f64::NAN);
     Ok(Run {
         figures: Figures {
             total_ms: millis(moved.total),
@@ -167,7 +171,7 @@ pub fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
             cpu_destination_s: own_cpu(1),
             destination_beyond_guest_bytes: memory_beyond_guest(pids[1], MEMORY)?,
         },
-        own_report: moved.own_report,
+        own_report,
     })
 }
 
@@ -183,7 +187,6 @@ fn prepare(qmp: &mut Qmp, max_downtime: Duration) -> Result<()> {
 struct Moved {
     total: Duration,
     downtime: Duration,
-    own_report: Value,
 }
 
 /// Moves the guest. Times are those of QEMU's events, so that nobody has to ask while it works.
@@ -197,8 +200,8 @@ fn migrate(source: &mut Qemu, destination: &mut Qemu, address: &str) -> Result<M
                 && ["completed", "failed", "cancelled"]
                     .contains(&event["data"]["status"].as_str().unwrap_or(""))
         })?;
-    let own_report = source.qmp.run("query-migrate", &json!({}))?;
     if ended["data"]["status"] != "completed" {
+        let own_report = source.qmp.run("query-migrate", &json!({}))?;
         bail!("the migration did not complete: {own_report}");
     }
     let resumed = destination
@@ -214,7 +217,6 @@ fn migrate(source: &mut Qemu, destination: &mut Qemu, address: &str) -> Result<M
     Ok(Moved {
         total: ended.max(resumed) - start,
         downtime: resumed - stopped,
-        own_report,
     })
 }
 

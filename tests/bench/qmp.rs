@@ -131,7 +131,8 @@ mod tests {
             writeln!(stream, r#"{{"return": {{}}}}"#).expect("sent");
             lines.next().expect("a line").expect("a command");
             let event = r#"{"event": "STOP", "timestamp": {"seconds": 3, "microseconds": 5}}"#;
-            writeln!(stream, "{event}\n{}", r#"{"return": {"a": 1}}"#).expect("sent");
+            writeln!(stream, "{event}").expect("sent");
+            writeln!(stream, r#"{{"return": {{"a": 1}}}}"#).expect("sent");
             lines.next().expect("a line").expect("a command");
             writeln!(stream, r#"{{"error": {{"desc": "no"}}}}"#).expect("sent");
         });

@@ -11,6 +11,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use crate::figures::{References, median};
+use crate::memory;
 
 const BUFFER: usize = 512 << 20;
 const CHUNK: usize = 1 << 20;
@@ -36,6 +37,12 @@ pub fn measure() -> Result<References> {
         black_box(&mut target);
         Ok(())
     })?;
+    let memcpy_fresh_huge = repeat(|| {
+        let mut target = memory::fresh(BUFFER)?;
+        target[..BUFFER].copy_from_slice(black_box(&source));
+        black_box(&mut target);
+        Ok(())
+    })?;
     let tcp = repeat(|| send(&source, CHUNK))?;
     let tcp_fresh = repeat(|| send(&source, BUFFER))?;
     let busy = BusyCpu::start();
@@ -44,6 +51,7 @@ pub fn measure() -> Result<References> {
     Ok(References {
         memcpy_touched,
         memcpy_fresh,
+        memcpy_fresh_huge,
         tcp,
         tcp_fresh,
         tcp_fresh_beside_busy_cpu,
@@ -68,7 +76,7 @@ fn send(data: &[u8], room: usize) -> Result<()> {
     let (mut receiver, _) = listener.accept()?;
     thread::scope(|scope| {
         let sending = scope.spawn(move || data.chunks(CHUNK).try_for_each(|chunk| sender.write_all(chunk)));
-        let mut target = vec![0u8; room];
+        let mut target = memory::fresh(room)?;
         for index in 0..data.len() / CHUNK {
             let start = index * CHUNK % room;
             receiver.read_exact(&mut target[start..start + CHUNK])?;

@@ -11,17 +11,18 @@ use tokio::time::timeout;
 
 use crate::case::{Case, MEMORY};
 use crate::figures::{Figures, Run};
+use crate::memory::Warm;
 use crate::process::{cpu_time, memory_beyond_guest, vcpu_time};
 use crate::{gap, millis};
 
 const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a02";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Boots a guest, moves it once and looks at it until it has checked all of its memory.
+/// Boots a guest, moves it once into memory that was `warm` and looks at it until it has checked all of its memory.
 ///
 /// # Errors
 /// If the migration fails or the guest was harmed.
-pub async fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
+pub async fn run(case: &Case, max_downtime: Duration, warm: Option<Warm>) -> Result<Run> {
     let (mut source, mut destination) = (Vmm::start().await, Vmm::start().await);
     source.boot(probe_spec(VM, 1, MEMORY, case.cmdline)).await;
     let address = destination
@@ -35,6 +36,7 @@ pub async fn run(case: &Case, max_downtime: Duration) -> Result<Run> {
 
     let (pids, mut source_vcpus) = ([source.pid(), destination.pid()], 0.0f64);
     let cpu_before = [cpu_time(pids[0])?, cpu_time(pids[1])?];
+    drop(warm);
     let start = Instant::now();
     let report = source
         .migrate(address, 2, max_downtime, |_| {

@@ -22,9 +22,13 @@ pub fn machine(machine: &Machine) -> String {
 pub fn references(references: &References) -> String {
     let rows = [
         ("memcpy, touched memory", references.memcpy_touched),
-        ("memcpy into fresh memory", references.memcpy_fresh),
+        ("memcpy into fresh memory, 4 KiB pages", references.memcpy_fresh),
+        (
+            "memcpy into fresh memory, huge pages",
+            references.memcpy_fresh_huge,
+        ),
         ("TCP, one stream over loopback, 1 MiB chunks", references.tcp),
-        ("the same into fresh memory", references.tcp_fresh),
+        ("the same into fresh memory, huge pages", references.tcp_fresh),
         (
             "the same beside one busy CPU",
             references.tcp_fresh_beside_busy_cpu,

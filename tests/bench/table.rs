@@ -4,6 +4,8 @@ use crate::figures::{CaseReport, Figures, Machine, Pair, References, Side, Start
 
 const GIB: f64 = (1u64 << 30) as f64;
 const MIB: f64 = (1u64 << 20) as f64;
+/// With less to send, the time says nothing about the rate.
+const ENOUGH_BYTES: f64 = 16.0 * MIB;
 
 /// The machine.
 pub fn machine(machine: &Machine) -> String {
@@ -74,7 +76,14 @@ pub fn case(case: &CaseReport, references: &References) -> String {
         let row = |what: &str, figure: &dyn Fn(&Figures) -> f64, unit: &str| {
             row(what, figure(&median), other.as_ref().map(figure), unit)
         };
-        let against = |rate: f64| move |f: &Figures| f.total_ms / 1e3 / (f.bytes / rate);
+        let against = |rate: f64| {
+            move |f: &Figures| {
+                if f.bytes < ENOUGH_BYTES {
+                    return f64::NAN;
+                }
+                f.total_ms / 1e3 / (f.bytes / rate)
+            }
+        };
         text += &row("total", &|f| f.total_ms, "ms");
         text += &row("downtime", &|f| f.downtime_ms, "ms");
         text += &row("worst gap the guest saw", &|f| f.gap_ms, "ms");

@@ -61,7 +61,8 @@ impl From<ControlError> for Status {
             ControlError::Build(_)
             | ControlError::Kvm(_)
             | ControlError::Listen { .. }
-            | ControlError::Thread(_) => Status::internal(message),
+            | ControlError::Thread(_)
+            | ControlError::Mark(_) => Status::internal(message),
         }
     }
 }

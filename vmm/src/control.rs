@@ -4,6 +4,7 @@
 //! progress are published as they change, so nobody waits on this thread to read them.
 
 use std::net::{SocketAddr, TcpListener};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
@@ -69,6 +70,9 @@ pub enum ControlError {
     /// No thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
+    /// The mark cannot be left, so the VM was not started.
+    #[error("cannot record that the VM runs here: {0}")]
+    Mark(std::io::Error),
     /// The process is ending.
     #[error("this VMM is ending")]
     Ending,
@@ -192,6 +196,8 @@ struct Control {
     progress: watch::Sender<Option<MigrationProgress>>,
     state: State,
     spec: Option<VmSpec>,
+    /// An incoming migration was committed here.
+    came_in: bool,
     stops: Vec<Reply<VmStatus>>,
 }
 
@@ -229,6 +235,7 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
         progress,
         state: State::Empty,
         spec: None,
+        came_in: false,
         stops: vec![],
     };
     spawn("control", move || {
@@ -324,7 +331,7 @@ impl Control {
         };
         self.describe(&spec);
         let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
-        self.config.ran_mark.leave();
+        self.config.ran_mark.leave().map_err(ControlError::Mark)?;
         vm.resume();
         self.state = State::Running(Box::new(vm));
         self.spec = Some(spec);
@@ -381,12 +388,13 @@ impl Control {
             return Err(ControlError::UnknownMigration(id));
         }
         // It ended already: failed before Commit, or became a VM that ran, and may have failed since.
-        Ok(status.state() != VmState::Failed || self.config.ran_mark.is_left())
+        Ok(status.state() != VmState::Failed || self.came_in)
     }
 
     fn incoming_ended(&mut self, result: Result<Vm, DestinationError>) {
         match result {
             Ok(vm) => {
+                self.came_in = true;
                 self.state = State::Running(Box::new(vm));
                 self.publish(VmState::Running, "");
                 self.take_guest_end();
@@ -409,23 +417,41 @@ impl Control {
             return Err(self.wrong_state("only a running VM migrates"));
         };
         let cancel = Arc::new(CancelSwitch::default());
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(Arc::clone(&cancel)))
-        else {
+        // The thread first, then the VM: a host that has no thread to give must not cost the guest its life.
+        let (hand_over, taken) = mpsc::channel::<Box<Vm>>();
+        let (progress, commands, switch) =
+            (self.progress.clone(), self.commands.clone(), Arc::clone(&cancel));
+        let request_id = request.migration_id;
+        let destination = request.destination;
+        spawn("migration", move || {
+            let Ok(vm) = taken.recv() else { return };
+            let migrate = || source::migrate(&vm, &spec, &kvm, &request, &switch, progress);
+            let last = catch_unwind(AssertUnwindSafe(migrate)).unwrap_or_else(|_| {
+                let fault = "a fault in the VMM's migration thread; see its log";
+                let result = if switch.commit_sent() {
+                    MigrationResult::InDoubt
+                } else {
+                    vm.resume();
+                    MigrationResult::Failed
+                };
+                source::broken_off(request.migration_id, result, fault)
+            });
+            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
+        })?;
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(cancel)) else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
-        let id = request.migration_id;
+        let id = request_id;
         self.status
             .send_modify(|status| status.outgoing_migration_id = id.to_string());
         self.progress.send_replace(Some(MigrationProgress {
             migration_id: id.to_string(),
             ..Default::default()
         }));
-        self.publish(VmState::Migrating, format!("to {}", request.destination));
-        let (progress, commands) = (self.progress.clone(), self.commands.clone());
-        spawn("migration", move || {
-            let last = source::migrate(&vm, &spec, &kvm, &request, &cancel, progress);
-            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
-        })
+        self.publish(VmState::Migrating, format!("to {destination}"));
+        // The thread waits for nothing else.
+        let _ = hand_over.send(vm);
+        Ok(())
     }
 
     fn outgoing_ended(&mut self, vm: Box<Vm>, last: MigrationProgress) {

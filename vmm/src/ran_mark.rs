@@ -14,19 +14,11 @@ impl RanMark {
         Self(path)
     }
 
-    /// Leaves the mark. A failure is logged and the VM runs all the same: as long as this process lives it can say so
-    /// itself.
-    pub fn leave(&self) {
-        if let Some(path) = &self.0
-            && let Err(error) = std::fs::write(path, [])
-        {
-            tracing::error!(%error, "cannot leave the mark that this VM has run here");
-        }
-    }
-
-    /// Whether it has been left.
-    #[must_use]
-    pub fn is_left(&self) -> bool {
-        self.0.as_ref().is_some_and(|path| path.exists())
+    /// Leaves the mark.
+    ///
+    /// # Errors
+    /// When it cannot be left; then vCPUs must not run.
+    pub fn leave(&self) -> std::io::Result<()> {
+        self.0.as_ref().map_or(Ok(()), |path| std::fs::write(path, []))
     }
 }

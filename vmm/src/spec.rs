@@ -9,8 +9,8 @@ use shoal_proto::{Epoch, IdError, VmId};
 pub const PAGE_SIZE: u64 = 4096;
 /// Least guest memory: room for the boot structures and a small kernel.
 pub const MIN_MEMORY: u64 = 2 << 20;
-/// Most guest memory: what the 64-bit boot page tables and a 46-bit guest physical address space leave room for.
-pub const MAX_MEMORY: u64 = 16 << 40;
+/// Most guest memory: well within one KVM memory slot (2^31 - 1 pages).
+pub const MAX_MEMORY: u64 = 4 << 40;
 /// Most vCPUs: one 8-bit xAPIC id each, with room for the I/O APIC.
 pub const MAX_CPUS: u32 = 64;
 /// Longest kernel command line, bytes, without the terminating zero (Linux x86: COMMAND_LINE_SIZE 2048).
@@ -49,7 +49,7 @@ pub enum SpecError {
     #[error("spec: missing")]
     Missing,
     /// Guest memory out of range.
-    #[error("memory_bytes: {0} is not between 2 MiB and 16 TiB")]
+    #[error("memory_bytes: {0} is not between 2 MiB and 4 TiB")]
     MemoryRange(u64),
     /// Guest memory is not whole pages.
     #[error("memory_bytes: {0} is not a multiple of 4096")]

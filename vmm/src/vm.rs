@@ -2,6 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
@@ -286,14 +287,6 @@ impl Vm {
     pub fn save(&self) -> Result<Vec<u8>, VmError> {
         let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
         let mut writer = state::Writer::new();
-        for vcpu in &self.vcpus {
-            let saved =
-                vcpu::save(&vcpu.fd(), &self.platform.msr_indices).map_err(|source| VmError::VcpuState {
-                    id: vcpu.id(),
-                    source,
-                })?;
-            writer.section(Kind::Vcpu, vcpu.id(), &saved);
-        }
         for chip_id in IRQCHIP_IDS {
             let mut chip = kvm_irqchip {
                 chip_id,
@@ -310,6 +303,15 @@ impl Vm {
         }
         let pit = call("KVM_GET_PIT2", self.fd.get_pit2())?;
         writer.section(Kind::Pit, 0, &PitState { pit: to_bytes(&pit) });
+        // After the I/O APIC: an interrupt that passes from one to the other in between is in the local APIC's state.
+        for vcpu in &self.vcpus {
+            let saved =
+                vcpu::save(&vcpu.fd(), &self.platform.msr_indices).map_err(|source| VmError::VcpuState {
+                    id: vcpu.id(),
+                    source,
+                })?;
+            writer.section(Kind::Vcpu, vcpu.id(), &saved);
+        }
         let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
             clock.realtime
         } else {
@@ -326,13 +328,13 @@ impl Vm {
     }
 
     /// Loads what [`Vm::save`] gave, into a VM built with the same platform and memory. Guest clocks are advanced by the
-    /// time since the save, as the two hosts' real-time clocks tell it, and never set back.
+    /// time since the save, as the two hosts' real-time clocks tell it, at most by the time since `last_running`, when the
+    /// guest still ran, and never set back.
     ///
     /// # Errors
     /// The section that is missing or malformed, or the KVM call that failed.
-    pub fn restore(&self, saved: &[u8]) -> Result<(), VmError> {
+    pub fn restore(&self, saved: &[u8], last_running: Instant) -> Result<(), VmError> {
         let reader = state::Reader::parse(saved)?;
-        self.devices.restore(&reader)?;
         let pit: PitState = reader.section(Kind::Pit, 0)?;
         call(
             "KVM_SET_PIT2",
@@ -347,14 +349,26 @@ impl Vm {
             )?;
         }
         let clock: ClockState = reader.section(Kind::Clock, 0)?;
-        let away_ns = realtime_now_ns().saturating_sub(clock.realtime_ns);
+        let longest_ns = u64::try_from(last_running.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let away_ns = realtime_now_ns()
+            .saturating_sub(clock.realtime_ns)
+            .min(longest_ns);
         let kvmclock = kvm_clock_data {
             clock: clock.kvmclock_ns.saturating_add(away_ns),
             ..Default::default()
         };
         call("KVM_SET_CLOCK", self.fd.set_clock(&kvmclock))?;
-        let ticks = u128::from(away_ns) * u128::from(clock.tsc_khz) / u128::from(NS_PER_MS);
+        let ticks = u128::from(away_ns) * u128::from(self.platform.tsc_khz) / u128::from(NS_PER_MS);
         let tsc_advance = u64::try_from(ticks).unwrap_or(0);
+        if reader.count(Kind::Vcpu) != self.vcpus.len() {
+            let why = format!(
+                "{} vCPUs in the state of a VM of {}",
+                reader.count(Kind::Vcpu),
+                self.vcpus.len()
+            );
+            let kind = Kind::Vcpu;
+            return Err(StateError::Malformed { kind, why }.into());
+        }
         for vcpu in &self.vcpus {
             let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
             vcpu::restore(&vcpu.fd(), &saved, tsc_advance).map_err(|source| VmError::VcpuState {
@@ -362,6 +376,8 @@ impl Vm {
                 source,
             })?;
         }
+        // Last: a device that still asks for its interrupt raises the line again, which must reach restored controllers.
+        self.devices.restore(&reader)?;
         Ok(())
     }
 }

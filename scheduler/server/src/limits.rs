@@ -5,7 +5,7 @@ use bytesize::ByteSize;
 /// Memory of an image that names none.
 pub const DEFAULT_MEMORY_BYTES: u64 = 256 << 20;
 const MIN_MEMORY_BYTES: u64 = 2 << 20;
-const MAX_MEMORY_BYTES: u64 = 16 << 40;
+const MAX_MEMORY_BYTES: u64 = 4 << 40;
 const MAX_CPUS: u32 = 64;
 /// Linux keeps 2,048 bytes of its command line, the last one a NUL.
 const MAX_CMDLINE_BYTES: usize = 2047;
@@ -53,7 +53,7 @@ pub fn cpus(cpus: u32) -> Result<(), FieldError> {
 pub fn memory_bytes(bytes: u64) -> Result<(), FieldError> {
     let size = ByteSize::b(bytes).to_string();
     if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) {
-        return Err(FieldError::new("memory", &size, "2 MiB to 16 TiB"));
+        return Err(FieldError::new("memory", &size, "2 MiB to 4 TiB"));
     }
     if bytes.is_multiple_of(4096) {
         Ok(())
@@ -148,14 +148,14 @@ mod tests {
 
     #[test]
     fn sizes_and_counts_have_limits() {
-        assert!(memory_bytes(2 << 20).is_ok() && memory_bytes(16 << 40).is_ok());
+        assert!(memory_bytes(2 << 20).is_ok() && memory_bytes(4 << 40).is_ok());
         assert_eq!(
             memory_bytes(0).expect_err("too small").to_string(),
-            "memory: '0 B' is not 2 MiB to 16 TiB"
+            "memory: '0 B' is not 2 MiB to 4 TiB"
         );
         assert_eq!(
             memory_bytes(100 << 40).expect_err("too large").to_string(),
-            "memory: '100.0 TiB' is not 2 MiB to 16 TiB"
+            "memory: '100.0 TiB' is not 2 MiB to 4 TiB"
         );
         assert!(memory_bytes((2 << 20) + 1).is_err());
         assert!(cpus(1).is_ok() && cpus(64).is_ok() && cpus(0).is_err() && cpus(65).is_err());

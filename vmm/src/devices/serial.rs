@@ -10,6 +10,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console::{Chunk, Console};
 use crate::state::{self, StateError};
 
+/// Far more than any guest writes, and far from overflowing.
+const MAX_CONSOLE_OFFSET: u64 = 1 << 60;
+
 /// The interrupt line, as an irqfd.
 #[derive(Debug)]
 struct Interrupt(EventFd);
@@ -101,6 +104,14 @@ impl SerialDevice {
     pub(super) fn restore(&mut self, reader: &state::Reader) -> Result<(), StateError> {
         let saved: state::SerialState = reader.section(state::Kind::Serial, 0)?;
         let console: state::ConsoleState = reader.section(state::Kind::Console, 0)?;
+        if console.offset > MAX_CONSOLE_OFFSET {
+            let why = format!(
+                "offset {} is more than a console can have written",
+                console.offset
+            );
+            let kind = state::Kind::Console;
+            return Err(StateError::Malformed { kind, why });
+        }
         let malformed = |why: String| StateError::Malformed {
             kind: state::Kind::Serial,
             why,

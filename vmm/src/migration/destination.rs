@@ -1,9 +1,10 @@
 //! The destination's side of a migration: the same phases as the source's, mirrored. The VM runs only after Commit.
 
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 
@@ -17,7 +18,7 @@ use crate::vm::{Vm, VmError, VmHooks};
 /// A source that has been told this address connects at once; one that has not come by then is not coming.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a connected peer may take to say who it is.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a destination waits for.
 #[derive(Debug)]
@@ -71,15 +72,27 @@ impl Arbiter {
         self.lock().verdict == Some(Verdict::Committed)
     }
 
-    fn commit(&self) -> Result<(), DestinationError> {
-        match *self.lock().verdict.get_or_insert(Verdict::Committed) {
-            Verdict::Committed => Ok(()),
-            Verdict::Aborted => Err(DestinationError::AbortedHere),
+    /// Commit came: leaves the mark and decides, both or neither.
+    fn commit(&self, mark: &RanMark) -> Result<(), DestinationError> {
+        let mut state = self.lock();
+        if state.verdict.is_some() {
+            return Err(DestinationError::AbortedHere);
         }
+        let marked = mark.leave();
+        state.verdict = Some(if marked.is_ok() {
+            Verdict::Committed
+        } else {
+            Verdict::Aborted
+        });
+        marked.map_err(DestinationError::Mark)
     }
 
-    fn watch(&self, stream: &TcpStream) -> std::io::Result<()> {
-        self.lock().stream = Some(stream.try_clone()?);
+    fn watch(&self, stream: &TcpStream) -> Result<(), DestinationError> {
+        let mut state = self.lock();
+        if state.verdict.is_some() {
+            return Err(DestinationError::AbortedHere);
+        }
+        state.stream = Some(stream.try_clone().map_err(WireError::from)?);
         Ok(())
     }
 }
@@ -121,6 +134,9 @@ pub enum DestinationError {
     /// The control plane ended it.
     #[error("ended on request before Commit")]
     AbortedHere,
+    /// The mark could not be left, so the VM was not started.
+    #[error("cannot record that the VM runs here: {0}")]
+    Mark(std::io::Error),
 }
 
 /// Receives one VM and runs it. Returns once it runs, or with the reason why it never will.
@@ -142,12 +158,8 @@ pub fn receive(
         if !matches!(
             error,
             DestinationError::Wire(WireError::Io(_) | WireError::Aborted(_))
-        ) && let Err(error) = connection.send(
-            FrameKind::Abort,
-            &Abort {
-                reason: error.to_string(),
-            },
-        ) {
+        ) && let Err(error) = connection.send(FrameKind::Abort, &Abort::because(&error.to_string()))
+        {
             tracing::debug!(%error, "the source had gone already");
         }
     }
@@ -163,8 +175,8 @@ fn phases(
     hello: &Hello,
 ) -> Result<Vm, DestinationError> {
     let vm = negotiate(connection, kvm, incoming, hooks, hello)?;
-    let saved = pre_copy_and_final_pages(connection, &vm)?;
-    state(connection, &vm, &saved, incoming)?;
+    let (saved, last_running) = pre_copy_and_final_pages(connection, &vm)?;
+    state(connection, &vm, &saved, last_running, incoming)?;
     commit(connection, vm, incoming, arbiter)
 }
 
@@ -174,44 +186,83 @@ fn accept(
     incoming: &Incoming,
     arbiter: &Arbiter,
 ) -> Result<(Connection<TcpStream>, Hello), DestinationError> {
+    let deadline = Instant::now() + ACCEPT_TIMEOUT;
     loop {
-        wait_readable(listener)?;
-        let (stream, peer) = listener.accept().map_err(DestinationError::Listen)?;
-        wire::tune(&stream)
-            .and_then(|()| stream.set_read_timeout(Some(HELLO_TIMEOUT)))
-            .map_err(WireError::from)?;
-        let mut connection = Connection::new(stream);
+        wait_readable(listener, deadline)?;
+        // A peer that has gone again by now is no reason to stop waiting for the right one.
+        let Ok((stream, peer)) = listener.accept() else {
+            continue;
+        };
+        let greeting = Greeting {
+            stream,
+            deadline: Instant::now() + HELLO_TIMEOUT,
+        };
+        let mut connection = Connection::new(greeting);
         let hello = connection
             .receive_preamble()
             .and_then(|_| connection.expect::<Hello>(FrameKind::Hello, "Hello"));
-        let refused = match hello {
-            Ok(hello) => match negotiate::check_identity(&hello, &incoming.prepared) {
-                Ok(()) => {
-                    arbiter.watch(connection.stream()).map_err(WireError::from)?;
-                    connection
-                        .stream()
-                        .set_read_timeout(Some(wire::PEER_TIMEOUT))
-                        .map_err(WireError::from)?;
-                    return Ok((connection, hello));
-                }
-                Err(refusal) => refusal.to_string(),
-            },
+        let refused = match hello.map(|hello| (negotiate::check_identity(&hello, &incoming.prepared), hello))
+        {
+            Ok((Ok(()), hello)) => {
+                let connection = connection.map_stream(|greeting| greeting.stream);
+                arbiter.watch(connection.stream())?;
+                wire::tune(connection.stream()).map_err(WireError::from)?;
+                return Ok((connection, hello));
+            }
+            Ok((Err(refusal), _)) => refusal.to_string(),
             Err(error) => error.to_string(),
         };
         tracing::warn!(%peer, reason = %refused, "turned a connection away");
         // A stranger need not hear it.
-        let _ = connection.send(FrameKind::Abort, &Abort { reason: refused });
+        let _ = connection.send(FrameKind::Abort, &Abort::because(&refused));
     }
 }
 
-fn wait_readable(listener: &TcpListener) -> Result<(), DestinationError> {
+/// A connection whose peer has not yet said who it is: all of that has one deadline, so that nobody can hold the
+/// destination by sending a byte now and then.
+struct Greeting {
+    stream: TcpStream,
+    deadline: Instant,
+}
+
+impl Greeting {
+    fn time_left(&self) -> std::io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            Err(std::io::ErrorKind::TimedOut.into())
+        } else {
+            Ok(left)
+        }
+    }
+}
+
+impl Read for Greeting {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.time_left()?))?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Greeting {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.time_left()?))?;
+        self.stream.write(data)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+fn wait_readable(listener: &TcpListener, deadline: Instant) -> Result<(), DestinationError> {
     let mut descriptor = libc::pollfd {
         fd: listener.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     };
-    let timeout = libc::c_int::try_from(ACCEPT_TIMEOUT.as_millis()).expect("a minute");
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = libc::c_int::try_from(left.as_millis()).expect("at most a minute");
         // SAFETY: one pollfd, on the stack, for a descriptor that `listener` keeps open.
         match unsafe { libc::poll(&raw mut descriptor, 1, timeout) } {
             0 => return Err(DestinationError::NobodyCame),
@@ -244,12 +295,14 @@ fn negotiate(
     Ok(vm)
 }
 
-/// Writes pages as they come, pass after pass, until the state comes. The final pass looks like every other.
+/// Writes pages as they come, pass after pass, until the state comes. The final pass looks like every other. Gives the
+/// state, and a moment at which the guest still ran at the source.
 fn pre_copy_and_final_pages(
     connection: &mut Connection<TcpStream>,
     vm: &Vm,
-) -> Result<Vec<u8>, DestinationError> {
+) -> Result<(Vec<u8>, Instant), DestinationError> {
     let mut counts = PageCounts::default();
+    let mut last_running = Instant::now();
     loop {
         let mut header = connection.receive_header()?;
         match header.kind {
@@ -263,9 +316,11 @@ fn pre_copy_and_final_pages(
                         received: counts.raw,
                     });
                 }
+                // The source pauses the guest after an acknowledgement, never before it.
+                last_running = Instant::now();
                 connection.send(FrameKind::PassAck, &pass)?;
             }
-            FrameKind::State => return Ok(connection.receive_payload(&mut header)?),
+            FrameKind::State => return Ok((connection.receive_payload(&mut header)?, last_running)),
             FrameKind::Abort => return Err(wire::aborted(&connection.receive_payload(&mut header)?).into()),
             other => return Err(DestinationError::OutOfPlace(other)),
         }
@@ -276,9 +331,10 @@ fn state(
     connection: &mut Connection<TcpStream>,
     vm: &Vm,
     saved: &[u8],
+    last_running: Instant,
     incoming: &Incoming,
 ) -> Result<(), DestinationError> {
-    vm.restore(saved)?;
+    vm.restore(saved, last_running)?;
     let migration_id = incoming.prepared.migration_id.as_bytes().to_vec();
     connection
         .stream()
@@ -300,8 +356,7 @@ fn commit(
         }
         .into());
     }
-    arbiter.commit()?;
-    incoming.ran_mark.leave();
+    arbiter.commit(&incoming.ran_mark)?;
     vm.resume();
     if let Err(error) = connection.send(FrameKind::Running, &step) {
         tracing::warn!(%error, "the VM runs here, but the source could not be told; the scheduler will find out");

@@ -5,6 +5,7 @@
 //! checksum must be of what is sent.
 
 use std::io::{IoSliceMut, Read, Write};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryError};
 
@@ -16,6 +17,7 @@ use crate::memory::{GuestMemory, Region};
 use crate::spec::PAGE_SIZE;
 
 const PAGE: usize = 4096;
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const RAW: u32 = 0;
 const ZERO: u32 = 1;
 
@@ -35,6 +37,14 @@ pub struct PageCounts {
     pub raw: u64,
     /// Found to be zero.
     pub zero: u64,
+}
+
+impl PageCounts {
+    /// All of them.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.raw + self.zero
+    }
 }
 
 /// Why pages could not be sent.
@@ -58,6 +68,7 @@ pub struct PageSender<'a> {
     data: Vec<u8>,
     filled: usize,
     counts: PageCounts,
+    last_frame: Instant,
 }
 
 impl<'a> PageSender<'a> {
@@ -72,6 +83,7 @@ impl<'a> PageSender<'a> {
             data: vec![0; MAX_PAGE_DATA],
             filled: 0,
             counts: PageCounts::default(),
+            last_frame: Instant::now(),
         }
     }
 
@@ -152,6 +164,16 @@ impl<'a> PageSender<'a> {
         self.runs += 1;
     }
 
+    /// Sends an empty frame if nothing was sent for a while: memory that is all zeros gives nothing to send, and the
+    /// destination must not take the source for gone.
+    pub fn keep_alive<S: Read + Write>(&mut self, connection: &mut Connection<S>) -> Result<(), WireError> {
+        if self.last_frame.elapsed() < KEEP_ALIVE {
+            return Ok(());
+        }
+        self.last_frame = Instant::now();
+        connection.send_parts(FrameKind::Pages, &[0; PAGES_HEAD_LEN], &[])
+    }
+
     /// Sends what is gathered.
     pub fn flush<S: Read + Write>(&mut self, connection: &mut Connection<S>) -> Result<(), WireError> {
         self.close_run();
@@ -160,6 +182,7 @@ impl<'a> PageSender<'a> {
         }
         self.head[..4].copy_from_slice(&self.runs.to_le_bytes());
         let sent = connection.send_parts(FrameKind::Pages, &self.head, &self.data[..self.filled]);
+        self.last_frame = Instant::now();
         self.head.clear();
         (self.runs, self.filled) = (0, 0);
         sent
@@ -207,6 +230,7 @@ pub fn receive<S: Read + Write>(
     let mut targets: Vec<(*mut u8, usize)> = Vec::with_capacity(count);
     let mut zero_runs: Vec<(*mut u8, usize)> = vec![];
     let mut expected = 0usize;
+    let mut free_from = 0u64;
     for run in runs.chunks_exact(RUN_LEN) {
         let gpa = u64::from_le_bytes(run[..8].try_into().expect("8 bytes"));
         let pages = u32::from_le_bytes(run[8..12].try_into().expect("4 bytes"));
@@ -218,6 +242,13 @@ pub fn receive<S: Read + Write>(
             .flatten()
             .ok_or_else(|| malformed(format!("run of {pages} pages at {gpa:#x} is not guest memory")))?;
         let length = usize::try_from(bytes).expect("within guest memory");
+        // Ascending, so that no two slices below can overlap.
+        if gpa < free_from {
+            return Err(malformed(format!(
+                "run at {gpa:#x} overlaps or precedes the run before it"
+            )));
+        }
+        free_from = gpa + bytes;
         match encoding {
             RAW => {
                 targets.push((host, length));
@@ -239,7 +270,8 @@ pub fn receive<S: Read + Write>(
     {
         let mut buffers: Vec<_> = targets
             .iter()
-            // SAFETY: host_range says that the range lies within one guest memory mapping; no vCPU of this VM has run, so
+            // SAFETY: host_range says that the range lies within one guest memory mapping, and runs ascend without
+            // overlap (checked above), so the slices are disjoint; no vCPU of this VM has run, so
             // nothing else accesses it, and `buffers` is dropped before `targets` is read again.
             .map(|&(host, length)| IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(host, length) }))
             .collect();

@@ -116,7 +116,7 @@ impl Recorder {
     /// Enters a phase.
     pub fn phase(&mut self, phase: MigrationPhase) {
         self.progress.phase = phase.into();
-        tracing::info!(migration = %self.progress.migration_id, phase = phase.as_str_name(), "migration phase");
+        tracing::debug!(migration = %self.progress.migration_id, phase = phase.as_str_name(), "migration phase");
         self.publish();
     }
 

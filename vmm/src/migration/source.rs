@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationResult};
+use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::watch;
 
@@ -28,6 +28,8 @@ const LOCAL_FIXED_COST: Duration = Duration::from_millis(1);
 const ROUND_TRIPS_IN_PAUSE: u32 = 2;
 /// A pass with fewer bytes measures latency, not throughput.
 const RATE_SAMPLE_BYTES: u64 = 256 * 1024;
+/// A pause may take at least this long before it is given up.
+const LEAST_PAUSE_LIMIT: Duration = Duration::from_secs(1);
 /// After a pass too small to matter the next one waits a little: what keeps the pause from fitting is not the pages.
 const SMALL_PASS_PACE: Duration = Duration::from_millis(20);
 const ABORT_REASON_WAIT: Duration = Duration::from_secs(1);
@@ -83,8 +85,18 @@ impl CancelSwitch {
     }
 
     fn watch(&self, stream: &TcpStream) -> std::io::Result<()> {
-        self.lock().stream = Some(stream.try_clone()?);
+        let mut state = self.lock();
+        if state.cancelled {
+            return Err(std::io::ErrorKind::ConnectionAborted.into());
+        }
+        state.stream = Some(stream.try_clone()?);
         Ok(())
+    }
+
+    /// Whether Commit may have been sent.
+    #[must_use]
+    pub fn commit_sent(&self) -> bool {
+        self.lock().commit_sent
     }
 
     /// From here on it cannot be cancelled; `false` if it has been.
@@ -115,6 +127,11 @@ enum SourceError {
         pass: u32,
         remaining: u64,
     },
+    #[error(
+        "the pause took longer than {} ms with {remaining} bytes to send, so the VM goes on here; the link became slower",
+        limit.as_millis()
+    )]
+    PauseTooLong { limit: Duration, remaining: u64 },
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error(transparent)]
@@ -127,6 +144,22 @@ enum SourceError {
     Vm(#[from] VmError),
     #[error("Commit was sent and not answered: {0}")]
     InDoubt(WireError),
+}
+
+/// The last progress of a migration whose thread ended without one.
+#[must_use]
+pub fn broken_off(id: MigrationId, result: MigrationResult, reason: &str) -> MigrationProgress {
+    let report = MigrationReport {
+        migration_id: id.to_string(),
+        result: result.into(),
+        reason: reason.to_owned(),
+        ..Default::default()
+    };
+    MigrationProgress {
+        migration_id: id.to_string(),
+        report: Some(report),
+        ..Default::default()
+    }
 }
 
 /// Migrates a running VM. Afterwards, by the report's result: COMPLETED, the VM must never run here again; IN_DOUBT, it
@@ -151,9 +184,6 @@ pub fn migrate(
             (MigrationResult::InDoubt, SourceError::InDoubt(error).to_string())
         }
         Err(error) => {
-            if vm.guest_end().is_none() {
-                vm.resume();
-            }
             recorder.downtime = super::report::Downtime::default();
             match error {
                 _ if cancel.is_cancelled() => {
@@ -196,13 +226,63 @@ fn run(
         sender: PageSender::new(vm.memory()),
         regions: vm.memory().regions(),
         round_trip: Duration::MAX,
-        rate: None,
-        paused: false,
+        rate: 0.0,
+        paused_at: None,
         commit_sent: false,
     };
     let outcome = source.phases(spec, kvm);
+    if outcome.is_err() && !source.commit_sent {
+        // Before anything else: the guest waits.
+        vm.resume();
+    }
     *bytes_sent = source.connection.bytes_sent();
     outcome.map_err(|error| source.explain(error))
+}
+
+/// Longest pause before Commit, whatever was predicted: then the guest goes on here.
+fn pause_limit(request: &Outgoing) -> Duration {
+    (request.limits.max_downtime * 4).max(LEAST_PAUSE_LIMIT)
+}
+
+/// Whether a migration may go on, asked after each frame.
+struct Check<'a> {
+    vm: &'a Vm,
+    cancel: &'a CancelSwitch,
+    timeout: Duration,
+    pause: Option<(Instant, Duration)>,
+}
+
+impl<'a> Check<'a> {
+    fn of(vm: &'a Vm, cancel: &'a CancelSwitch, request: &Outgoing, paused_at: Option<Instant>) -> Self {
+        let pause = paused_at.map(|since| (since, pause_limit(request)));
+        Self {
+            vm,
+            cancel,
+            timeout: request.limits.timeout,
+            pause,
+        }
+    }
+
+    fn go_on(&self, recorder: &Recorder, remaining_pages: u64) -> Result<(), SourceError> {
+        if self.cancel.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        if self.vm.guest_end().is_some() {
+            return Err(SourceError::GuestEnded);
+        }
+        let remaining = remaining_pages * crate::spec::PAGE_SIZE;
+        match self.pause {
+            Some((since, limit)) if since.elapsed() > limit => {
+                Err(SourceError::PauseTooLong { limit, remaining })
+            }
+            None if recorder.elapsed() > self.timeout => Err(SourceError::TimedOut {
+                elapsed: recorder.elapsed(),
+                pass: recorder.pass(),
+                remaining,
+            }),
+            _ => Ok(()),
+        }
+    }
 }
 
 struct Source<'a> {
@@ -216,8 +296,8 @@ struct Source<'a> {
     /// Shortest seen: one that met a busy host or a full queue says nothing about the next.
     round_trip: Duration,
     /// Bytes per second, smoothed over passes that are large enough to tell.
-    rate: Option<f64>,
-    paused: bool,
+    rate: f64,
+    paused_at: Option<Instant>,
     commit_sent: bool,
 }
 
@@ -256,6 +336,7 @@ impl Source<'_> {
         self.recorder.phase(MigrationPhase::PreCopy);
         let mut previous_dirty_bytes = None;
         let mut passes_within_limit = 0;
+        let mut handled_before = 0;
         let mut dirty: Option<Vec<Bitmap>> = None;
         loop {
             let (bytes, duration) = match &dirty {
@@ -265,17 +346,20 @@ impl Source<'_> {
             if self.vm.guest_end().is_some() {
                 return Err(SourceError::GuestEnded);
             }
+            let handled = self.sender.counts().pages() * crate::spec::PAGE_SIZE;
             let found = self.dirty_pages(log)?;
             let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * crate::spec::PAGE_SIZE;
             let seconds = duration.as_secs_f64().max(1e-6);
-            if bytes >= RATE_SAMPLE_BYTES || self.rate.is_none() {
-                let sample = bytes.max(RATE_SAMPLE_BYTES) as f64 / seconds;
-                self.rate = Some(self.rate.map_or(sample, |rate| f64::midpoint(rate, sample)));
-            }
+            self.sample_rate(
+                bytes,
+                dirty.is_some().then_some(handled - handled_before),
+                seconds,
+            );
+            handled_before = handled;
             let facts = PassFacts {
                 dirty_bytes,
                 previous_dirty_bytes,
-                rate: self.rate.unwrap_or_default(),
+                rate: self.rate,
                 fixed_cost: LOCAL_FIXED_COST + self.round_trip * ROUND_TRIPS_IN_PAUSE,
                 elapsed: self.recorder.elapsed(),
                 passes_within_limit,
@@ -306,6 +390,18 @@ impl Source<'_> {
         }
     }
 
+    /// A large pass tells the rate; a small one, whose time is mostly latency, only a least bound of it. Later passes count
+    /// the pages they dealt with, zero pages included, because that is what the prediction counts.
+    fn sample_rate(&mut self, bytes_sent: u64, handled: Option<u64>, seconds: f64) {
+        let bytes = handled.unwrap_or(bytes_sent);
+        let sample = bytes as f64 / seconds;
+        self.rate = if bytes >= RATE_SAMPLE_BYTES && self.rate > 0.0 {
+            f64::midpoint(self.rate, sample)
+        } else {
+            self.rate.max(sample)
+        };
+    }
+
     fn dirty_pages(&self, log: &DirtyLog<'_>) -> Result<Vec<Bitmap>, SourceError> {
         Ok(self
             .regions
@@ -334,6 +430,8 @@ impl Source<'_> {
                 let count = Bitmap::from_words(backed.clone()).count();
                 self.sender.count_untouched(pages - count);
                 remaining -= pages - count;
+                self.check(remaining)?;
+                self.sender.keep_alive(&mut self.connection)?;
                 self.send_pages(region, first, &backed, ZeroPages::Skip, remaining)?;
                 remaining -= count;
             }
@@ -367,10 +465,9 @@ impl Source<'_> {
         zero_pages: ZeroPages,
         remaining: u64,
     ) -> Result<(), SourceError> {
-        let before = self.sender.counts();
-        let (vm, cancel, recorder, limits) =
-            (self.vm, self.cancel, &mut *self.recorder, &self.request.limits);
-        let paused = self.paused;
+        let before = self.sender.counts().pages();
+        let check = Check::of(self.vm, self.cancel, self.request, self.paused_at);
+        let recorder = &mut *self.recorder;
         self.sender.send(
             &mut self.connection,
             region,
@@ -378,26 +475,15 @@ impl Source<'_> {
             words,
             zero_pages,
             |connection, counts: PageCounts| {
-                let done = counts.raw + counts.zero - before.raw - before.zero;
-                let remaining = remaining.saturating_sub(done);
+                let remaining = remaining.saturating_sub(counts.pages() - before);
                 recorder.within_pass(remaining, connection.bytes_sent());
-                let elapsed = recorder.elapsed();
-                if cancel.is_cancelled() {
-                    Err(SourceError::Cancelled)
-                } else if vm.guest_end().is_some() {
-                    Err(SourceError::GuestEnded)
-                } else if elapsed > limits.timeout && !paused {
-                    let remaining = remaining * crate::spec::PAGE_SIZE;
-                    Err(SourceError::TimedOut {
-                        elapsed,
-                        pass: recorder.pass(),
-                        remaining,
-                    })
-                } else {
-                    Ok(())
-                }
+                check.go_on(recorder, remaining)
             },
         )
+    }
+
+    fn check(&self, remaining_pages: u64) -> Result<(), SourceError> {
+        Check::of(self.vm, self.cancel, self.request, self.paused_at).go_on(self.recorder, remaining_pages)
     }
 
     fn end_pass(&mut self) -> Result<(u64, Duration), SourceError> {
@@ -422,12 +508,22 @@ impl Source<'_> {
         self.recorder.phase(MigrationPhase::Pause);
         let asked = Instant::now();
         self.vm.pause();
-        self.paused = true;
+        let paused_at = Instant::now();
+        self.paused_at = Some(paused_at);
         self.recorder.downtime.stop = asked.elapsed();
         if self.vm.guest_end().is_some() {
             return Err(SourceError::GuestEnded);
         }
-        Ok(Instant::now())
+        self.wait_at_most(pause_limit(self.request))?;
+        Ok(paused_at)
+    }
+
+    fn wait_at_most(&self, limit: Duration) -> Result<(), SourceError> {
+        let stream = self.connection.stream();
+        let set = stream
+            .set_read_timeout(Some(limit))
+            .and_then(|()| stream.set_write_timeout(Some(limit)));
+        Ok(set.map_err(WireError::from)?)
     }
 
     fn final_pages(&mut self, log: &DirtyLog<'_>, unsent: Vec<Bitmap>) -> Result<(), SourceError> {
@@ -460,6 +556,8 @@ impl Source<'_> {
         if !self.cancel.enter_commit() {
             return Err(SourceError::Cancelled);
         }
+        // From here on the answer matters more than the time.
+        self.wait_at_most(wire::PEER_TIMEOUT)?;
         self.commit_sent = true;
         let asked = Instant::now();
         let step = Step {
@@ -497,12 +595,9 @@ impl Source<'_> {
                 _ => error,
             };
         }
-        let told = self.connection.send(
-            FrameKind::Abort,
-            &Abort {
-                reason: error.to_string(),
-            },
-        );
+        let told = self
+            .connection
+            .send(FrameKind::Abort, &Abort::because(&error.to_string()));
         if let Err(error) = told {
             tracing::debug!(%error, "the destination will notice by the connection's end");
         }

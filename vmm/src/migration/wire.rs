@@ -93,7 +93,7 @@ pub const RUN_LEN: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The connection failed or ended.
-    #[error("connection: {0}")]
+    #[error("connection: {}", in_words(.0))]
     Io(#[from] io::Error),
     /// Not a migration stream.
     #[error("preamble: not a Shoal migration stream")]
@@ -151,6 +151,17 @@ pub enum WireError {
     Aborted(String),
 }
 
+/// The usual ends of a connection, as a user would say them.
+fn in_words(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            "the other side was silent for too long".into()
+        }
+        io::ErrorKind::UnexpectedEof => "the other side closed it".into(),
+        _ => error.to_string(),
+    }
+}
+
 /// A frame's header, checked.
 #[derive(Debug, Clone, Copy)]
 pub struct FrameHeader {
@@ -190,6 +201,16 @@ impl<S: Read + Write> Connection<S> {
             sent: 0,
             received: 0,
             bytes_sent: 0,
+        }
+    }
+
+    /// The same connection over another view of its stream.
+    pub fn map_stream<T>(self, map: impl FnOnce(S) -> T) -> Connection<T> {
+        Connection {
+            stream: map(self.stream),
+            sent: self.sent,
+            received: self.received,
+            bytes_sent: self.bytes_sent,
         }
     }
 
@@ -359,15 +380,18 @@ impl<S: Read + Write> Connection<S> {
         kind: FrameKind,
         name: &'static str,
     ) -> Result<M, WireError> {
-        let (found, payload) = self.receive()?;
-        if found == FrameKind::Abort {
-            return Err(aborted(&payload));
-        }
-        if found != kind {
+        let mut header = self.receive_header()?;
+        let found = header.kind;
+        if found != kind && found != FrameKind::Abort {
+            // Before its payload is read, or room is made for it.
             return Err(WireError::Unexpected {
                 found,
                 expected: name,
             });
+        }
+        let payload = self.receive_payload(&mut header)?;
+        if found == FrameKind::Abort {
+            return Err(aborted(&payload));
         }
         decode(kind, &payload)
     }
@@ -393,7 +417,7 @@ pub fn aborted(payload: &[u8]) -> WireError {
                 .reason
                 .chars()
                 .filter(|c| !c.is_control())
-                .take(500)
+                .take(MAX_REASON)
                 .collect(),
         ),
         Err(error) => error,
@@ -485,7 +509,7 @@ pub struct Pass {
     /// From 1.
     #[prost(uint32, tag = "1")]
     pub pass: u32,
-    /// Pages sent in the whole migration, with and without bytes.
+    /// Pages sent with their bytes, in the whole migration so far.
     #[prost(uint64, tag = "2")]
     pub pages: u64,
 }
@@ -496,6 +520,19 @@ pub struct Step {
     /// Migration id, 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub migration_id: Vec<u8>,
+}
+
+/// Longest reason sent or shown, characters.
+const MAX_REASON: usize = 500;
+
+impl Abort {
+    /// With a reason that fits.
+    #[must_use]
+    pub fn because(reason: &str) -> Self {
+        Self {
+            reason: reason.chars().take(MAX_REASON).collect(),
+        }
+    }
 }
 
 /// Why a side ends it.

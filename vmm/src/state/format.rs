@@ -223,6 +223,12 @@ impl<'a> Reader<'a> {
         Ok(Self { sections })
     }
 
+    /// How many sections of a kind there are.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> usize {
+        self.sections.keys().filter(|(found, _)| *found == kind).count()
+    }
+
     /// The section of this kind and index.
     ///
     /// # Errors

@@ -6,19 +6,19 @@
 //! advances RIP. Source for the operations: Intel SDM volumes 1 (chapter 13) and 2.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
-use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes as _, GuestAddress};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
+use super::paging::{self, Denied};
 use crate::memory::GuestMemory;
 
 const PAGE: u64 = 4096;
 const MAX_INSTRUCTION: usize = 15;
 const BREAKPOINT_VECTOR: u8 = 3;
 const PAGE_FAULT_VECTOR: u8 = 14;
-const PAGE_FAULT_WRITE: u32 = 1 << 1;
-const PAGE_FAULT_USER: u32 = 1 << 2;
+const GENERAL_PROTECTION_VECTOR: u8 = 13;
 const RFLAGS_ZF: u64 = 1 << 6;
 const RFLAGS_AC: u64 = 1 << 18;
 const RFLAGS_ARITHMETIC: u64 = 0x8d5;
@@ -88,14 +88,23 @@ pub enum EmulateError {
         /// Its bytes.
         bytes: Vec<u8>,
     },
+    /// Paged, but not in 64-bit mode.
+    #[error(
+        "KVM cannot emulate the instruction at {rip:#x}, and this VMM completes instructions in 64-bit mode only"
+    )]
+    Mode {
+        /// Where.
+        rip: u64,
+    },
     /// Guest memory access.
     #[error("guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-/// A guest access that must become a page fault in the guest, or an error.
+/// What an instruction ends with if it does not complete: an exception for the guest, or an error of this VM.
 enum Fault {
-    Page { address: u64, write: bool },
+    Page { address: u64, code: u32 },
+    GeneralProtection,
     Error(EmulateError),
 }
 
@@ -136,7 +145,8 @@ pub fn complete(fd: &mut VcpuFd, memory: &GuestMemory) -> Result<(), EmulateErro
     let instruction = cpu.fetch()?;
     match cpu.execute(&instruction) {
         Ok(()) => call("KVM_SET_REGS", cpu.fd.set_regs(&cpu.regs)),
-        Err(Fault::Page { address, write }) => cpu.inject_page_fault(address, write),
+        Err(Fault::Page { address, code }) => cpu.raise_page_fault(address, code),
+        Err(Fault::GeneralProtection) => cpu.raise(GENERAL_PROTECTION_VECTOR, Some(0)),
         Err(Fault::Error(error)) => Err(error),
     }
 }
@@ -207,17 +217,23 @@ impl Cpu<'_> {
             }
             M::Fxrstor | M::Fxrstor64 => {
                 let mut legacy = [0u8; area::FXSAVE_LEN];
-                self.read(self.address(instruction)?, &mut legacy)?;
+                let address = self.address(instruction)?;
+                self.read(address, &mut legacy)?;
+                if !address.is_multiple_of(16) {
+                    return Err(Fault::GeneralProtection);
+                }
+                self.check_mxcsr(&legacy)?;
                 self.change_xsave(|image| {
                     image[..area::FXSAVE_LEN].copy_from_slice(&legacy);
                     set_bv(image, area::X87 | area::SSE);
                 })?;
             }
             M::Ldmxcsr => {
-                let mut mxcsr = [0u8; 4];
-                self.read(self.address(instruction)?, &mut mxcsr)?;
+                let mut legacy = [0u8; 28];
+                self.read(self.address(instruction)?, &mut legacy[24..])?;
+                self.check_mxcsr(&legacy)?;
                 self.change_xsave(|image| {
-                    image[24..28].copy_from_slice(&mxcsr);
+                    image[24..28].copy_from_slice(&legacy[24..]);
                     set_bv(image, area::SSE);
                 })?;
             }
@@ -245,26 +261,22 @@ impl Cpu<'_> {
 
     fn breakpoint(&mut self, instruction: &Instruction) -> Result<(), Fault> {
         self.advance(instruction);
-        let mut events = call("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?;
-        inject(&mut events, BREAKPOINT_VECTOR, None);
-        call("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))?;
-        Ok(())
+        Ok(self.raise(BREAKPOINT_VECTOR, None)?)
     }
 
-    fn inject_page_fault(&mut self, address: u64, write: bool) -> Result<(), EmulateError> {
+    fn raise_page_fault(&mut self, address: u64, code: u32) -> Result<(), EmulateError> {
         self.sregs.cr2 = address;
         call("KVM_SET_SREGS", self.fd.set_sregs(&self.sregs))?;
+        self.raise(PAGE_FAULT_VECTOR, Some(code))
+    }
+
+    /// Has the guest take an exception at the present RIP.
+    fn raise(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), EmulateError> {
         let mut events = call("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?;
-        let user = if self.sregs.ss.dpl == 3 {
-            PAGE_FAULT_USER
-        } else {
-            0
-        };
-        inject(
-            &mut events,
-            PAGE_FAULT_VECTOR,
-            Some(user | if write { PAGE_FAULT_WRITE } else { 0 }),
-        );
+        events.exception.injected = 1;
+        events.exception.nr = vector;
+        events.exception.has_error_code = u8::from(error_code.is_some());
+        events.exception.error_code = error_code.unwrap_or(0);
         call("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))
     }
 
@@ -293,7 +305,7 @@ impl Cpu<'_> {
     fn cmpxchg16b(&mut self, instruction: &Instruction) -> Result<(), Fault> {
         let address = self.address(instruction)?;
         let mut bytes = [0u8; 16];
-        self.read(address, &mut bytes)?;
+        self.read_to_write(address, 16, &mut bytes)?;
         let low = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
         let high = u64::from_le_bytes(bytes[8..].try_into().expect("8 bytes"));
         if (low, high) == (self.regs.rax, self.regs.rdx) {
@@ -311,11 +323,15 @@ impl Cpu<'_> {
     /// Requested-feature bitmap: EDX:EAX, limited to what XCR0 enables (SDM vol. 1, 13.3).
     fn requested_features(&self) -> Result<u64, EmulateError> {
         let asked = (self.regs.rdx & 0xffff_ffff) << 32 | self.regs.rax & 0xffff_ffff;
+        Ok(asked & self.enabled_features()?)
+    }
+
+    /// What XCR0 enables.
+    fn enabled_features(&self) -> Result<u64, EmulateError> {
         if self.sregs.cr4 & CR4_OSXSAVE == 0 {
-            return Ok(asked & (area::X87 | area::SSE));
+            return Ok(area::X87 | area::SSE);
         }
-        let xcrs = call("KVM_GET_XCRS", self.fd.get_xcrs())?;
-        Ok(asked & xcrs.xcrs[0].value)
+        Ok(call("KVM_GET_XCRS", self.fd.get_xcrs())?.xcrs[0].value)
     }
 
     fn xsave(&mut self, instruction: &Instruction) -> Result<(), Fault> {
@@ -325,7 +341,7 @@ impl Cpu<'_> {
         let image = image.as_bytes();
         let length = area_length(requested);
         let mut target = vec![0u8; length];
-        self.read(address, &mut target)?;
+        self.read_to_write(address, 64, &mut target)?;
         if requested & area::X87 != 0 {
             target[..24].copy_from_slice(&image[..24]);
             target[32..160].copy_from_slice(&image[32..160]);
@@ -352,11 +368,18 @@ impl Cpu<'_> {
         let requested = self.requested_features()?;
         let mut source = vec![0u8; area_length(requested)];
         self.read(address, &mut source)?;
-        if source[area::XCOMP_BV] != [0; 8] {
-            // The compacted format: the guest was told not to use it (xsavec, xsaves cleared).
-            return Err(self.unknown(instruction).into());
-        }
         let present = read_bv(&source);
+        let enabled = self.enabled_features()?;
+        // SDM vol. 1, 13.8: the compacted format is for guests that were told of XSAVEC, which these are not.
+        let header_is_clean = source[area::XCOMP_BV.start..area::HEADER_END]
+            .iter()
+            .all(|&byte| byte == 0);
+        if !address.is_multiple_of(64) || !header_is_clean || present & !enabled != 0 {
+            return Err(Fault::GeneralProtection);
+        }
+        if requested & (area::SSE | area::AVX) != 0 {
+            self.check_mxcsr(&source)?;
+        }
         self.change_xsave(|image| {
             let load = requested & present;
             if load & area::X87 != 0 {
@@ -386,8 +409,27 @@ impl Cpu<'_> {
         change(&mut bytes);
         let image = kvm_xsave::read_from_bytes(&bytes).expect("the bytes of a kvm_xsave");
         // SAFETY: KVM reads the 4096 bytes of `struct kvm_xsave`; more only after arch_prctl, which is never called.
-        call("KVM_SET_XSAVE", unsafe { self.fd.set_xsave(&image) })?;
-        Ok(())
+        match unsafe { self.fd.set_xsave(&image) } {
+            // The guest asked for a state that no CPU can be in.
+            Err(error) if error.errno() == libc::EINVAL => Err(Fault::GeneralProtection),
+            result => Ok(call("KVM_SET_XSAVE", result)?),
+        }
+    }
+
+    /// Reserved bits of MXCSR cannot be set (SDM vol. 1, 11.6.6).
+    fn check_mxcsr(&self, legacy: &[u8]) -> Result<(), Fault> {
+        const DEFAULT_MASK: u32 = 0xffbf;
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+        let image = self.get_xsave()?;
+        let mask = match word(&image.as_bytes()[28..32]) {
+            0 => DEFAULT_MASK,
+            mask => mask,
+        };
+        if word(&legacy[24..28]) & !mask == 0 {
+            Ok(())
+        } else {
+            Err(Fault::GeneralProtection)
+        }
     }
 
     fn address(&self, instruction: &Instruction) -> Result<u64, EmulateError> {
@@ -411,14 +453,15 @@ impl Cpu<'_> {
             let piece = usize::try_from(PAGE - linear % PAGE)
                 .unwrap_or(length)
                 .min(length - done);
-            let translation = call("KVM_TRANSLATE", self.fd.translate_gva(linear))?;
-            if translation.valid == 0 {
-                return Err(Fault::Page {
+            let physical = paging::translate(self.memory, &self.sregs, self.regs.rflags, linear, write);
+            let physical = physical.map_err(|denied| match denied {
+                Denied::PageFault(code) => Fault::Page {
                     address: linear,
-                    write,
-                });
-            }
-            access(GuestAddress(translation.physical_address), done..done + piece)?;
+                    code,
+                },
+                Denied::Mode => EmulateError::Mode { rip: self.regs.rip }.into(),
+            })?;
+            access(physical, done..done + piece)?;
             done += piece;
         }
         Ok(())
@@ -426,6 +469,16 @@ impl Cpu<'_> {
 
     fn read(&self, address: u64, data: &mut [u8]) -> Result<(), Fault> {
         self.pieces(address, data.len(), false, |at, range| {
+            self.memory.mmap().read_slice(&mut data[range], at)
+        })
+    }
+
+    /// Reads what is about to be written back: faults as the write would, before anything has changed.
+    fn read_to_write(&self, address: u64, alignment: u64, data: &mut [u8]) -> Result<(), Fault> {
+        if !address.is_multiple_of(alignment) {
+            return Err(Fault::GeneralProtection);
+        }
+        self.pieces(address, data.len(), true, |at, range| {
             self.memory.mmap().read_slice(&mut data[range], at)
         })
     }
@@ -489,13 +542,6 @@ impl Cpu<'_> {
         };
         *slot = value;
     }
-}
-
-fn inject(events: &mut kvm_vcpu_events, vector: u8, error_code: Option<u32>) {
-    events.exception.injected = 1;
-    events.exception.nr = vector;
-    events.exception.has_error_code = u8::from(error_code.is_some());
-    events.exception.error_code = error_code.unwrap_or(0);
 }
 
 fn mask(bytes: usize) -> u64 {

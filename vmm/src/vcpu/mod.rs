@@ -4,9 +4,11 @@
 //! descriptor to save or restore its state.
 
 mod emulate;
+mod paging;
 mod state;
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -60,6 +62,8 @@ enum Wanted {
 struct Gate {
     wanted: Wanted,
     parked: bool,
+    /// The guest ended on this vCPU; it never runs again.
+    ended: bool,
 }
 
 #[derive(Debug)]
@@ -128,6 +132,7 @@ impl Vcpu {
         let gate = Gate {
             wanted: Wanted::Park,
             parked: false,
+            ended: false,
         };
         let shared = Arc::new(Shared {
             gate: Mutex::new(gate),
@@ -182,10 +187,13 @@ impl Vcpu {
 
     fn want(&self, wanted: Wanted) {
         let mut gate = lock(&self.shared.gate);
-        gate.wanted = wanted;
         if wanted == Wanted::Run {
+            if gate.ended {
+                return;
+            }
             gate.parked = false;
         }
+        gate.wanted = wanted;
         self.shared.changed.notify_all();
     }
 
@@ -248,9 +256,18 @@ fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
                 }
             }
         }
-        let end = run_until_kicked(&mut lock(&shared.fd), context);
+        // A fault of this VMM must not leave the owner waiting for a thread that never parks.
+        let end = catch_unwind(AssertUnwindSafe(|| {
+            run_until_kicked(&mut lock(&shared.fd), context)
+        }))
+        .unwrap_or_else(|_| {
+            Some(GuestEnd::Failed(
+                "a fault in the VMM's vCPU thread; see its log".into(),
+            ))
+        });
         if let Some(end) = end {
             let mut gate = lock(&shared.gate);
+            gate.ended = true;
             if gate.wanted == Wanted::Run {
                 gate.wanted = Wanted::Park;
             }

@@ -180,14 +180,15 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult,
         };
         return Ok((loaded, format));
     }
-    let loaded = BzImage::load(memory.mmap(), None, &mut file, highmem).map_err(|source| match source {
-        linux_loader::loader::Error::Bzimage(linux_loader::loader::bzimage::Error::InvalidBzImage) => {
-            BootError::UnknownFormat {
-                path: path.to_owned(),
+    let mut loaded =
+        BzImage::load(memory.mmap(), None, &mut file, highmem).map_err(|source| match source {
+            linux_loader::loader::Error::Bzimage(linux_loader::loader::bzimage::Error::InvalidBzImage) => {
+                BootError::UnknownFormat {
+                    path: path.to_owned(),
+                }
             }
-        }
-        source => loader_error(source),
-    })?;
+            source => loader_error(source),
+        })?;
     let header = loaded.setup_header.unwrap_or_default();
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(unusable("this bzImage has no 64-bit entry point".into()));
@@ -196,6 +197,30 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<(KernelLoaderResult,
         .kernel_load
         .checked_add(BZIMAGE_64_ENTRY)
         .ok_or_else(|| unusable("entry point overflows".into()))?;
+    let setup_sectors = if header.setup_sects == 0 {
+        4
+    } else {
+        u64::from(header.setup_sects)
+    };
+    let promised = (setup_sectors + 1) * 512 + u64::from(header.syssize) * 16;
+    let length = file.metadata().map_err(file_error)?.len();
+    if length < promised {
+        return Err(unusable(format!(
+            "has {length} of the {promised} bytes that its header promises; is the file whole?"
+        )));
+    }
+    // What the kernel uses while it unpacks itself, and afterwards (boot.rst, init_size).
+    let unpacked = header.pref_address.saturating_add(u64::from(header.init_size));
+    loaded.kernel_end = loaded.kernel_end.max(unpacked);
+    if !memory
+        .mmap()
+        .address_in_range(GuestAddress(loaded.kernel_end - 1))
+    {
+        return Err(unusable(format!(
+            "needs memory up to {:#x}, more than the VM has",
+            loaded.kernel_end
+        )));
+    }
     Ok((loaded, Format::Linux64(entry)))
 }
 

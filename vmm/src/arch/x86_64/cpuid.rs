@@ -13,6 +13,10 @@ const LEAF_HYPERVISOR_FEATURES: u32 = 0x4000_0001;
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const LEAF_AMD_CORES: u32 = 0x8000_0008;
+const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
+/// Nested virtualization is not offered: its state is not saved.
+const VMX_BIT: u32 = 1 << 5;
+const SVM_BIT: u32 = 1 << 2;
 const HYPERVISOR_BIT: u32 = 1 << 31;
 const HTT_BIT: u32 = 1 << 28;
 const TSC_DEADLINE_BIT: u32 = 1 << 24;
@@ -39,6 +43,7 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
     for entry in &mut entries {
         match entry.function {
             LEAF_FEATURES => {
+                entry.ecx &= !VMX_BIT;
                 entry.ecx |= HYPERVISOR_BIT | if tsc_deadline { TSC_DEADLINE_BIT } else { 0 };
                 entry.edx = if cpus > 1 {
                     entry.edx | HTT_BIT
@@ -52,6 +57,7 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
                 let sharing = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | (cpus - 1).min(63) << 26 | sharing << 14;
             }
+            LEAF_AMD_FEATURES => entry.ecx &= !SVM_BIT,
             LEAF_HYPERVISOR => entry.eax = LEAF_HYPERVISOR_TIMING,
             LEAF_AMD_CORES => entry.ecx = entry.ecx & !0xffff | (cpus - 1) | apic_id_bits(cpus) << 12,
             _ => {}
@@ -111,11 +117,36 @@ pub fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Result<CpuId, vmm_sys_util::fam::
     CpuId::from_entries(entries)
 }
 
+fn leaf(entries: &[kvm_cpuid_entry2], function: u32) -> kvm_cpuid_entry2 {
+    let found = entries.iter().find(|entry| entry.function == function);
+    found.copied().unwrap_or_default()
+}
+
+fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
+    let leaf = leaf(entries, 0);
+    let bytes = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+    bytes
+        .iter()
+        .filter(|byte| byte.is_ascii_graphic())
+        .map(|&byte| char::from(byte))
+        .collect()
+}
+
+fn address_bits(entries: &[kvm_cpuid_entry2]) -> u32 {
+    leaf(entries, LEAF_AMD_CORES).eax & 0xff
+}
+
 /// Feature bits that `wanted` (a VM's table) has and `host` (what KVM supports here) lacks, in words; empty if the VM
 /// can run here. Compares the architectural feature leaves only: topology and hypervisor leaves are the VM's own.
 #[must_use]
 pub fn missing_features(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String> {
     let mut missing = vec![];
+    if vendor(wanted) != vendor(host) {
+        missing.push(format!("vendor {} (it is {})", vendor(wanted), vendor(host)));
+    }
+    if address_bits(wanted) > address_bits(host) {
+        missing.push(format!("{} physical address bits", address_bits(wanted)));
+    }
     for entry in wanted {
         let find = || {
             host.iter()
@@ -141,10 +172,16 @@ pub fn missing_features(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) 
                 compare("ecx", entry.ecx, |e| e.ecx, 0);
                 compare("edx", entry.edx, |e| e.edx, 0);
             }
-            (7, 1) => compare("eax", entry.eax, |e| e.eax, 0),
+            (7, 1 | 2) => {
+                compare("eax", entry.eax, |e| e.eax, 0);
+                compare("ecx", entry.ecx, |e| e.ecx, 0);
+                compare("edx", entry.edx, |e| e.edx, 0);
+            }
+            (0x8000_0007, _) => compare("edx", entry.edx, |e| e.edx, 0),
+            (LEAF_AMD_CORES, _) => compare("ebx", entry.ebx, |e| e.ebx, 0),
             (0xd, 0 | 1) => compare("eax", entry.eax, |e| e.eax, 0),
             (LEAF_HYPERVISOR_FEATURES, _) => compare("eax", entry.eax, |e| e.eax, 0),
-            (0x8000_0001, _) => {
+            (LEAF_AMD_FEATURES, _) => {
                 compare("ecx", entry.ecx, |e| e.ecx, 0);
                 compare("edx", entry.edx, |e| e.edx, 0);
             }

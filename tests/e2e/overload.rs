@@ -56,9 +56,14 @@ fn vms_are_moved_before_their_node_runs_out_of_memory() {
     assert!(!moves.is_empty(), "{:#?}", cluster.events());
     for planned in &moves {
         let reason = planned["message"].as_str().unwrap_or_default();
-        assert!(reason.contains("MiB of 1 GiB") || reason.contains("% of 1 GiB"), "it must say how full: {planned}");
+        assert!(
+            reason.contains("MiB of 1 GiB") || reason.contains("% of 1 GiB"),
+            "it must say how full: {planned}"
+        );
     }
-    let ushered = moves.iter().any(|planned| planned["message"].as_str().is_some_and(|m| m.contains("usher:")));
+    let ushered = moves
+        .iter()
+        .any(|planned| planned["message"].as_str().is_some_and(|m| m.contains("usher:")));
     assert!(ushered, "memory must be a reason: {moves:#?}");
     wait::never("nothing should move any more", seconds(20), || {
         let now = cluster.events_of_kind("migration-planned");

@@ -114,14 +114,35 @@ impl Bar {
         self.bar.set_position(length - progress.remaining_bytes);
         self.bar
             .set_prefix(format!("{} (pass {})", phase(progress.phase()), progress.pass));
-        self.bar.set_message(format!(
-            "{} sent, {}/s, guest dirties {}/s, predicted downtime {}",
-            format::size(progress.bytes_sent),
-            format::size(progress.rate_bytes_per_second),
-            format::size(progress.dirty_rate_bytes_per_second),
-            format::micros(progress.predicted_downtime_us),
-        ));
+        self.bar.set_message(message(progress));
     }
+}
+
+fn message(progress: &MigrationProgress) -> String {
+    // Rates are measured pass by pass; during the first there is only what was sent so far.
+    let average = progress
+        .bytes_sent
+        .saturating_mul(1000)
+        .checked_div(progress.elapsed_ms)
+        .unwrap_or(0);
+    let rate = if progress.rate_bytes_per_second > 0 {
+        progress.rate_bytes_per_second
+    } else {
+        average
+    };
+    let sent = format!(
+        "{} sent, {}/s",
+        format::size(progress.bytes_sent),
+        format::size(rate)
+    );
+    if progress.predicted_downtime_us == 0 {
+        return sent;
+    }
+    format!(
+        "{sent}, guest dirties {}/s, predicted downtime {}",
+        format::size(progress.dirty_rate_bytes_per_second),
+        format::micros(progress.predicted_downtime_us),
+    )
 }
 
 fn phase(phase: MigrationPhase) -> &'static str {

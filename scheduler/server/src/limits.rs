@@ -131,6 +131,10 @@ pub fn cmdline_with_args(base: &str, has_initrd: bool, args: &[String]) -> Resul
 
 fn percent_encode(arg: &str, line: &mut String) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
+    if arg.is_empty() {
+        // Two spaces would be one to the kernel. Init takes an encoded NUL for no byte at all.
+        line.push_str("%00");
+    }
     for byte in arg.bytes() {
         if byte.is_ascii_graphic() && !b"%\"'\\".contains(&byte) {
             line.push(char::from(byte));
@@ -166,6 +170,11 @@ mod tests {
         let args = ["sh".to_owned(), "-c".to_owned(), "echo \"100%\"; ü".to_owned()];
         let line = cmdline_with_args("console=ttyS0", true, &args).expect("fits");
         assert_eq!(line, "console=ttyS0 -- sh -c echo%20%22100%25%22;%20%C3%BC");
+        let empty = ["printf".to_owned(), String::new()];
+        assert_eq!(
+            cmdline_with_args("q", true, &empty).expect("fits"),
+            "q -- printf %00"
+        );
         let plain = ["wss=1MiB".to_owned(), "rate=5".to_owned()];
         assert_eq!(
             cmdline_with_args("", false, &plain).expect("fits"),

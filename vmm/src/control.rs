@@ -17,9 +17,10 @@ use tokio::sync::{oneshot, watch};
 
 use crate::build::{self, BuildError};
 use crate::console::Console;
+use crate::migration::cancel::CancelSwitch;
 use crate::migration::destination::{self, Arbiter, DestinationError, Incoming};
 use crate::migration::negotiate::Prepared;
-use crate::migration::source::{self, CancelSwitch, Outgoing};
+use crate::migration::source::{self, Outgoing};
 use crate::ran_mark::RanMark;
 use crate::spec::{SpecError, VmSpec};
 use crate::vcpu::GuestEnd;

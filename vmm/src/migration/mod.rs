@@ -3,6 +3,7 @@
 //! [`source`] and [`destination`] go through the same phases under the same names: negotiate, pre_copy, pause,
 //! final_pages, state, commit.
 
+pub mod cancel;
 pub mod destination;
 pub mod negotiate;
 pub mod pages;

@@ -1,7 +1,6 @@
 //! The source's side of a migration: each phase one function, in order. Until Commit is sent any failure resumes the VM.
 
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
@@ -9,6 +8,7 @@ use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, Migrat
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::watch;
 
+use super::cancel::CancelSwitch;
 use super::negotiate;
 use super::pages::{PageCounts, PageSender, PagesError, ZeroPages};
 use super::precopy::{self, Decision, Limits, PassFacts};
@@ -47,64 +47,6 @@ pub struct Outgoing {
     pub destination_epoch: Epoch,
     /// Bounds on pause and duration.
     pub limits: Limits,
-}
-
-/// Cancels a migration from another thread, unless Commit has been sent.
-#[derive(Debug, Default)]
-pub struct CancelSwitch(Mutex<CancelState>);
-
-#[derive(Debug, Default)]
-struct CancelState {
-    cancelled: bool,
-    commit_sent: bool,
-    stream: Option<TcpStream>,
-}
-
-impl CancelSwitch {
-    fn lock(&self) -> MutexGuard<'_, CancelState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Cancels; `false` if it is too late.
-    pub fn cancel(&self) -> bool {
-        let mut state = self.lock();
-        if state.commit_sent {
-            return false;
-        }
-        state.cancelled = true;
-        if let Some(stream) = &state.stream
-            && let Err(error) = stream.shutdown(Shutdown::Both)
-        {
-            tracing::debug!(%error, "the connection had ended already");
-        }
-        true
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.lock().cancelled
-    }
-
-    fn watch(&self, stream: &TcpStream) -> std::io::Result<()> {
-        let mut state = self.lock();
-        if state.cancelled {
-            return Err(std::io::ErrorKind::ConnectionAborted.into());
-        }
-        state.stream = Some(stream.try_clone()?);
-        Ok(())
-    }
-
-    /// Whether Commit may have been sent.
-    #[must_use]
-    pub fn commit_sent(&self) -> bool {
-        self.lock().commit_sent
-    }
-
-    /// From here on it cannot be cancelled; `false` if it has been.
-    fn enter_commit(&self) -> bool {
-        let mut state = self.lock();
-        state.commit_sent = !state.cancelled;
-        state.commit_sent
-    }
 }
 
 /// Why a migration ended before Commit.

@@ -121,8 +121,8 @@ long_mode:
     movl $CPUID_TSC_FREQUENCY, %eax
     cpuid
     movl %eax, tsc_khz
-    testl %eax, %eax
-    jnz 2f
+
+    # KVM's clock, whose time is looked at beside the TSC's.
 1:  cmpl $SIGNATURE_KVMK, %r13d
     jne 2f
     movl $MSR_KVM_SYSTEM_TIME_NEW, %ecx

@@ -7,12 +7,14 @@
 //! - [`ranges`]: guest RAM as one run of numbered pages
 //! - [`page`]: what a page holds, written and checked
 //! - [`sweep`]: the order in which the working set is dirtied, and so the generation every page must have
+//! - [`clock`]: KVM's clock
 //! - [`pace`]: ticks, rates and the worst gap
 //! - [`worker`]: the main loop's step, one page at most
 //! - [`text`]: lines on their way to the console
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod clock;
 pub mod options;
 pub mod pace;
 pub mod page;

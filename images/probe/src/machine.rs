@@ -4,11 +4,14 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 use core::ptr::{addr_of, addr_of_mut};
 
+use probe::clock::{KvmClock, Reading};
 use probe::pace::{Frequency, Ticks};
 
 core::arch::global_asm!(include_str!("boot.s"), options(att_syntax));
 
 const EXIT_STATUS: u16 = 0x6f0;
+/// Takes the microseconds for which the guest was away.
+pub const GUEST_GAP: u16 = 0x6f4;
 const ACPI_SLEEP_CONTROL: u16 = 0x600;
 /// Sleep type 5, sleep enable.
 const ACPI_SOFT_OFF: u8 = 0x34;
@@ -29,23 +32,11 @@ struct BootFacts {
     kvm_clock: u32,
 }
 
-/// KVM's `pvclock_vcpu_time_info` (Documentation/virt/kvm/x86/msr.rst).
-#[repr(C)]
-struct PvClock {
-    version: u32,
-    pad: u32,
-    tsc_timestamp: u64,
-    system_time: u64,
-    tsc_to_system_mul: u32,
-    tsc_shift: i8,
-    flags: u8,
-}
-
 unsafe extern "C" {
     static mut idt: [[u64; 2]; EXCEPTIONS];
     static exception_stubs: u8;
     static boot_facts: BootFacts;
-    static pvclock: PvClock;
+    static mut pvclock: KvmClock;
 }
 
 /// The TSC.
@@ -53,6 +44,42 @@ unsafe extern "C" {
 pub fn now() -> Ticks {
     // SAFETY: RDTSC only reads a counter; CR4.TSD is clear, so ring 3 may.
     Ticks(unsafe { _rdtsc() })
+}
+
+/// KVM's clock, if it is there; and whether it says that the VM was stopped since it was last asked.
+pub fn kvm_clock() -> Option<(u64, bool)> {
+    // SAFETY: boot.s wrote it before this function could run, and nothing writes it again.
+    if unsafe { addr_of!(boot_facts.kvm_clock).read() } == 0 {
+        return None;
+    }
+    loop {
+        // SAFETY: KVM writes the structure, between guest instructions; each field is read by itself, and the whole again
+        // if its version says that KVM did so in between.
+        let (before, clock, ticks, after) = unsafe {
+            let version = addr_of!(pvclock.version);
+            let before = version.read_volatile();
+            let clock = addr_of!(pvclock).read_volatile();
+            (before, clock, _rdtsc(), version.read_volatile())
+        };
+        if before != after || before & 1 != 0 {
+            continue;
+        }
+        let Reading {
+            nanoseconds,
+            was_stopped,
+        } = clock.at(Ticks(ticks));
+        if was_stopped {
+            // SAFETY: as above; the guest is to clear the flag (msr.rst, bit 1).
+            unsafe { addr_of_mut!(pvclock.flags).write_volatile(clock.flags & !KvmClock::STOPPED) };
+        }
+        return Some((nanoseconds, was_stopped));
+    }
+}
+
+/// OUT of four bytes.
+pub fn write_port_u32(port: u16, value: u32) {
+    // SAFETY: as in `write_port`.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) };
 }
 
 /// OUT of one byte.

@@ -59,7 +59,13 @@ extern "C" fn probe_main(start_info: u64) -> ! {
     let mut lines = Lines::default();
     let mut console = Console::default();
     loop {
+        if let Some((nanoseconds, was_stopped)) = machine::kvm_clock() {
+            worker.clock(nanoseconds, was_stopped);
+        }
         worker.step(now(), &mut lines);
+        if let Some(microseconds) = worker.gap_to_tell() {
+            machine::write_port_u32(machine::GUEST_GAP, microseconds);
+        }
         console.pump(&mut lines);
         if let Some(status) = worker.exit_status().filter(|_| lines.is_empty()) {
             machine::power_off(status);

@@ -88,7 +88,8 @@ impl Options {
                 self.pattern = match value {
                     "random" => Pattern::Random,
                     "zero" => Pattern::Zero,
-                    _ => return Err("pattern=random or pattern=zero"),
+                    "text" => Pattern::Text,
+                    _ => return Err("pattern=random, pattern=zero or pattern=text"),
                 }
             }
             "seconds" => self.seconds = value.parse::<u32>().map_err(|_| "a number of seconds")?.into(),

@@ -96,7 +96,19 @@ impl Pacer {
     }
 }
 
-/// The longest time between two iterations of the main loop.
+/// How many gaps are kept one by one.
+const KEPT: usize = 8;
+
+/// A stretch of time in which the main loop did not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// Its end.
+    pub end: Ticks,
+    /// Its length in ticks.
+    pub length: u64,
+}
+
+/// The longest times between two iterations of the main loop.
 #[derive(Debug, Clone, Copy)]
 pub struct GapMeter {
     last: Ticks,
@@ -106,31 +118,68 @@ pub struct GapMeter {
     worst: u64,
     /// How often the TSC went backwards.
     backwards: u64,
+    /// Shorter ones are not kept.
+    least: u64,
+    /// The longest since [`GapMeter::take_gaps`] was called.
+    kept: [Option<Gap>; KEPT],
 }
 
 impl GapMeter {
-    /// Starts at `now`.
+    /// Starts at `now`. Gaps below `least` ticks are not kept.
     #[must_use]
-    pub fn new(now: Ticks) -> Self {
+    pub fn new(now: Ticks, least: u64) -> Self {
         Self {
             last: now,
             max: 0,
             worst: 0,
             backwards: 0,
+            least,
+            kept: [None; KEPT],
         }
     }
 
     /// To be called in every iteration.
     pub fn iteration(&mut self, now: Ticks) {
         self.backwards += u64::from(now < self.last);
-        self.max = self.max.max(now.since(self.last));
+        let gap = now.since(self.last);
+        self.max = self.max.max(gap);
+        if gap >= self.least {
+            self.keep(Gap {
+                end: now,
+                length: gap,
+            });
+        }
         self.last = now;
+    }
+
+    /// In place of the shortest, if that is shorter.
+    #[cold]
+    fn keep(&mut self, gap: Gap) {
+        let length = |kept: &Option<Gap>| kept.map_or(0, |gap| gap.length);
+        if let Some(shortest) = self.kept.iter_mut().min_by_key(|kept| length(kept))
+            && length(shortest) < gap.length
+        {
+            *shortest = Some(gap);
+        }
+    }
+
+    /// What [`GapMeter::take_max`] would return.
+    #[must_use]
+    pub fn max(&self) -> u64 {
+        self.max
     }
 
     /// The longest gap in ticks since the last call.
     pub fn take_max(&mut self) -> u64 {
         self.worst = self.worst.max(self.max);
         core::mem::take(&mut self.max)
+    }
+
+    /// The longest gaps since the last call, in the order in which they came.
+    pub fn take_gaps(&mut self) -> impl Iterator<Item = Gap> + Clone + use<> {
+        let mut kept = core::mem::take(&mut self.kept);
+        kept.sort_unstable_by_key(|kept| kept.map(|gap| gap.end));
+        kept.into_iter().flatten()
     }
 
     /// The longest gap in ticks that [`GapMeter::take_max`] ever returned.
@@ -202,12 +251,30 @@ mod tests {
 
     #[test]
     fn gaps_are_seen_and_time_going_back_is_counted() {
-        let mut meter = GapMeter::new(Ticks(100));
+        let mut meter = GapMeter::new(Ticks(100), 1000);
         for now in [110, 150, 140, 145] {
             meter.iteration(Ticks(now));
         }
         assert_eq!((meter.take_max(), meter.backwards()), (40, 1));
         meter.iteration(Ticks(150));
         assert_eq!((meter.take_max(), meter.worst()), (5, 40));
+    }
+
+    #[test]
+    fn the_longest_gaps_are_kept_in_order() {
+        let mut meter = GapMeter::new(Ticks(0), 10);
+        let (mut now, mut expected) = (0, vec![]);
+        for length in [9, 10, 30, 5, 11, 12, 13, 50, 14, 15, 16, 17] {
+            now += length;
+            meter.iteration(Ticks(now));
+            if length >= 12 {
+                expected.push(Gap {
+                    end: Ticks(now),
+                    length,
+                });
+            }
+        }
+        assert_eq!(meter.take_gaps().collect::<Vec<_>>(), expected);
+        assert_eq!(meter.take_gaps().next(), None);
     }
 }

@@ -1,7 +1,10 @@
 //! The main loop's step. It never does more than one page at a time, so that the gap meter sees every stall from outside.
 
+use core::fmt;
+
+use crate::clock::ClockWatch;
 use crate::options::Options;
-use crate::pace::{Frequency, GapMeter, Pacer, Ticks};
+use crate::pace::{Frequency, Gap, GapMeter, Pacer, Ticks};
 use crate::page::{self, Identity, Mismatch, Page};
 use crate::ranges::GuestAddress;
 use crate::sweep::Sweep;
@@ -11,6 +14,8 @@ use crate::text::Lines;
 const SCAN_SECONDS: u64 = 4;
 /// Most pages per second that the background scan checks: about a tenth of a CPU.
 const MAX_SCAN_RATE: u64 = 400_000;
+/// Gaps of a fifth of a millisecond and more are told one by one.
+const SHORTEST_GAPS_PER_MS: u64 = 5;
 /// Corrupt pages of which the particulars are printed.
 const DETAILED_REPORTS: u64 = 10;
 
@@ -37,6 +42,10 @@ pub struct Worker<M> {
     phase: Phase,
     start: Ticks,
     gaps: GapMeter,
+    /// The longest gap since the last heartbeat that was told the VMM, in ticks, and what to tell it next.
+    told: u64,
+    to_tell: Option<u32>,
+    clock: Option<ClockWatch>,
     fill: Pacer,
     dirty: Pacer,
     scan: Pacer,
@@ -62,7 +71,10 @@ impl<M: Memory> Worker<M> {
             frequency,
             phase: Phase::Work,
             start,
-            gaps: GapMeter::new(start),
+            gaps: GapMeter::new(start, frequency.ticks(1) / SHORTEST_GAPS_PER_MS),
+            told: frequency.ticks(1) / SHORTEST_GAPS_PER_MS,
+            to_tell: None,
+            clock: None,
             fill: Pacer::new(options.fill_rate, frequency, start),
             dirty: Pacer::new(options.rate, frequency, start),
             scan: Pacer::new(scan_rate, frequency, start),
@@ -81,6 +93,10 @@ impl<M: Memory> Worker<M> {
     /// One iteration. Lines for the console are added to `lines`.
     pub fn step(&mut self, now: Ticks, lines: &mut Lines) {
         self.gaps.iteration(now);
+        if self.gaps.max() > self.told {
+            self.told = self.gaps.max();
+            self.to_tell = Some(self.microseconds(self.told));
+        }
         if now >= self.next_heartbeat && lines.is_empty() && self.phase != Phase::Finished {
             self.heartbeat(now, lines);
             return;
@@ -112,6 +128,23 @@ impl<M: Memory> Worker<M> {
     pub fn exit_status(&self) -> Option<u8> {
         let own = u8::from(self.corrupt > 0);
         (self.phase == Phase::Finished).then(|| self.options.status.unwrap_or(own))
+    }
+
+    /// To be told what KVM's clock says, where there is one.
+    pub fn clock(&mut self, nanoseconds: u64, was_stopped: bool) {
+        self.clock
+            .get_or_insert_default()
+            .reading(nanoseconds, was_stopped);
+    }
+
+    /// Microseconds of a gap that the VMM is to hear of: at once if it is the longest since the last heartbeat and of 200 µs
+    /// or more, and the longest at each heartbeat.
+    pub fn gap_to_tell(&mut self) -> Option<u32> {
+        self.to_tell.take()
+    }
+
+    fn microseconds(&self, ticks: u64) -> u32 {
+        u32::try_from(self.frequency.microseconds(ticks)).unwrap_or(u32::MAX)
     }
 
     fn uptime_ms(&self, now: Ticks) -> u64 {
@@ -198,9 +231,18 @@ impl<M: Memory> Worker<M> {
         let next = self.next_heartbeat.0 + second;
         self.next_heartbeat = Ticks(if next > now.0 { next } else { now.0 + second });
         self.heartbeats += 1;
-        let max_gap = self.frequency.microseconds(self.gaps.take_max());
+        let longest = self.gaps.take_max();
+        let max_gap = self.frequency.microseconds(longest);
+        self.to_tell = Some(self.microseconds(longest));
+        self.told = self.frequency.ticks(1) / SHORTEST_GAPS_PER_MS;
+        let clock = ClockWords(self.clock);
+        let gaps = GapList {
+            gaps: self.gaps.take_gaps(),
+            frequency: self.frequency,
+            start: self.start,
+        };
         lines.push(format_args!(
-            "hb n={} uptime_ms={} max_gap_us={max_gap} dirtied={} corrupt={} filled={} checked={} worst_gap_us={} tsc_backwards={}",
+            "hb n={} uptime_ms={} max_gap_us={max_gap} dirtied={} corrupt={} filled={} checked={} worst_gap_us={} tsc_backwards={}{clock}{gaps}",
             self.heartbeats,
             self.uptime_ms(now),
             self.dirtied,
@@ -210,6 +252,36 @@ impl<M: Memory> Worker<M> {
             self.frequency.microseconds(self.gaps.worst()),
             self.gaps.backwards(),
         ));
+    }
+}
+
+/// What KVM's clock said, as words of a heartbeat.
+struct ClockWords(Option<ClockWatch>);
+
+impl fmt::Display for ClockWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(clock) = &self.0 else { return Ok(()) };
+        let (time, backwards, stops) = (clock.milliseconds(), clock.backwards(), clock.stops());
+        write!(f, " clock_ms={time} clock_backwards={backwards} stops={stops}")
+    }
+}
+
+/// Gaps as the last word of a heartbeat; nothing if there are none.
+struct GapList<G> {
+    gaps: G,
+    frequency: Frequency,
+    start: Ticks,
+}
+
+impl<G: Iterator<Item = Gap> + Clone> fmt::Display for GapList<G> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut before = " gaps=";
+        for gap in self.gaps.clone() {
+            let end = self.frequency.microseconds(gap.end.since(self.start));
+            write!(f, "{before}{end}:{}", self.frequency.microseconds(gap.length))?;
+            before = ",";
+        }
+        Ok(())
     }
 }
 
@@ -299,12 +371,18 @@ mod tests {
             ["2", "3", "4"]
         );
         assert_eq!(field(lines[0], "max_gap_us"), "6500001");
+        assert_eq!(worker.gap_to_tell(), Some(1), "of the last heartbeat");
+        assert_eq!(worker.gap_to_tell(), None);
+        worker.step(Ticks(10_900_000), &mut Lines::default());
+        assert_eq!(worker.gap_to_tell(), Some(400_001), "at once");
+        assert_eq!(field(lines[0], "gaps"), "8000000:6500001");
+        assert!(!lines[1].contains("gaps="));
         assert_eq!(field(lines[1], "worst_gap_us"), "6500001");
     }
 
     #[test]
     fn a_corrupt_page_is_found_by_the_scan_and_counted_once() {
-        for pattern in ["random", "zero"] {
+        for pattern in ["random", "zero", "text"] {
             let mut buffer = Buffer(Vec::new());
             let mut worker = worker(&mut buffer, &format!("fill=400K pattern={pattern}"));
             let mut lines = Lines::default();

@@ -1,6 +1,5 @@
 //! gRPC in front of [`crate::control`]: checks what comes in, turns it into commands and answers into replies.
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,9 +7,10 @@ use shoal_proto::vm::vmm_server::Vmm;
 use shoal_proto::vm::{
     AbortIncomingRequest, AbortIncomingResponse, AckConsoleRequest, AckConsoleResponse, BootRequest,
     CancelMigrationRequest, CancelMigrationResponse, ConsoleChunk, GetStatusRequest, MigrationProgress,
-    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ReadConsoleRequest,
-    ResumeRequest, StartMigrationRequest, StartMigrationResponse, StopRequest, VmStatus,
-    WatchMigrationRequest, WriteConsoleRequest, WriteConsoleResponse,
+    MigrationTls, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse,
+    ReadConsoleRequest, ResumeRequest, SetMigrationRequest, SetMigrationResponse, StartMigrationRequest,
+    StartMigrationResponse, StopRequest, VmStatus, WatchMigrationRequest, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use shoal_proto::{Epoch, IdError, MigrationId};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -20,15 +20,14 @@ use tonic::{Request, Response, Status};
 
 use crate::control::{Command, ControlError, ControlHandle, IncomingRequest};
 use crate::migration::negotiate::Prepared;
-use crate::migration::precopy::Limits;
+use crate::migration::policy::Policy;
 use crate::migration::source::Outgoing;
+use crate::migration::transport::{Address, Identity};
 use crate::spec::VmSpec;
 
 const CONSOLE_CHUNK: usize = 64 * 1024;
 /// A reader that has caught up lets this much time pass before it looks again, so that a line is one message.
 const CONSOLE_BATCH: Duration = Duration::from_millis(2);
-const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 const DEFAULT_COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 const LONGEST_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 const MAX_TOKEN: usize = 256;
@@ -52,7 +51,7 @@ impl From<ControlError> for Status {
     fn from(error: ControlError) -> Self {
         let message = error.to_string();
         match error {
-            ControlError::Spec(_) => Status::invalid_argument(message),
+            ControlError::Spec(_) | ControlError::Policy(_) => Status::invalid_argument(message),
             ControlError::Build(build) if build.is_callers_fault() => Status::invalid_argument(message),
             ControlError::WrongState { .. } | ControlError::TooLate => Status::failed_precondition(message),
             ControlError::UnknownMigration(_) => Status::not_found(message),
@@ -75,9 +74,14 @@ fn bad_id(error: &IdError) -> Status {
     invalid(error.to_string())
 }
 
-fn address(field: &str, text: &str) -> Result<SocketAddr, Status> {
-    text.parse()
-        .map_err(|_| invalid(format!("{field}: '{}' is not IP:PORT", text.escape_debug())))
+fn address(field: &str, text: &str) -> Result<Address, Status> {
+    text.parse().map_err(|error| invalid(format!("{field}: {error}")))
+}
+
+fn identity(tls: Option<&MigrationTls>) -> Result<Option<Identity>, Status> {
+    tls.map(Identity::load)
+        .transpose()
+        .map_err(|error| invalid(format!("tls.{error}")))
 }
 
 fn token(text: String) -> Result<String, Status> {
@@ -133,6 +137,7 @@ impl Vmm for Api {
                 request.commit_timeout_ms,
                 DEFAULT_COMMIT_TIMEOUT,
             )?,
+            identity: identity(request.tls.as_ref())?,
         };
         let address = self
             .control
@@ -161,15 +166,16 @@ impl Vmm for Api {
         request: Request<StartMigrationRequest>,
     ) -> Answer<StartMigrationResponse> {
         let request = request.into_inner();
+        let policy = Policy::default()
+            .with(&request.policy.unwrap_or_default())
+            .map_err(ControlError::from)?;
         let outgoing = Outgoing {
             migration_id: request.migration_id.parse().map_err(|error| bad_id(&error))?,
             token: token(request.token)?,
             destination: address("destination_address", &request.destination_address)?,
             destination_epoch: Epoch(request.destination_epoch),
-            limits: Limits {
-                max_downtime: duration("max_downtime_ms", request.max_downtime_ms, DEFAULT_MAX_DOWNTIME)?,
-                timeout: duration("timeout_ms", request.timeout_ms, DEFAULT_TIMEOUT)?,
-            },
+            policy,
+            identity: identity(request.tls.as_ref())?,
         };
         self.control
             .ask(|reply| Command::StartMigration(Box::new(outgoing), reply))
@@ -211,6 +217,17 @@ impl Vmm for Api {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn set_migration(&self, request: Request<SetMigrationRequest>) -> Answer<SetMigrationResponse> {
+        let request = request.into_inner();
+        let id: MigrationId = request.migration_id.parse().map_err(|error| bad_id(&error))?;
+        let change = Box::new(request.policy.unwrap_or_default());
+        let policy = self
+            .control
+            .ask(|reply| Command::SetMigration(id, change, reply))
+            .await?;
+        Ok(Response::new(SetMigrationResponse { policy: Some(policy) }))
     }
 
     async fn cancel_migration(

@@ -3,8 +3,9 @@
 use kvm_bindings::Msrs;
 use kvm_ioctls::Kvm;
 
-use crate::arch::{acpi, boot, msr, selftest, tables};
-use crate::memory::GuestMemory;
+use crate::arch::{acpi, boot, cpuid, msr, selftest, tables};
+use crate::fault;
+use crate::memory::{Backing, GuestMemory};
 use crate::spec::VmSpec;
 use crate::vm::{Platform, Vm, VmError, VmHooks};
 
@@ -17,6 +18,9 @@ pub enum BuildError {
     /// KVM or the host refused something.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The guest was to have features that this host lacks.
+    #[error("cpu_baseline: this host lacks {}", .0.join(", "))]
+    CpuBaseline(Vec<String>),
     /// A KVM call on the boot CPU failed.
     #[error("{ioctl}: {source}")]
     BootCpu {
@@ -28,13 +32,16 @@ pub enum BuildError {
     /// Boot structures do not fit guest memory.
     #[error("boot structures: {0}")]
     Structures(#[from] vm_memory::GuestMemoryError),
+    /// Injected by a test.
+    #[error(transparent)]
+    Fault(#[from] fault::Fault),
 }
 
 impl BuildError {
     /// Whether the spec or the image is at fault, rather than this host.
     #[must_use]
     pub fn is_callers_fault(&self) -> bool {
-        matches!(self, BuildError::Image(_))
+        matches!(self, BuildError::Image(_) | BuildError::CpuBaseline(_))
     }
 }
 
@@ -46,27 +53,50 @@ pub fn open_kvm() -> Result<Kvm, VmError> {
     Kvm::new().map_err(VmError::NoKvm)
 }
 
+fn guest_memory(spec: &VmSpec) -> Result<GuestMemory, VmError> {
+    let backing = Backing::choose(spec.memory_backing);
+    Ok(GuestMemory::with_backing(spec.memory_bytes, backing)?)
+}
+
 /// Builds the VM that `spec` describes, ready to run its first instruction.
 ///
 /// # Errors
 /// What is wrong with the image, or what the host refused.
 pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildError> {
-    let memory = GuestMemory::new(spec.memory_bytes).map_err(VmError::from)?;
+    let platform = baseline_platform(kvm, spec)?;
+    let memory = guest_memory(spec)?;
     let software_kvm = !spec.cmdline_software_kvm.is_empty() && selftest::is_software_kvm(kvm);
     let cmdline = spec.effective_cmdline(software_kvm);
     let rsdp = acpi::write_tables(&memory, spec.cpus)?;
     let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &cmdline, rsdp)?;
-    let vm = Vm::new(kvm, memory, spec.cpus, None, hooks)?;
+    let vm = Vm::new(kvm, memory, spec.cpus, platform, hooks)?;
     start_boot_cpu(&vm, kernel)?;
     Ok(vm)
 }
 
-/// Builds an empty VM with the platform that the source of a migration has.
+/// What the spec leaves of this host's CPU features; nothing if it leaves all.
+fn baseline_platform(kvm: &Kvm, spec: &VmSpec) -> Result<Option<Platform>, BuildError> {
+    if spec.cpu_baseline.is_empty() {
+        return Ok(None);
+    }
+    let host = Platform::of_host(kvm, spec.cpus)?;
+    let cpuid = cpuid::restrict(&host.cpuid, &spec.cpu_baseline).map_err(BuildError::CpuBaseline)?;
+    Ok(Some(Platform { cpuid, ..host }))
+}
+
+/// Builds an empty VM with the platform that the source of a migration has, and with its memory if it was handed over.
 ///
 /// # Errors
 /// What the host refused.
-pub fn incoming_vm(kvm: &Kvm, spec: &VmSpec, platform: Platform, hooks: VmHooks) -> Result<Vm, BuildError> {
-    let memory = GuestMemory::new(spec.memory_bytes).map_err(VmError::from)?;
+pub fn incoming_vm(
+    kvm: &Kvm,
+    spec: &VmSpec,
+    handed_over: Option<GuestMemory>,
+    platform: Platform,
+    hooks: VmHooks,
+) -> Result<Vm, BuildError> {
+    fault::point("destination.memory")?;
+    let memory = handed_over.map_or_else(|| guest_memory(spec), Ok)?;
     Ok(Vm::new(kvm, memory, spec.cpus, Some(platform), hooks)?)
 }
 

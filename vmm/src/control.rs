@@ -3,26 +3,33 @@
 //! While a migration runs, the VM belongs to the migration's thread; it comes back through the same queue. Status and
 //! progress are published as they change, so nobody waits on this thread to read them.
 
-use std::net::{SocketAddr, TcpListener};
+mod post_copy;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationProgress, MigrationResult, VmState, VmStatus};
+use shoal_proto::vm::{
+    MemoryBacking, MigrationPolicy, MigrationProgress, MigrationResult, VmState, VmStatus,
+};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::{oneshot, watch};
 
 use crate::build::{self, BuildError};
 use crate::console::Console;
-use crate::migration::cancel::CancelSwitch;
-use crate::migration::destination::{self, Arbiter, DestinationError, Incoming};
+use crate::devices::GuestGap;
+use crate::migration::controls::Controls;
+use crate::migration::destination::{self, Arbiter, DestinationError, Fetching, Incoming, Received};
 use crate::migration::negotiate::Prepared;
-use crate::migration::source::{self, Outgoing};
+use crate::migration::policy::PolicyError;
+use crate::migration::postcopy::destination::{Event, PostCopy};
+use crate::migration::source::{self, Outgoing, Serving, SourceError};
+use crate::migration::transport::{Address, Identity, Listener};
 use crate::ran_mark::RanMark;
-use crate::spec::{SpecError, VmSpec};
+use crate::spec::{PAGE_SIZE, SpecError, VmSpec};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Vm, VmError, VmHooks};
 
@@ -64,10 +71,13 @@ pub enum ControlError {
     #[error("listen_address {address}: {source}")]
     Listen {
         /// Where.
-        address: SocketAddr,
+        address: Address,
         /// Why not.
         source: std::io::Error,
     },
+    /// A policy that cannot be.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// No thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -87,13 +97,15 @@ pub enum Command {
     /// Build and run a VM.
     Boot(Box<VmSpec>, Reply<VmStatus>),
     /// Wait for an incoming migration.
-    PrepareIncoming(Box<IncomingRequest>, Reply<SocketAddr>),
+    PrepareIncoming(Box<IncomingRequest>, Reply<Address>),
     /// End it unless committed; answers whether it is.
     AbortIncoming(MigrationId, Reply<bool>),
     /// Begin an outgoing migration.
     StartMigration(Box<Outgoing>, Reply<()>),
     /// Cancel it.
     CancelMigration(MigrationId, Reply<()>),
+    /// Change its policy; answers what is then in force.
+    SetMigration(MigrationId, Box<MigrationPolicy>, Reply<MigrationPolicy>),
     /// Run again after an in-doubt migration.
     Resume(Epoch, Reply<VmStatus>),
     /// Power off.
@@ -105,7 +117,11 @@ pub enum Command {
     /// From the outgoing migration's thread.
     OutgoingEnded(Box<Vm>, Box<MigrationProgress>),
     /// From the incoming migration's thread.
-    IncomingEnded(Box<Result<Vm, DestinationError>>),
+    IncomingEnded(Box<Result<(Vm, Option<PostCopy>), DestinationError>>),
+    /// From the incoming migration's thread, in post-copy.
+    Fetching(Event),
+    /// From the outgoing migration's thread, in post-copy.
+    Serving(Serving),
 }
 
 /// What PrepareIncoming asks for.
@@ -114,15 +130,17 @@ pub struct IncomingRequest {
     /// The VM and the migration.
     pub prepared: Prepared,
     /// Where to listen.
-    pub listen: SocketAddr,
+    pub listen: Address,
     /// How long to wait for Commit once everything is loaded.
     pub commit_timeout: Duration,
+    /// What the two sides know each other by.
+    pub identity: Option<Identity>,
 }
 
 enum State {
     Empty,
     Running(Box<Vm>),
-    Migrating(Arc<CancelSwitch>),
+    Migrating(Arc<Controls>),
     Incoming(MigrationId, Arbiter),
     InDoubt(Box<Vm>),
     Ended,
@@ -136,7 +154,12 @@ pub struct ControlHandle {
     progress: watch::Receiver<Option<MigrationProgress>>,
     console: Arc<Console>,
     emulated: Arc<AtomicU64>,
+    guest_gap: Arc<GuestGap>,
+    fetching: SharedFetching,
 }
+
+/// Post-copy at the destination, while it goes on.
+type SharedFetching = Arc<Mutex<Option<PostCopy>>>;
 
 impl ControlHandle {
     /// Sends a command and waits for its answer.
@@ -161,7 +184,11 @@ impl ControlHandle {
     #[must_use]
     pub fn with_counters(&self, mut status: VmStatus) -> VmStatus {
         status.console_offset = self.console.end();
+        status.guest_gap_us = self.guest_gap.longest_us();
         status.emulated_instructions = self.emulated.load(std::sync::atomic::Ordering::Relaxed);
+        if let Some(fetching) = &*self.fetching.lock().unwrap_or_else(PoisonError::into_inner) {
+            status.missing_bytes = fetching.missing_pages() * PAGE_SIZE;
+        }
         status
     }
 
@@ -193,6 +220,7 @@ struct Control {
     commands: mpsc::Sender<Command>,
     console: Arc<Console>,
     emulated: Arc<AtomicU64>,
+    guest_gap: Arc<GuestGap>,
     status: watch::Sender<VmStatus>,
     progress: watch::Sender<Option<MigrationProgress>>,
     state: State,
@@ -200,6 +228,9 @@ struct Control {
     /// An incoming migration was committed here.
     came_in: bool,
     stops: Vec<Reply<VmStatus>>,
+    /// Asked for while the outgoing migration's thread still has the VM.
+    resumes: Vec<Reply<VmStatus>>,
+    fetching: SharedFetching,
 }
 
 /// Starts the owner's thread.
@@ -219,12 +250,15 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
     let (progress, progress_seen) = watch::channel(None);
     let console = Arc::new(Console::new(config.mirror_console));
     let emulated = Arc::new(AtomicU64::new(0));
+    let guest_gap = Arc::new(GuestGap::default());
     let handle = ControlHandle {
         commands: commands.clone(),
         status: status_seen,
         progress: progress_seen,
         console: Arc::clone(&console),
         emulated: Arc::clone(&emulated),
+        guest_gap: Arc::clone(&guest_gap),
+        fetching: SharedFetching::default(),
     };
     let mut control = Control {
         kvm,
@@ -232,12 +266,15 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
         commands,
         console,
         emulated,
+        guest_gap,
         status,
         progress,
         state: State::Empty,
         spec: None,
         came_in: false,
         stops: vec![],
+        resumes: vec![],
+        fetching: Arc::clone(&handle.fetching),
     };
     spawn("control", move || {
         for command in queue {
@@ -268,12 +305,15 @@ impl Control {
             Command::AbortIncoming(id, reply) => answer(reply, self.abort_incoming(id)),
             Command::StartMigration(request, reply) => answer(reply, self.start_migration(*request)),
             Command::CancelMigration(id, reply) => answer(reply, self.cancel_migration(id)),
-            Command::Resume(epoch, reply) => answer(reply, self.resume(epoch)),
+            Command::SetMigration(id, change, reply) => answer(reply, self.set_migration(id, &change)),
+            Command::Resume(epoch, reply) => self.resume(epoch, reply),
             Command::Stop(reply) => self.stop(reply),
             Command::ConsoleInput(data, reply) => answer(reply, self.console_input(&data)),
             Command::GuestEnded(end) => self.guest_ended(&end),
             Command::OutgoingEnded(vm, last) => self.outgoing_ended(vm, *last),
             Command::IncomingEnded(result) => self.incoming_ended(*result),
+            Command::Fetching(event) => self.fetching(event),
+            Command::Serving(serving) => self.serving(serving),
         }
     }
 
@@ -281,6 +321,9 @@ impl Control {
         match &self.state {
             State::Empty => "not there yet",
             State::Running(_) => "running",
+            State::Migrating(_) if self.is_serving() => {
+                "running at its destination, which fetches memory from here"
+            }
             State::Migrating(_) => "migrating",
             State::Incoming(..) => "waiting for an incoming migration",
             State::InDoubt(_) => "in doubt",
@@ -314,11 +357,18 @@ impl Control {
         });
     }
 
+    fn describe_memory(&mut self, vm: &Vm) {
+        let backing = MemoryBacking::from(vm.memory().backing());
+        self.status
+            .send_modify(|status| status.memory_backing = backing.into());
+    }
+
     fn hooks(&self) -> VmHooks {
         let commands = self.commands.clone();
         VmHooks {
             console: Arc::clone(&self.console),
             emulated: Arc::clone(&self.emulated),
+            guest_gap: Arc::clone(&self.guest_gap),
             ended: Box::new(move |end| {
                 // The queue is gone only when the process ends.
                 let _ = commands.send(Command::GuestEnded(end));
@@ -332,6 +382,7 @@ impl Control {
         };
         self.describe(&spec);
         let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
+        self.describe_memory(&vm);
         self.config.ran_mark.leave().map_err(ControlError::Mark)?;
         vm.resume();
         self.state = State::Running(Box::new(vm));
@@ -340,16 +391,16 @@ impl Control {
         Ok(self.status.borrow().clone())
     }
 
-    fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<SocketAddr, ControlError> {
+    fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<Address, ControlError> {
         let State::Empty = self.state else {
             return Err(self.wrong_state("one VMM takes one VM, once"));
         };
         let listen_error = |source| ControlError::Listen {
-            address: request.listen,
+            address: request.listen.clone(),
             source,
         };
-        let listener = TcpListener::bind(request.listen).map_err(listen_error)?;
-        let address = listener.local_addr().map_err(listen_error)?;
+        let listener = Listener::bind(&request.listen).map_err(listen_error)?;
+        let address = listener.local_address().clone();
         let migration_id = request.prepared.migration_id;
         let spec = request.prepared.spec.clone();
         let arbiter = Arbiter::default();
@@ -357,12 +408,24 @@ impl Control {
             prepared: request.prepared,
             commit_timeout: request.commit_timeout,
             ran_mark: self.config.ran_mark.clone(),
+            identity: request.identity,
         };
         let (kvm, hooks, commands) = (build::open_kvm()?, self.hooks(), self.commands.clone());
         let for_thread = arbiter.clone();
         spawn("incoming", move || {
             let result = destination::receive(&listener, &kvm, &incoming, &for_thread, hooks);
+            let (result, fetching) = match result {
+                Ok(Received { vm, fetching }) => {
+                    (Ok((vm, fetching.as_ref().map(Fetching::post_copy))), fetching)
+                }
+                Err(error) => (Err(error), None),
+            };
             let _ = commands.send(Command::IncomingEnded(Box::new(result)));
+            if let Some(fetching) = fetching {
+                fetching.run(&listener, &incoming, |event| {
+                    let _ = commands.send(Command::Fetching(event));
+                });
+            }
         })?;
         self.describe(&spec);
         self.status
@@ -392,12 +455,16 @@ impl Control {
         Ok(status.state() != VmState::Failed || self.came_in)
     }
 
-    fn incoming_ended(&mut self, result: Result<Vm, DestinationError>) {
+    fn incoming_ended(&mut self, result: Result<(Vm, Option<PostCopy>), DestinationError>) {
         match result {
-            Ok(vm) => {
+            Ok((vm, fetching)) => {
+                *self.fetched() = fetching;
                 self.came_in = true;
+                self.describe_memory(&vm);
                 self.state = State::Running(Box::new(vm));
-                self.publish(VmState::Running, "");
+                let arriving = self.fetched().is_some();
+                let message = if arriving { "its memory still arrives" } else { "" };
+                self.publish(VmState::Running, message);
                 self.take_guest_end();
             }
             Err(error) => {
@@ -413,20 +480,32 @@ impl Control {
         let State::Running(_) = self.state else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
+        if self.fetched().is_some() {
+            return Err(ControlError::WrongState {
+                state: "running while its memory still arrives",
+                needs: "it can migrate again once all of its memory is here",
+            });
+        }
         let kvm = build::open_kvm()?;
         let Some(spec) = self.spec.clone() else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
-        let cancel = Arc::new(CancelSwitch::default());
+        let controls = Arc::new(Controls::new(request.policy.clone()));
         // The thread first, then the VM: a host that has no thread to give must not cost the guest its life.
         let (hand_over, taken) = mpsc::channel::<Box<Vm>>();
-        let (progress, commands, switch) =
-            (self.progress.clone(), self.commands.clone(), Arc::clone(&cancel));
+        let (progress, commands, switch) = (
+            self.progress.clone(),
+            self.commands.clone(),
+            Arc::clone(&controls),
+        );
         let request_id = request.migration_id;
-        let destination = request.destination;
+        let destination = request.destination.clone();
         spawn("migration", move || {
             let Ok(vm) = taken.recv() else { return };
-            let migrate = || source::migrate(&vm, &spec, &kvm, &request, &switch, progress);
+            let tell = |serving| {
+                let _ = commands.send(Command::Serving(serving));
+            };
+            let migrate = || source::migrate(&vm, &spec, &kvm, &request, &switch, progress, &tell);
             let last = catch_unwind(AssertUnwindSafe(migrate)).unwrap_or_else(|_| {
                 let fault = "a fault in the VMM's migration thread; see its log";
                 let result = if switch.commit_sent() {
@@ -439,9 +518,10 @@ impl Control {
             });
             let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
         })?;
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(cancel)) else {
+        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(controls)) else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
+        self.guest_gap.start_again();
         let id = request_id;
         self.status
             .send_modify(|status| status.outgoing_migration_id = id.to_string());
@@ -461,7 +541,13 @@ impl Control {
         match report.result() {
             MigrationResult::Completed => {
                 self.state = State::Ended;
-                self.publish(VmState::Migrated, "runs at its destination");
+                match report.reason {
+                    why if why == SourceError::ServingStopped.to_string() => {
+                        self.publish(VmState::Exited, why);
+                    }
+                    why if why.is_empty() => self.publish(VmState::Migrated, "runs at its destination"),
+                    why => self.publish(VmState::Migrated, why),
+                }
                 to_free = Some(vm);
             }
             MigrationResult::InDoubt => {
@@ -475,6 +561,10 @@ impl Control {
             }
         }
         self.progress.send_replace(Some(last));
+        let epoch = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
+        for reply in std::mem::take(&mut self.resumes) {
+            self.resume(epoch, reply);
+        }
         for reply in std::mem::take(&mut self.stops) {
             self.stop(reply);
         }
@@ -482,26 +572,48 @@ impl Control {
         drop(to_free);
     }
 
-    fn cancel_migration(&mut self, id: MigrationId) -> Result<(), ControlError> {
+    fn outgoing(&self, id: MigrationId) -> Result<&Controls, ControlError> {
         let same = self.status.borrow().outgoing_migration_id == id.to_string();
-        let State::Migrating(cancel) = &self.state else {
-            return Err(ControlError::UnknownMigration(id));
-        };
-        if !same {
-            return Err(ControlError::UnknownMigration(id));
+        match &self.state {
+            State::Migrating(controls) if same => Ok(controls),
+            _ => Err(ControlError::UnknownMigration(id)),
         }
-        if cancel.cancel() {
+    }
+
+    fn cancel_migration(&self, id: MigrationId) -> Result<(), ControlError> {
+        if self.outgoing(id)?.cancel() {
             Ok(())
         } else {
             Err(ControlError::TooLate)
         }
     }
 
-    fn resume(&mut self, asked: Epoch) -> Result<VmStatus, ControlError> {
+    fn set_migration(
+        &self,
+        id: MigrationId,
+        change: &MigrationPolicy,
+    ) -> Result<MigrationPolicy, ControlError> {
+        Ok(MigrationPolicy::from(&self.outgoing(id)?.change(change)?))
+    }
+
+    fn resume(&mut self, asked: Epoch, reply: Reply<VmStatus>) {
         let has = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
         if asked != has {
-            return Err(ControlError::Epoch { asked, has });
+            return answer(reply, Err(ControlError::Epoch { asked, has }));
         }
+        if let State::Migrating(controls) = &self.state
+            && self.status.borrow().state() == VmState::InDoubt
+        {
+            // Its thread goes on to look for the destination; it gives the VM back first.
+            controls.stop_serving();
+            self.resumes.push(reply);
+            return;
+        }
+        let resumed = self.resume_in_doubt();
+        answer(reply, resumed);
+    }
+
+    fn resume_in_doubt(&mut self) -> Result<VmStatus, ControlError> {
         match std::mem::replace(&mut self.state, State::Ended) {
             State::InDoubt(vm) => {
                 vm.resume();
@@ -519,13 +631,16 @@ impl Control {
     fn stop(&mut self, reply: Reply<VmStatus>) {
         match std::mem::replace(&mut self.state, State::Ended) {
             State::Running(vm) | State::InDoubt(vm) => {
-                vm.pause();
+                self.halt(&vm, "stopped on request");
                 self.end(*vm, VmState::Exited, "stopped on request");
             }
-            State::Migrating(cancel) => {
+            State::Migrating(controls) => {
                 // Too late to cancel: the destination has it, and the answer is this VMM's last state.
-                cancel.cancel();
-                self.state = State::Migrating(cancel);
+                controls.cancel();
+                if matches!(self.status.borrow().state(), VmState::PostCopy | VmState::InDoubt) {
+                    controls.stop_serving();
+                }
+                self.state = State::Migrating(controls);
                 self.stops.push(reply);
                 return;
             }
@@ -565,7 +680,7 @@ impl Control {
         let State::Running(vm) = std::mem::replace(&mut self.state, State::Ended) else {
             return;
         };
-        vm.pause();
+        self.halt(&vm, "the guest ended");
         match end {
             GuestEnd::PowerOff => self.end(*vm, VmState::Exited, "the guest powered off"),
             GuestEnd::Reset => self.end(*vm, VmState::Exited, "the guest reset"),

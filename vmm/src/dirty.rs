@@ -49,16 +49,15 @@ impl Bitmap {
         Self { words }
     }
 
-    /// Marks a run of pages. Pages past the end are ignored.
+    /// Marks a run of pages, word by word. Pages past the end are ignored.
     pub fn set_run(&mut self, start: u64, pages: u64) {
-        for page in start..start.saturating_add(pages) {
-            let Some(word) = usize::try_from(page / 64)
-                .ok()
-                .and_then(|word| self.words.get_mut(word))
-            else {
-                return;
-            };
-            *word |= 1 << (page % 64);
+        let end = start.saturating_add(pages).min(self.words.len() as u64 * 64);
+        let mut page = start;
+        while page < end {
+            let bits = (64 - page % 64).min(end - page);
+            let mask = (u64::MAX >> (64 - bits)) << (page % 64);
+            self.words[usize::try_from(page / 64).expect("an index of a word")] |= mask;
+            page += bits;
         }
     }
 
@@ -66,6 +65,13 @@ impl Bitmap {
     pub fn merge(&mut self, other: &[u64]) {
         for (mine, theirs) in self.words.iter_mut().zip(other) {
             *mine |= theirs;
+        }
+    }
+
+    /// Takes out every page of `other`.
+    pub fn remove(&mut self, other: &[u64]) {
+        for (mine, theirs) in self.words.iter_mut().zip(other) {
+            *mine &= !theirs;
         }
     }
 
@@ -186,7 +192,7 @@ impl<'a> DirtyLog<'a> {
     /// When the ioctl fails.
     pub fn get(&self, region: &Region) -> Result<Bitmap, DirtyError> {
         let bytes = usize::try_from(region.len).expect("guest memory fits a 64-bit address space");
-        let words = self
+        let mut words = self
             .vm
             .get_dirty_log(region.slot, bytes)
             .map_err(|source| DirtyError {
@@ -194,9 +200,8 @@ impl<'a> DirtyLog<'a> {
                 slot: region.slot,
                 source,
             })?;
-        let mut bitmap = Bitmap::from_words(words);
-        bitmap.merge(&self.memory.take_vmm_dirty(region.slot));
-        Ok(bitmap)
+        self.memory.merge_vmm_dirty(region.slot, &mut words);
+        Ok(Bitmap::from_words(words))
     }
 
     /// Re-arms tracking for the set pages of `words`, which starts at page `first` (a multiple of 64) of the region.

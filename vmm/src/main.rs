@@ -7,12 +7,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use lexopt::prelude::*;
-use shoal_proto::vm::VmState;
+use shoal_cpuid::Table;
 use shoal_proto::vm::vmm_server::VmmServer;
+use shoal_proto::vm::{MemoryBacking, VmState};
 use shoal_proto::{Epoch, VmId};
 use shoal_vmm::api::{self, Api};
-use shoal_vmm::arch::boot;
+use shoal_vmm::arch::{boot, cpuid};
+use shoal_vmm::build::open_kvm;
 use shoal_vmm::control::{self, ControlConfig};
+use shoal_vmm::fault;
 use shoal_vmm::ran_mark::RanMark;
 use shoal_vmm::spec::VmSpec;
 use tokio::sync::watch;
@@ -27,6 +30,7 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
                                                 status that the workload reports
        shoal-vmm check-image --kernel PATH [--initrd PATH]
                                                 say whether an image can be booted; needs no KVM
+       shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
 const LOG_LEVEL: &str = "SHOAL_LOG";
@@ -37,6 +41,7 @@ const USAGE_ERROR: u8 = 2;
 #[derive(Default)]
 struct Options {
     check_image: bool,
+    print_cpuid: bool,
     api_fd: Option<i32>,
     api_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
@@ -57,6 +62,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
     while let Some(argument) = parser.next()? {
         match argument {
             Value(word) if word == "check-image" => options.check_image = true,
+            Value(word) if word == "print-cpuid" => options.print_cpuid = true,
             Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
             Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
@@ -83,6 +89,9 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    if let Err(error) = fault::arm_from_environment() {
+        return fail(USAGE_ERROR, &error.to_string());
+    }
     let options = match parse() {
         Ok(Some(options)) => options,
         Ok(None) => {
@@ -93,6 +102,8 @@ fn main() -> ExitCode {
     };
     let result = if options.check_image {
         check_image(&options)
+    } else if options.print_cpuid {
+        print_cpuid()
     } else {
         run(options)
     };
@@ -112,6 +123,17 @@ fn check_image(options: &Options) -> Result<ExitCode, AnyError> {
         .as_deref()
         .ok_or("check-image needs --kernel PATH")?;
     boot::check_image(kernel, options.initrd.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_cpuid() -> Result<ExitCode, AnyError> {
+    let table = cpuid::supported(&open_kvm()?, 1, 0)?;
+    let hex: String = cpuid::to_table(&table)
+        .to_bytes()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    println!("{hex}");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -141,6 +163,8 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         initrd: options.initrd,
         cmdline: options.cmdline,
         cmdline_software_kvm: options.cmdline_software_kvm,
+        memory_backing: MemoryBacking::Auto,
+        cpu_baseline: Table::default(),
     });
     if listener.is_none() && spec.is_none() {
         return Ok(fail(USAGE_ERROR, &format!("nothing to do\n{USAGE}")));

@@ -19,6 +19,8 @@ impl RanMark {
     /// # Errors
     /// When it cannot be left; then vCPUs must not run.
     pub fn leave(&self) -> std::io::Result<()> {
-        self.0.as_ref().map_or(Ok(()), |path| std::fs::write(path, []))
+        let Some(path) = &self.0 else { return Ok(()) };
+        crate::fault::point("destination.ran_mark")?;
+        std::fs::write(path, [])
     }
 }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use shoal_proto::vm::VmSpec as WireSpec;
+use shoal_cpuid::{Table, TableError};
+use shoal_proto::vm::{MemoryBacking, VmSpec as WireSpec};
 use shoal_proto::{Epoch, IdError, VmId};
 
 /// Guest page size, bytes.
@@ -37,6 +38,10 @@ pub struct VmSpec {
     pub cmdline: String,
     /// Appended where KVM emulates ring 0 instead of using hardware virtualization.
     pub cmdline_software_kvm: String,
+    /// What guest RAM is to be made of.
+    pub memory_backing: MemoryBacking,
+    /// The only CPU features the guest may see; empty: all that the host has.
+    pub cpu_baseline: Table,
 }
 
 /// Which field of a spec is wrong, and how.
@@ -54,6 +59,12 @@ pub enum SpecError {
     /// Guest memory is not whole pages.
     #[error("memory_bytes: {0} is not a multiple of 4096")]
     MemoryAlignment(u64),
+    /// Not a kind of memory.
+    #[error("memory_backing: {0} is unknown; it is AUTO (0), ANONYMOUS (1) or SHARED (2)")]
+    MemoryBacking(i32),
+    /// Not a CPUID table.
+    #[error("cpu_baseline: {0}")]
+    CpuBaseline(#[from] TableError),
     /// vCPU count out of range.
     #[error("cpus: {0} is not between 1 and 64")]
     Cpus(u32),
@@ -80,6 +91,9 @@ impl TryFrom<Option<WireSpec>> for VmSpec {
             initrd: (!wire.initrd_path.is_empty()).then(|| wire.initrd_path.into()),
             cmdline: wire.cmdline,
             cmdline_software_kvm: wire.cmdline_software_kvm,
+            memory_backing: MemoryBacking::try_from(wire.memory_backing)
+                .map_err(|_| SpecError::MemoryBacking(wire.memory_backing))?,
+            cpu_baseline: Table::from_bytes(&wire.cpu_baseline)?,
         };
         spec.check()?;
         Ok(spec)
@@ -144,11 +158,13 @@ mod tests {
     #[test]
     fn refuses_what_is_out_of_range_and_names_the_field() {
         type Change = fn(&mut WireSpec);
-        let cases: [(&str, Change); 6] = [
+        let cases: [(&str, Change); 8] = [
             ("vm_id", |s| s.vm_id = "x".into()),
             ("memory_bytes", |s| s.memory_bytes = 0),
             ("memory_bytes", |s| s.memory_bytes = 100 << 40),
             ("memory_bytes", |s| s.memory_bytes = (64 << 20) + 1),
+            ("memory_backing", |s| s.memory_backing = 3),
+            ("cpu_baseline", |s| s.cpu_baseline = vec![0; 39]),
             ("cpus", |s| s.cpus = 0),
             ("cmdline", |s| s.cmdline = "x".repeat(4000)),
         ];

@@ -2,20 +2,20 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::arch::{cpuid, layout, msr};
 use crate::console::Console;
-use crate::devices::{DeviceError, Devices};
+use crate::devices::{DeviceError, Devices, GuestGap};
 use crate::dirty;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::{self, ClockState, IrqChipState, Kind, PitState, StateError, from_bytes, to_bytes};
-use crate::vcpu::{self, GuestEnd, Vcpu, VcpuContext, VcpuError, VcpuStateError};
+use crate::vcpu::{self, Brake, GuestEnd, Vcpu, VcpuContext, VcpuError, VcpuStateError};
 
 const IRQCHIP_IDS: std::ops::Range<u32> = 0..3;
 const NS_PER_MS: u64 = 1_000_000;
@@ -102,6 +102,8 @@ pub struct VmHooks {
     pub console: Arc<Console>,
     /// Counts instructions completed for software KVM.
     pub emulated: Arc<AtomicU64>,
+    /// What the guest says of the time it missed.
+    pub guest_gap: Arc<GuestGap>,
     /// Told once, by a vCPU thread, when the guest ends.
     pub ended: Box<dyn Fn(GuestEnd) + Send + Sync>,
 }
@@ -143,6 +145,7 @@ impl Vm {
         let VmHooks {
             console,
             emulated,
+            guest_gap,
             ended,
         } = hooks;
         let fd = call("KVM_CREATE_VM", kvm.create_vm())?;
@@ -162,7 +165,7 @@ impl Vm {
             dirty::enable_manual_protect(kvm, &fd),
         )?;
         memory.register(&fd, false)?;
-        let devices = Arc::new(Devices::new(&fd, Arc::clone(&console))?);
+        let devices = Arc::new(Devices::new(&fd, Arc::clone(&console), guest_gap)?);
 
         let end = Arc::new(Mutex::new(None));
         let first_end = Arc::clone(&end);
@@ -218,12 +221,24 @@ impl Vm {
 
     /// Stops every vCPU and returns when none runs guest code. Port I/O in flight is complete.
     pub fn pause(&self) {
+        self.pause_after(|| ());
+    }
+
+    /// As [`Vm::pause`]; `let_go` ends what may hold a vCPU that has been asked to stop, as a wait for memory does.
+    pub fn pause_after(&self, let_go: impl FnOnce()) {
         for vcpu in &self.vcpus {
             vcpu.request_park();
         }
+        let_go();
         for vcpu in &self.vcpus {
             vcpu.wait_parked();
         }
+    }
+
+    /// What holds each vCPU back, for [`crate::throttle`].
+    #[must_use]
+    pub fn brakes(&self) -> Vec<Brake> {
+        self.vcpus.iter().map(Vcpu::brake).collect()
     }
 
     /// How the guest ended, if it has.
@@ -350,16 +365,9 @@ impl Vm {
         }
         let clock: ClockState = reader.section(Kind::Clock, 0)?;
         let longest_ns = u64::try_from(last_running.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let away_ns = realtime_now_ns()
-            .saturating_sub(clock.realtime_ns)
-            .min(longest_ns);
-        let kvmclock = kvm_clock_data {
-            clock: clock.kvmclock_ns.saturating_add(away_ns),
-            ..Default::default()
-        };
-        call("KVM_SET_CLOCK", self.fd.set_clock(&kvmclock))?;
-        let ticks = u128::from(away_ns) * u128::from(self.platform.tsc_khz) / u128::from(NS_PER_MS);
-        let tsc_advance = u64::try_from(ticks).unwrap_or(0);
+        let (now_ns, now) = (realtime_now_ns(), Instant::now());
+        let away_ns = now_ns.saturating_sub(clock.realtime_ns).min(longest_ns);
+        self.set_clock(clock.kvmclock_ns, away_ns, now_ns)?;
         if reader.count(Kind::Vcpu) != self.vcpus.len() {
             let why = format!(
                 "{} vCPUs in the state of a VM of {}",
@@ -371,14 +379,46 @@ impl Vm {
         }
         for vcpu in &self.vcpus {
             let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
-            vcpu::restore(&vcpu.fd(), &saved, tsc_advance).map_err(|source| VmError::VcpuState {
-                id: vcpu.id(),
-                source,
+            let away = Duration::from_nanos(away_ns) + now.elapsed();
+            let ticks = self.ticks_in(away);
+            vcpu::restore(&vcpu.fd(), &saved, &self.platform.msr_indices, ticks).map_err(|source| {
+                VmError::VcpuState {
+                    id: vcpu.id(),
+                    source,
+                }
             })?;
         }
         // Last: a device that still asks for its interrupt raises the line again, which must reach restored controllers.
         self.devices.restore(&reader)?;
         Ok(())
+    }
+}
+
+impl Vm {
+    /// Sets kvmclock to what it was, advanced by `away_ns`, counted at `now_ns`. Where KVM can, it adds the time until the
+    /// clock is set as well.
+    fn set_clock(&self, kvmclock_ns: u64, away_ns: u64, now_ns: u64) -> Result<(), VmError> {
+        let known = u32::try_from(self.fd.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
+        let advanced = if known & KVM_CLOCK_REALTIME != 0 {
+            kvm_clock_data {
+                clock: kvmclock_ns,
+                realtime: now_ns.saturating_sub(away_ns),
+                flags: KVM_CLOCK_REALTIME,
+                ..Default::default()
+            }
+        } else {
+            kvm_clock_data {
+                clock: kvmclock_ns.saturating_add(away_ns),
+                ..Default::default()
+            }
+        };
+        call("KVM_SET_CLOCK", self.fd.set_clock(&advanced))
+    }
+
+    /// Of the guest's TSC.
+    fn ticks_in(&self, time: Duration) -> u64 {
+        let ticks = time.as_nanos() * u128::from(self.platform.tsc_khz) / u128::from(NS_PER_MS);
+        u64::try_from(ticks).unwrap_or(0)
     }
 }
 

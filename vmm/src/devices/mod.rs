@@ -1,6 +1,7 @@
-//! Devices the guest sees: a serial console, the keyboard controller's reset line, ACPI power registers and the exit
-//! status port. All are reached by port I/O; there is no MMIO device yet.
+//! Devices the guest sees: a serial console, the keyboard controller's reset line, ACPI power registers, the exit status
+//! port and the port where it may tell what time it missed. All are reached by port I/O; there is no MMIO device yet.
 
+mod guest_gap;
 mod serial;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,6 +11,7 @@ use kvm_ioctls::VmFd;
 use vm_superio::{I8042Device, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use guest_gap::GuestGap;
 pub use serial::SerialDevice;
 
 use crate::arch::{acpi, layout};
@@ -35,6 +37,7 @@ pub struct Devices {
     keyboard: Mutex<I8042Device<ResetLine>>,
     reset: Arc<AtomicBool>,
     exit_status: AtomicU32,
+    guest_gap: Arc<GuestGap>,
 }
 
 #[derive(Debug)]
@@ -64,7 +67,7 @@ impl Devices {
     ///
     /// # Errors
     /// When an interrupt cannot be connected.
-    pub fn new(vm: &VmFd, console: Arc<Console>) -> Result<Self, DeviceError> {
+    pub fn new(vm: &VmFd, console: Arc<Console>, guest_gap: Arc<GuestGap>) -> Result<Self, DeviceError> {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(DeviceError::EventFd)?;
         vm.register_irqfd(&interrupt, layout::SERIAL_IRQ)
             .map_err(DeviceError::IrqFd)?;
@@ -74,11 +77,16 @@ impl Devices {
             keyboard: Mutex::new(I8042Device::new(ResetLine(Arc::clone(&reset)))),
             reset,
             exit_status: AtomicU32::new(NO_STATUS),
+            guest_gap,
         })
     }
 
     /// The guest wrote `data` to `port`, one byte after another.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
+        if port == layout::GUEST_GAP_PORT {
+            self.guest_gap.write(data);
+            return None;
+        }
         let mut request = None;
         for &byte in data {
             request = self.port_write_byte(port, byte).or(request);
@@ -138,6 +146,7 @@ impl Devices {
             0,
             &state::PowerState {
                 exit_status: self.exit_status().map(u32::from),
+                guest_gap_us: self.guest_gap.longest_us(),
             },
         );
     }
@@ -151,6 +160,7 @@ impl Devices {
         let power: state::PowerState = reader.section(state::Kind::Power, 0)?;
         self.exit_status
             .store(power.exit_status.unwrap_or(NO_STATUS), Ordering::SeqCst);
+        self.guest_gap.restore(power.guest_gap_us);
         Ok(())
     }
 }

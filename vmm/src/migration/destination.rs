@@ -1,24 +1,40 @@
 //! The destination's side of a migration: the same phases as the source's, mirrored. The VM runs only after Commit.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsRawFd as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod arbiter;
+mod greeting;
+mod postcopy;
+mod receivers;
+mod v1;
+
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
+use shoal_proto::vm::Verify;
 
 use super::negotiate::{self, Prepared, Refusal};
-use super::pages::{self, PageCounts};
-use super::wire::{self, Abort, Connection, FrameKind, Hello, HelloAck, Pass, Step, WireError};
+use super::pages::WrittenPages;
+use super::postcopy::destination::PostCopyError;
+use super::postcopy::page_set::PageSet;
+use super::transport::{AcceptError, Closer, Identity, Listener, Transport};
+use super::verify::{self, MemoryDigest, VerifyError};
+use super::wire::{
+    self, Abort, Connection, Digest, FrameKind, Hello, HelloAck, PEER_TIMEOUT, Pass, Role, Step, WireError,
+};
 use crate::build::{self, BuildError};
+use crate::memory::{GuestMemory, MemoryError};
 use crate::ran_mark::RanMark;
 use crate::vm::{Vm, VmError, VmHooks};
+pub use arbiter::Arbiter;
+pub use postcopy::Fetching;
+use postcopy::Linked;
+use receivers::Arrivals;
 
 /// A source that has been told this address connects at once; one that has not come by then is not coming.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a connected peer may take to say who it is.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a source that is there may take to make its other connections.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections for pages, at most.
+const MAX_CONNECTIONS: u32 = super::policy::MAX_CONNECTIONS;
 
 /// What a destination waits for.
 #[derive(Debug)]
@@ -29,83 +45,16 @@ pub struct Incoming {
     pub commit_timeout: Duration,
     /// Where to leave the mark that vCPUs have run, if anywhere.
     pub ran_mark: RanMark,
-}
-
-/// Decides between Commit and abort: whichever comes first wins, for good.
-#[derive(Debug, Clone, Default)]
-pub struct Arbiter(Arc<Mutex<ArbiterState>>);
-
-#[derive(Debug, Default)]
-struct ArbiterState {
-    verdict: Option<Verdict>,
-    stream: Option<TcpStream>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    Committed,
-    Aborted,
-}
-
-impl Arbiter {
-    fn lock(&self) -> MutexGuard<'_, ArbiterState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Ends the migration unless Commit came first; `true` if Commit came first.
-    #[must_use]
-    pub fn abort(&self) -> bool {
-        let mut state = self.lock();
-        let verdict = *state.verdict.get_or_insert(Verdict::Aborted);
-        if verdict == Verdict::Aborted
-            && let Some(stream) = state.stream.take()
-            && let Err(error) = stream.shutdown(Shutdown::Both)
-        {
-            tracing::debug!(%error, "the source had gone already");
-        }
-        verdict == Verdict::Committed
-    }
-
-    /// Whether Commit came.
-    #[must_use]
-    pub fn is_committed(&self) -> bool {
-        self.lock().verdict == Some(Verdict::Committed)
-    }
-
-    /// Commit came: leaves the mark and decides, both or neither.
-    fn commit(&self, mark: &RanMark) -> Result<(), DestinationError> {
-        let mut state = self.lock();
-        if state.verdict.is_some() {
-            return Err(DestinationError::AbortedHere);
-        }
-        let marked = mark.leave();
-        state.verdict = Some(if marked.is_ok() {
-            Verdict::Committed
-        } else {
-            Verdict::Aborted
-        });
-        marked.map_err(DestinationError::Mark)
-    }
-
-    fn watch(&self, stream: &TcpStream) -> Result<(), DestinationError> {
-        let mut state = self.lock();
-        if state.verdict.is_some() {
-            return Err(DestinationError::AbortedHere);
-        }
-        state.stream = Some(stream.try_clone().map_err(WireError::from)?);
-        Ok(())
-    }
+    /// What the two sides know each other by; without, nothing is encrypted.
+    pub identity: Option<Identity>,
 }
 
 /// Why an incoming migration ended before Commit.
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
-    /// Nobody came.
-    #[error("no source connected within {} s", ACCEPT_TIMEOUT.as_secs())]
-    NobodyCame,
-    /// The listening socket failed.
-    #[error("listening socket: {0}")]
-    Listen(std::io::Error),
+    /// The source did not connect, or the listening socket failed.
+    #[error(transparent)]
+    Accept(#[from] AcceptError),
     /// The stream.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -131,6 +80,39 @@ pub enum DestinationError {
     /// State came twice or not at all, or pages after it.
     #[error("frame {0:?}: out of place")]
     OutOfPlace(FrameKind),
+    /// A page of the last pass is not what was sent; the guest was paused, so nobody wrote it.
+    #[error("the page at {gpa:#x} does not match its checksum; the link or a host damages data")]
+    Damaged {
+        /// Guest physical address.
+        gpa: u64,
+    },
+    /// Memory differs although every page matched.
+    #[error("verify: guest memory differs from the source's at {gpa:#x}")]
+    Differs {
+        /// Guest physical address of the first block that does.
+        gpa: u64,
+    },
+    /// A frame that belongs to verifying makes no sense.
+    #[error("verify: {0}")]
+    Verify(#[from] VerifyError),
+    /// An unknown way to verify.
+    #[error("verify: mode: {0}")]
+    VerifyMode(prost::UnknownEnumValue),
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// A fault made for a test.
+    #[error(transparent)]
+    Fault(#[from] crate::fault::Fault),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Memory cannot be fetched while the VM runs.
+    #[error(transparent)]
+    PostCopy(#[from] PostCopyError),
+    /// The connections of post-copy broke before the VM could have gone on without them.
+    #[error("the connections for missing memory broke while the state was loaded")]
+    LinksBroke,
     /// The control plane ended it.
     #[error("ended on request before Commit")]
     AbortedHere,
@@ -139,227 +121,294 @@ pub enum DestinationError {
     Mark(std::io::Error),
 }
 
+/// A VM that came, and runs.
+#[derive(Debug)]
+pub struct Received {
+    /// The VM.
+    pub vm: Vm,
+    /// In post-copy: what has to go on until all of its memory is here.
+    pub fetching: Option<Fetching>,
+}
+
 /// Receives one VM and runs it. Returns once it runs, or with the reason why it never will.
 ///
 /// # Errors
 /// Before Commit only: the VM has never run here.
 pub fn receive(
-    listener: &TcpListener,
+    listener: &Listener,
     kvm: &Kvm,
     incoming: &Incoming,
     arbiter: &Arbiter,
     hooks: VmHooks,
-) -> Result<Vm, DestinationError> {
-    let (mut connection, hello) = accept(listener, incoming, arbiter)?;
-    let outcome = phases(&mut connection, kvm, incoming, arbiter, hooks, &hello);
+) -> Result<Received, DestinationError> {
+    let deadline = Instant::now() + ACCEPT_TIMEOUT;
+    let identity = incoming.identity.as_ref();
+    let (mut control, preamble, hello) =
+        greeting::accept_control(listener, identity, &incoming.prepared, false, deadline)?;
+    let mut destination = Destination {
+        listener,
+        kvm,
+        incoming,
+        arbiter,
+        version: preamble.version,
+        hello: &hello,
+    };
+    let outcome = arbiter
+        .watch(control.stream())
+        .and_then(|()| crate::fault::point("destination.connect").map_err(Into::into))
+        .and_then(|()| match preamble.version {
+            wire::VERSION_1 => v1::phases(&mut destination, &mut control, hooks).map(|vm| (vm, None)),
+            _ => destination.phases(&mut control, hooks),
+        });
     if let Err(error) = &outcome {
         // Commit can no longer win, and the source learns why.
+        let told = match error {
+            DestinationError::Wire(WireError::Io(_) | WireError::Aborted(_)) => Ok(()),
+            error => control.send(FrameKind::Abort, &Abort::because(&error.to_string())),
+        };
         let _ = arbiter.abort();
-        if !matches!(
-            error,
-            DestinationError::Wire(WireError::Io(_) | WireError::Aborted(_))
-        ) && let Err(error) = connection.send(FrameKind::Abort, &Abort::because(&error.to_string()))
-        {
+        if let Err(error) = told {
             tracing::debug!(%error, "the source had gone already");
         }
     }
-    outcome
+    outcome.map(|(vm, links)| Received {
+        vm,
+        fetching: links.map(|links| Fetching::new(links, control)),
+    })
 }
 
-fn phases(
-    connection: &mut Connection<TcpStream>,
-    kvm: &Kvm,
-    incoming: &Incoming,
-    arbiter: &Arbiter,
-    hooks: VmHooks,
-    hello: &Hello,
-) -> Result<Vm, DestinationError> {
-    let vm = negotiate(connection, kvm, incoming, hooks, hello)?;
-    let (saved, last_running) = pre_copy_and_final_pages(connection, &vm)?;
-    state(connection, &vm, &saved, last_running, incoming)?;
-    commit(connection, vm, incoming, arbiter)
+struct Destination<'a> {
+    listener: &'a Listener,
+    kvm: &'a Kvm,
+    incoming: &'a Incoming,
+    arbiter: &'a Arbiter,
+    version: u16,
+    hello: &'a Hello,
 }
 
-/// Waits for the source this was prepared for. Others are turned away, and the wait goes on.
-fn accept(
-    listener: &TcpListener,
-    incoming: &Incoming,
-    arbiter: &Arbiter,
-) -> Result<(Connection<TcpStream>, Hello), DestinationError> {
-    let deadline = Instant::now() + ACCEPT_TIMEOUT;
-    loop {
-        wait_readable(listener, deadline)?;
-        // A peer that has gone again by now is no reason to stop waiting for the right one.
-        let Ok((stream, peer)) = listener.accept() else {
-            continue;
-        };
-        let greeting = Greeting {
-            stream,
-            deadline: Instant::now() + HELLO_TIMEOUT,
-        };
-        let mut connection = Connection::new(greeting);
-        let hello = connection
-            .receive_preamble()
-            .and_then(|_| connection.expect::<Hello>(FrameKind::Hello, "Hello"));
-        let refused = match hello.map(|hello| (negotiate::check_identity(&hello, &incoming.prepared), hello))
-        {
-            Ok((Ok(()), hello)) => {
-                let connection = connection.map_stream(|greeting| greeting.stream);
-                arbiter.watch(connection.stream())?;
-                wire::tune(connection.stream()).map_err(WireError::from)?;
-                return Ok((connection, hello));
+impl Destination<'_> {
+    fn phases(
+        &mut self,
+        control: &mut Connection<Transport>,
+        hooks: VmHooks,
+    ) -> Result<(Vm, Option<Linked>), DestinationError> {
+        let vm = self.negotiate(control, hooks)?;
+        if self.hello.handover {
+            // The source pauses the guest after HelloAck, never before it.
+            let last_running = Instant::now();
+            let saved = self.expect_state(control, &vm, None, &mut None)?;
+            self.state(control, &vm, &saved, last_running, None)?;
+            return Ok((self.commit(control, vm)?, None));
+        }
+        let connections = self.accept_data(control)?;
+        let closers = closers(&connections)?;
+        let written = WrittenPages::none(vm.memory());
+        let arrivals = Arrivals::of(
+            connections.len(),
+            control.stream().closer().map_err(WireError::from)?,
+        );
+        let mut linked: Option<Linked> = None;
+        let outcome = std::thread::scope(|scope| {
+            let outcome = receivers::start(scope, connections, vm.memory(), &written, &arrivals)
+                .and_then(|()| self.expect_state(control, &vm, Some(&arrivals), &mut linked))
+                .and_then(|saved| {
+                    let last_running = linked
+                        .as_ref()
+                        .map_or_else(|| arrivals.last_running(), |linked| linked.since);
+                    self.state(control, &vm, &saved, last_running, linked.as_ref())
+                })
+                .and_then(|()| self.await_commit(control, &vm));
+            if outcome.is_err() || linked.is_none() {
+                // The receivers end with their connections; in post-copy they have ended, and it needs them.
+                closers.iter().for_each(Closer::close);
             }
-            Ok((Err(refusal), _)) => refusal.to_string(),
-            Err(error) => error.to_string(),
-        };
-        tracing::warn!(%peer, reason = %refused, "turned a connection away");
-        // A stranger need not hear it.
-        let _ = connection.send(FrameKind::Abort, &Abort::because(&refused));
+            outcome.map_err(|error| arrivals.failure().unwrap_or(error))
+        });
+        if let (Err(error), Some(linked)) = (&outcome, &linked) {
+            linked.post_copy.stop(&error.to_string());
+        }
+        outcome.map(|()| (vm, linked))
     }
-}
 
-/// A connection whose peer has not yet said who it is: all of that has one deadline, so that nobody can hold the
-/// destination by sending a byte now and then.
-struct Greeting {
-    stream: TcpStream,
-    deadline: Instant,
-}
-
-impl Greeting {
-    fn time_left(&self) -> std::io::Result<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            Err(std::io::ErrorKind::TimedOut.into())
+    fn negotiate(&self, control: &mut Connection<Transport>, hooks: VmHooks) -> Result<Vm, DestinationError> {
+        crate::fault::point("destination.negotiate")?;
+        let platform = negotiate::check(self.hello, &self.incoming.prepared, self.kvm)?;
+        let spec = &self.incoming.prepared.spec;
+        let handed_over = if self.hello.handover {
+            let descriptor = control
+                .stream_mut()
+                .receive_descriptor()
+                .map_err(WireError::from)?;
+            Some(GuestMemory::from_file(descriptor.into(), spec.memory_bytes)?)
         } else {
-            Ok(left)
+            None
+        };
+        let vm = build::incoming_vm(self.kvm, spec, handed_over, platform, hooks)?;
+        let ack = HelloAck {
+            version: u32::from(self.version),
+            // Version 1 does not know of it, and gets the answer that it has always had.
+            post_copy: self.version != wire::VERSION_1 && super::postcopy::is_possible(),
+        };
+        control.send(FrameKind::HelloAck, &ack)?;
+        Ok(vm)
+    }
+
+    fn accept_data(
+        &self,
+        control: &Connection<Transport>,
+    ) -> Result<Vec<Connection<Transport>>, DestinationError> {
+        let wanted = self.hello.connections;
+        if !(1..=MAX_CONNECTIONS).contains(&wanted) {
+            return Err(Refusal::Connections(wanted).into());
         }
+        let deadline = Instant::now() + ATTACH_TIMEOUT;
+        let identity = self.incoming.identity.as_ref();
+        let mut connections = vec![];
+        for expected in 0..wanted {
+            let (connection, index) = greeting::accept_attached(
+                self.listener,
+                identity,
+                &self.incoming.prepared,
+                Role::Data,
+                deadline,
+            )?;
+            if index != expected {
+                return Err(Refusal::NotPrepared { field: "index" }.into());
+            }
+            self.arbiter.watch(connection.stream())?;
+            connections.push(connection);
+        }
+        debug_assert!(!control.stream().local_host() || !self.hello.handover);
+        Ok(connections)
     }
-}
 
-impl Read for Greeting {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.stream.set_read_timeout(Some(self.time_left()?))?;
-        self.stream.read(buffer)
-    }
-}
-
-impl Write for Greeting {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.stream.set_write_timeout(Some(self.time_left()?))?;
-        self.stream.write(data)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.stream.flush()
-    }
-}
-
-fn wait_readable(listener: &TcpListener, deadline: Instant) -> Result<(), DestinationError> {
-    let mut descriptor = libc::pollfd {
-        fd: listener.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = libc::c_int::try_from(left.as_millis()).expect("at most a minute");
-        // SAFETY: one pollfd, on the stack, for a descriptor that `listener` keeps open.
-        match unsafe { libc::poll(&raw mut descriptor, 1, timeout) } {
-            0 => return Err(DestinationError::NobodyCame),
-            1.. => return Ok(()),
-            _ => {
-                let error = std::io::Error::last_os_error();
-                if error.kind() != std::io::ErrorKind::Interrupted {
-                    return Err(DestinationError::Listen(error));
+    /// Follows the control connection until the state comes. By then all pages are in memory, and were compared if asked.
+    fn expect_state(
+        &self,
+        control: &mut Connection<Transport>,
+        vm: &Vm,
+        arrivals: Option<&Arrivals>,
+        linked: &mut Option<Linked>,
+    ) -> Result<Vec<u8>, DestinationError> {
+        let mut complete = arrivals.is_none();
+        let mut own_digest: Option<MemoryDigest> = None;
+        let mut to_compare = false;
+        loop {
+            let mut header = control.receive_header()?;
+            match header.kind {
+                FrameKind::KeepAlive => drop(control.receive_payload(&mut header)?),
+                FrameKind::PassEnd => {
+                    let end: Pass = wire::decode(header.kind, &control.receive_payload(&mut header)?)?;
+                    if let Some(arrivals) = arrivals {
+                        arrivals.wait_for_last(end, PEER_TIMEOUT)?;
+                    }
+                    complete = true;
+                    crate::fault::point("destination.pause")?;
                 }
+                FrameKind::Missing if !complete => {
+                    let first = control.receive_payload(&mut header)?;
+                    let missing = PageSet::receive_from(&first, control, &vm.memory().regions())?;
+                    match (&linked, arrivals) {
+                        (Some(linked), _) => {
+                            linked.post_copy.add(&missing)?;
+                            complete = true;
+                            crate::fault::point("destination.pause")?;
+                        }
+                        (None, Some(arrivals)) => {
+                            *linked = Some(self.link(control, vm, arrivals, &missing)?);
+                        }
+                        (None, None) => return Err(DestinationError::OutOfPlace(FrameKind::Missing)),
+                    }
+                }
+                FrameKind::Verify if complete => {
+                    crate::fault::point("destination.verify")?;
+                    let asked: Digest = wire::decode(header.kind, &control.receive_payload(&mut header)?)?;
+                    let mode = Verify::try_from(asked.mode).map_err(DestinationError::VerifyMode)?;
+                    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                    own_digest = Some(verify::digest(vm.memory(), mode, asked.seed, threads)?);
+                    to_compare = true;
+                }
+                FrameKind::Digest => {
+                    let sent: Digest = wire::decode(header.kind, &control.receive_payload(&mut header)?)?;
+                    compare(own_digest.as_ref(), &sent.digest, vm.memory().len())?;
+                    to_compare = false;
+                }
+                FrameKind::State if complete && !to_compare => {
+                    return Ok(control.receive_payload(&mut header)?);
+                }
+                FrameKind::Abort => return Err(wire::aborted(&control.receive_payload(&mut header)?).into()),
+                other => return Err(DestinationError::OutOfPlace(other)),
             }
         }
     }
-}
 
-fn negotiate(
-    connection: &mut Connection<TcpStream>,
-    kvm: &Kvm,
-    incoming: &Incoming,
-    hooks: VmHooks,
-    hello: &Hello,
-) -> Result<Vm, DestinationError> {
-    let platform = negotiate::check(hello, &incoming.prepared, kvm)?;
-    let vm = build::incoming_vm(kvm, &incoming.prepared.spec, platform, hooks)?;
-    connection.send(
-        FrameKind::HelloAck,
-        &HelloAck {
-            version: u32::from(wire::VERSION),
-        },
-    )?;
-    Ok(vm)
-}
-
-/// Writes pages as they come, pass after pass, until the state comes. The final pass looks like every other. Gives the
-/// state, and a moment at which the guest still ran at the source.
-fn pre_copy_and_final_pages(
-    connection: &mut Connection<TcpStream>,
-    vm: &Vm,
-) -> Result<(Vec<u8>, Instant), DestinationError> {
-    let mut counts = PageCounts::default();
-    let mut last_running = Instant::now();
-    loop {
-        let mut header = connection.receive_header()?;
-        match header.kind {
-            FrameKind::Pages => pages::receive(connection, &mut header, vm.memory(), &mut counts)?,
-            FrameKind::PassEnd => {
-                let pass: Pass = wire::decode(header.kind, &connection.receive_payload(&mut header)?)?;
-                if pass.pages != counts.raw {
-                    return Err(DestinationError::PagesLost {
-                        pass: pass.pass,
-                        sent: pass.pages,
-                        received: counts.raw,
-                    });
-                }
-                // The source pauses the guest after an acknowledgement, never before it.
-                last_running = Instant::now();
-                connection.send(FrameKind::PassAck, &pass)?;
-            }
-            FrameKind::State => return Ok((connection.receive_payload(&mut header)?, last_running)),
-            FrameKind::Abort => return Err(wire::aborted(&connection.receive_payload(&mut header)?).into()),
-            other => return Err(DestinationError::OutOfPlace(other)),
+    fn state(
+        &self,
+        control: &mut Connection<Transport>,
+        vm: &Vm,
+        saved: &[u8],
+        last_running: Instant,
+        linked: Option<&Linked>,
+    ) -> Result<(), DestinationError> {
+        crate::fault::point("destination.state")?;
+        vm.restore(saved, last_running)?;
+        if linked.is_some_and(|linked| !linked.post_copy.outlive_links()) {
+            return Err(DestinationError::LinksBroke);
         }
+        let migration_id = self.incoming.prepared.migration_id.as_bytes().to_vec();
+        control
+            .stream()
+            .set_timeouts(Some(self.incoming.commit_timeout))
+            .map_err(WireError::from)?;
+        control.send(FrameKind::Ready, &Step { migration_id })?;
+        crate::fault::point("destination.ready")?;
+        Ok(())
     }
-}
 
-fn state(
-    connection: &mut Connection<TcpStream>,
-    vm: &Vm,
-    saved: &[u8],
-    last_running: Instant,
-    incoming: &Incoming,
-) -> Result<(), DestinationError> {
-    vm.restore(saved, last_running)?;
-    let migration_id = incoming.prepared.migration_id.as_bytes().to_vec();
-    connection
-        .stream()
-        .set_read_timeout(Some(incoming.commit_timeout))
-        .map_err(WireError::from)?;
-    Ok(connection.send(FrameKind::Ready, &Step { migration_id })?)
-}
+    fn commit(&self, control: &mut Connection<Transport>, vm: Vm) -> Result<Vm, DestinationError> {
+        self.await_commit(control, &vm)?;
+        Ok(vm)
+    }
 
-fn commit(
-    connection: &mut Connection<TcpStream>,
-    vm: Vm,
-    incoming: &Incoming,
-    arbiter: &Arbiter,
-) -> Result<Vm, DestinationError> {
-    let step: Step = connection.expect(FrameKind::Commit, "Commit")?;
-    if step.migration_id != incoming.prepared.migration_id.as_bytes() {
-        return Err(Refusal::NotPrepared {
-            field: "migration_id",
+    fn await_commit(&self, control: &mut Connection<Transport>, vm: &Vm) -> Result<(), DestinationError> {
+        let step: Step = control.expect(FrameKind::Commit, "Commit")?;
+        if step.migration_id != self.incoming.prepared.migration_id.as_bytes() {
+            let field = "migration_id";
+            return Err(Refusal::NotPrepared { field }.into());
         }
-        .into());
+        self.arbiter.commit(&self.incoming.ran_mark)?;
+        // From here on nothing may fail: the VM runs here.
+        struck("destination.commit");
+        vm.resume();
+        struck("destination.running");
+        if let Err(error) = control.send(FrameKind::Running, &step) {
+            tracing::warn!(%error, "the VM runs here, but the source could not be told; the scheduler will find out");
+        }
+        Ok(())
     }
-    arbiter.commit(&incoming.ran_mark)?;
-    vm.resume();
-    if let Err(error) = connection.send(FrameKind::Running, &step) {
-        tracing::warn!(%error, "the VM runs here, but the source could not be told; the scheduler will find out");
+}
+
+/// A fault that can kill or hang, and has nothing to fail.
+fn struck(point: &'static str) {
+    if let Err(fault) = crate::fault::point(point) {
+        tracing::warn!(%fault, "goes on: Commit has been decided");
     }
-    Ok(vm)
+}
+
+fn closers(connections: &[Connection<Transport>]) -> Result<Vec<Closer>, DestinationError> {
+    let closer = |connection: &Connection<Transport>| connection.stream().closer();
+    Ok(connections
+        .iter()
+        .map(closer)
+        .collect::<Result<_, _>>()
+        .map_err(WireError::from)?)
+}
+
+fn compare(own: Option<&MemoryDigest>, sent: &[u8], memory_bytes: u64) -> Result<(), DestinationError> {
+    let own = own.ok_or(DestinationError::OutOfPlace(FrameKind::Digest))?;
+    let sent = MemoryDigest::decode(sent, memory_bytes)?;
+    match own.first_difference(&sent) {
+        None => Ok(()),
+        Some(gpa) => Err(DestinationError::Differs { gpa: gpa.0 }),
+    }
 }

@@ -1,11 +1,12 @@
 //! Before the first page: is this the VM, and can it run here?
 
-use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Cap, Kvm};
+use shoal_cpuid::{Table, TableError};
 use shoal_proto::{Epoch, MigrationId};
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::IntoBytes as _;
 
-use super::wire::Hello;
+use super::policy::MAX_CONNECTIONS;
+use super::wire::{Attach, Hello, Role};
 use crate::arch::{cpuid, selftest};
 use crate::spec::VmSpec;
 use crate::vm::{Platform, Vm};
@@ -14,7 +15,21 @@ use crate::vm::{Platform, Vm};
 const DEVICES: [&str; 3] = ["serial", "console", "power"];
 /// How far two TSC frequencies may lie apart and still be taken for the same (what Linux's own clock tolerates).
 const TSC_TOLERANCE_PPM: u64 = 250;
-const MAX_CPUID_ENTRIES: usize = 256;
+/// KVM_GET_XSAVE and KVM_SET_XSAVE carry this much of an XSAVE area; AMX tiles would need more.
+const XSAVE_BYTES: u32 = 4096;
+/// What KVM must be able to do to take up a VM's state.
+const CAPABILITIES: [(Cap, &str); 10] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
 
 /// Why the destination does not take the VM.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +40,17 @@ pub enum Refusal {
         /// What did not match.
         field: &'static str,
     },
+    /// A connection that is for something else.
+    #[error("preamble: a {found:?} connection, and a {expected:?} connection was due")]
+    Role {
+        /// What came.
+        found: Role,
+        /// What was due.
+        expected: Role,
+    },
+    /// Not a number of connections.
+    #[error("connections: {0} is not between 1 and {MAX_CONNECTIONS}")]
+    Connections(u32),
     /// The two sides disagree on the VM's shape.
     #[error("{field}: the source has {source_has}, the destination was prepared for {prepared}")]
     Differs {
@@ -53,8 +79,29 @@ pub enum Refusal {
     #[error("KVM: the VM was started with hardware virtualization, and this host's KVM emulates ring 0")]
     SoftwareKvm,
     /// A malformed CPUID table.
-    #[error("cpuid: {0} bytes are not a table of at most {MAX_CPUID_ENTRIES} entries")]
-    CpuidTable(usize),
+    #[error("cpuid: {0}")]
+    CpuidTable(#[from] TableError),
+    /// The guest's XSAVE area is larger than this host's.
+    #[error("xsave: the guest's area has {guest} bytes, this host's at most {host}")]
+    XsaveSize {
+        /// There.
+        guest: u32,
+        /// Here.
+        host: u32,
+    },
+    /// A component of the XSAVE area lies elsewhere here.
+    #[error("xsave: component {component} of the guest has (bytes, offset) {guest:?}, of this host {host:?}")]
+    XsaveLayout {
+        /// Its bit in XCR0.
+        component: u32,
+        /// There.
+        guest: (u32, u32),
+        /// Here.
+        host: (u32, u32),
+    },
+    /// This host's KVM is too old, or too bare.
+    #[error("KVM: this host's lacks {}", .0.join(", "))]
+    Capabilities(Vec<&'static str>),
     /// KVM did not answer.
     #[error(transparent)]
     Kvm(#[from] crate::vm::VmError),
@@ -93,7 +140,23 @@ pub fn hello(
         msr_indices: platform.msr_indices.clone(),
         devices: DEVICES.map(str::to_owned).to_vec(),
         software_kvm: selftest::is_software_kvm(kvm),
+        ..Hello::default()
     }
+}
+
+/// Whether a further connection belongs to the migration that this destination was prepared for.
+///
+/// # Errors
+/// What does not match; never what was expected.
+pub fn check_attach(attach: &Attach, prepared: &Prepared) -> Result<(), Refusal> {
+    let refuse = |field| Err(Refusal::NotPrepared { field });
+    if !equal_in_constant_time(attach.token.as_bytes(), prepared.token.as_bytes()) {
+        return refuse("token");
+    }
+    if attach.migration_id != prepared.migration_id.as_bytes() {
+        return refuse("migration_id");
+    }
+    Ok(())
 }
 
 /// Whether the peer is the source this destination waits for.
@@ -146,20 +209,8 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
     agree("devices", hello.devices.join(" "), DEVICES.join(" "))?;
 
     let host = Platform::of_host(kvm, spec.cpus)?;
-    let entry_len = size_of::<kvm_cpuid_entry2>();
-    let malformed = || Refusal::CpuidTable(hello.cpuid.len());
-    if !hello.cpuid.len().is_multiple_of(entry_len) || hello.cpuid.len() / entry_len > MAX_CPUID_ENTRIES {
-        return Err(malformed());
-    }
-    let cpuid: Vec<kvm_cpuid_entry2> = hello
-        .cpuid
-        .chunks_exact(entry_len)
-        .map(|bytes| kvm_cpuid_entry2::read_from_bytes(bytes).map_err(|_| malformed()))
-        .collect::<Result<_, _>>()?;
-    let missing = cpuid::missing_features(&cpuid, &host.cpuid);
-    if !missing.is_empty() {
-        return Err(Refusal::CpuFeatures(missing));
-    }
+    let guest = Table::from_bytes(&hello.cpuid)?;
+    requirements(&guest, &cpuid::to_table(&host.cpuid), kvm)?;
     if !same_frequency(hello.tsc_khz, host.tsc_khz) && !kvm.check_extension(Cap::TscControl) {
         return Err(Refusal::Tsc {
             guest_khz: hello.tsc_khz,
@@ -185,10 +236,49 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
         hello.tsc_khz
     };
     Ok(Platform {
-        cpuid,
+        cpuid: cpuid::from_table(&guest),
         tsc_khz,
         msr_indices: hello.msr_indices.clone(),
     })
+}
+
+/// What a VM with the CPU `guest` needs of this host's CPU and KVM.
+///
+/// # Errors
+/// The first kind of thing that is not there, with all that lack.
+pub fn requirements(guest: &Table, host: &Table, kvm: &Kvm) -> Result<(), Refusal> {
+    let lacking = CAPABILITIES.iter().filter(|(cap, _)| !kvm.check_extension(*cap));
+    let lacking: Vec<_> = lacking.map(|(_, name)| *name).collect();
+    if !lacking.is_empty() {
+        return Err(Refusal::Capabilities(lacking));
+    }
+    cpu_requirements(guest, host)
+}
+
+fn cpu_requirements(guest: &Table, host: &Table) -> Result<(), Refusal> {
+    let missing = guest.missing_on(host);
+    if !missing.is_empty() {
+        return Err(Refusal::CpuFeatures(missing));
+    }
+    let (guest_bytes, host_bytes) = (guest.xsave_bytes(), host.xsave_bytes().min(XSAVE_BYTES));
+    if guest_bytes > host_bytes {
+        return Err(Refusal::XsaveSize {
+            guest: guest_bytes,
+            host: host_bytes,
+        });
+    }
+    for (component, bytes, offset) in guest.xsave_components() {
+        let here = host.xsave_components().find(|(other, ..)| *other == component);
+        let host = here.map_or((0, 0), |(_, bytes, offset)| (bytes, offset));
+        if (bytes, offset) != host {
+            return Err(Refusal::XsaveLayout {
+                component,
+                guest: (bytes, offset),
+                host,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn same_frequency(guest_khz: u32, host_khz: u32) -> bool {
@@ -209,6 +299,48 @@ mod tests {
         assert!(same_frequency(2_000_000, 2_000_400));
         assert!(!same_frequency(2_000_000, 2_001_000));
         assert!(same_frequency(0, 0));
+    }
+
+    #[test]
+    fn an_xsave_area_that_is_larger_or_laid_out_otherwise_is_refused() {
+        let table = |bytes, components: u32, offset| -> Table {
+            let leaf = |index, eax, ebx, ecx| shoal_cpuid::Entry {
+                function: 0xd,
+                index,
+                eax,
+                ebx,
+                ecx,
+                ..Default::default()
+            };
+            vec![
+                leaf(0, components, bytes, bytes),
+                leaf(2, 256, 576, 0),
+                leaf(9, 8, offset, 0),
+            ]
+            .into()
+        };
+        let wide = table(2696, 7 | 1 << 9, 2688);
+        assert!(cpu_requirements(&wide, &wide).is_ok());
+        assert!(cpu_requirements(&table(832, 7, 0), &wide).is_ok());
+        let refused = cpu_requirements(&table(2704, 7, 2688), &wide);
+        assert!(matches!(
+            refused,
+            Err(Refusal::XsaveSize {
+                guest: 2704,
+                host: 2696
+            })
+        ));
+        let moved = cpu_requirements(&table(2440, 7 | 1 << 9, 2432), &wide);
+        assert!(matches!(
+            moved,
+            Err(Refusal::XsaveLayout {
+                component: 9,
+                guest: (8, 2432),
+                host: (8, 2688)
+            })
+        ));
+        let lacking = cpu_requirements(&wide, &table(832, 7, 0)).unwrap_err();
+        assert_eq!(lacking.to_string(), "CPU: this host lacks XSAVE_PKRU");
     }
 
     #[test]

@@ -9,7 +9,12 @@ const WORTHWHILE_SHRINK: f64 = 0.5;
 /// At most this many passes after the limit is met, so that a guest that idles and bursts cannot hold the end off.
 const EXTRA_PASSES: u32 = 5;
 
-/// What the user asked for.
+/// A pass that leaves more than this share of what the one before left does not get anywhere.
+const NOT_SHRINKING: f64 = 0.85;
+/// So many such passes in a row are a stall.
+const STALLED_PASSES: u32 = 2;
+
+/// What was asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Longest pause.
@@ -33,6 +38,8 @@ pub struct PassFacts {
     pub elapsed: Duration,
     /// Passes since the predicted downtime first met the limit.
     pub passes_within_limit: u32,
+    /// Passes in a row, before this one, that did not shrink what is left.
+    pub passes_stalled: u32,
 }
 
 /// What to do next.
@@ -42,8 +49,10 @@ pub enum Decision {
     Continue,
     /// Pause and send the rest.
     Stop,
-    /// It will not converge in time.
-    GiveUp(String),
+    /// It does not converge, for this reason; what then is the policy's to say. There is time left.
+    Stalled(String),
+    /// The time is up.
+    TimedOut(String),
 }
 
 /// Predicted pause if the VM were stopped now.
@@ -71,18 +80,41 @@ pub fn decide(limits: &Limits, facts: &PassFacts) -> Decision {
         }
         return Decision::Continue;
     }
-    if facts.elapsed >= limits.timeout {
-        return Decision::GiveUp(format!(
+    let late = facts.elapsed >= limits.timeout;
+    let stalled = is_stalled(facts) && facts.passes_stalled + 1 >= STALLED_PASSES;
+    if !late && !stalled {
+        return Decision::Continue;
+    }
+    let why = if facts.fixed_cost > limits.max_downtime {
+        format!(
+            "a pause takes {:.1} ms on this link with nothing to send, and the limit is {:.1} ms; allow more with --max-downtime",
+            facts.fixed_cost.as_secs_f64() * 1e3,
+            limits.max_downtime.as_secs_f64() * 1e3,
+        )
+    } else {
+        format!(
             "did not converge within {:.1} s: {:.1} MiB are dirtied per pass, the link takes {:.1} MiB/s, so the pause would be \
-             {:.0} ms and the limit is {:.0} ms; allow more with --max-downtime or --timeout",
+             {:.0} ms and the limit is {:.0} ms; allow more with --max-downtime or --timeout, or choose --on-stall",
             facts.elapsed.as_secs_f64(),
             mebibytes(facts.dirty_bytes as f64),
             mebibytes(facts.rate),
             predicted.as_secs_f64() * 1e3,
             limits.max_downtime.as_secs_f64() * 1e3,
-        ));
+        )
+    };
+    if late {
+        Decision::TimedOut(why)
+    } else {
+        Decision::Stalled(why)
     }
-    Decision::Continue
+}
+
+/// Whether this pass left hardly less than the one before.
+#[must_use]
+pub fn is_stalled(facts: &PassFacts) -> bool {
+    facts
+        .previous_dirty_bytes
+        .is_some_and(|previous| facts.dirty_bytes as f64 > previous as f64 * NOT_SHRINKING)
 }
 
 fn mebibytes(bytes: f64) -> f64 {
@@ -107,6 +139,7 @@ mod tests {
             fixed_cost: Duration::from_micros(500),
             elapsed: Duration::from_secs(1),
             passes_within_limit: 0,
+            passes_stalled: 0,
         }
     }
 
@@ -141,11 +174,16 @@ mod tests {
             ..facts()
         };
         assert_eq!(decide(&LIMITS, &busy), Decision::Continue);
+        let again = PassFacts {
+            passes_stalled: 1,
+            ..busy
+        };
+        assert!(matches!(decide(&LIMITS, &again), Decision::Stalled(_)));
         let late = PassFacts {
             elapsed: Duration::from_secs(61),
             ..busy
         };
-        let Decision::GiveUp(reason) = decide(&LIMITS, &late) else {
+        let Decision::TimedOut(reason) = decide(&LIMITS, &late) else {
             panic!("not given up")
         };
         assert!(
@@ -156,13 +194,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_never_stops_over_the_limit_and_always_ends(dirty: u64, previous: Option<u64>, rate in 0f64..1e12, elapsed_ms in 0u64..120_000, within in 0u32..10) {
+        fn it_never_stops_over_the_limit_and_always_ends(dirty: u64, previous: Option<u64>, rate in 0f64..1e12, elapsed_ms in 0u64..120_000, within in 0u32..10, stalled in 0u32..3) {
             let facts = PassFacts {
                 dirty_bytes: dirty,
                 previous_dirty_bytes: previous,
                 rate,
                 elapsed: Duration::from_millis(elapsed_ms),
                 passes_within_limit: within,
+                passes_stalled: stalled,
                 ..facts()
             };
             let decision = decide(&LIMITS, &facts);
@@ -170,7 +209,7 @@ mod tests {
                 prop_assert!(predicted_downtime(&facts) <= LIMITS.max_downtime);
             }
             if facts.elapsed >= LIMITS.timeout {
-                prop_assert_ne!(decision, Decision::Continue);
+                prop_assert!(matches!(decision, Decision::Stop | Decision::TimedOut(_)));
             }
         }
     }

@@ -4,10 +4,16 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use shoal_proto::MigrationId;
-use shoal_proto::vm::{MigrationPass, MigrationPhase, MigrationProgress, MigrationReport, MigrationResult};
+use shoal_proto::vm::{
+    MigrationPass, MigrationPhase, MigrationProgress, MigrationReport, MigrationResult, MigrationSample,
+    Verify,
+};
 use tokio::sync::watch;
 
+use super::codec::CodecCounts;
 use super::pages::PageCounts;
+use super::policy::Policy;
+use super::postcopy::frames::Status;
 use crate::spec::PAGE_SIZE;
 
 /// Progress is published at most this often, but for a change of phase.
@@ -17,7 +23,7 @@ const FIRST_PASSES: usize = 16;
 const LAST_PASSES: usize = 48;
 
 /// The passes of a migration, bounded.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct PassTable {
     count: u32,
     first: Vec<MigrationPass>,
@@ -35,6 +41,14 @@ impl PassTable {
             self.last.pop_front();
         }
         self.last.push_back(pass);
+    }
+}
+
+impl PassTable {
+    fn dirtied(&mut self, pages: u64) {
+        if let Some(pass) = self.last.back_mut().or(self.first.last_mut()) {
+            pass.dirtied_pages = pages;
+        }
     }
 }
 
@@ -59,8 +73,57 @@ impl Downtime {
     }
 }
 
+/// Samples of a migration's life, so many at most: when they are full every other one goes and they become rarer.
+const MAX_SAMPLES: usize = 512;
+
+/// What a plot of a migration is made from.
+#[derive(Debug, Clone)]
+struct Samples {
+    taken: Vec<MigrationSample>,
+    interval: Duration,
+    last: Option<(Instant, u64)>,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self {
+            taken: vec![],
+            interval: Duration::from_millis(5),
+            last: None,
+        }
+    }
+}
+
+impl Samples {
+    fn take(&mut self, now: Instant, elapsed: Duration, progress: &MigrationProgress, forced: bool) {
+        let (since, bytes) = self.last.unwrap_or((now.checked_sub(elapsed).unwrap_or(now), 0));
+        let passed = now.saturating_duration_since(since);
+        if passed < self.interval && !forced {
+            return;
+        }
+        if self.taken.len() == MAX_SAMPLES {
+            let mut odd = false;
+            self.taken.retain(|_| {
+                odd = !odd;
+                odd
+            });
+            self.interval *= 2;
+        }
+        self.last = Some((now, progress.bytes_sent));
+        let rate = progress.bytes_sent.saturating_sub(bytes) as f64 / passed.as_secs_f64().max(1e-6);
+        self.taken.push(MigrationSample {
+            elapsed_us: micros(elapsed),
+            rate_bytes_per_second: to_u64(rate),
+            dirty_rate_bytes_per_second: progress.dirty_rate_bytes_per_second,
+            remaining_bytes: progress.remaining_bytes,
+            throttle_percent: progress.throttle_percent,
+            phase: progress.phase,
+        });
+    }
+}
+
 /// Keeps the figures of one outgoing migration and publishes them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Recorder {
     started: Instant,
     published: Instant,
@@ -70,8 +133,11 @@ pub struct Recorder {
     pass_started: Instant,
     counts_before: PageCounts,
     bytes_before: u64,
+    samples: Samples,
     /// The pause, filled in as it goes.
     pub downtime: Downtime,
+    /// What else the report says, filled in as it goes.
+    pub facts: MigrationReport,
 }
 
 impl Recorder {
@@ -97,7 +163,9 @@ impl Recorder {
             pass_started: now,
             counts_before: PageCounts::default(),
             bytes_before: 0,
+            samples: Samples::default(),
             downtime: Downtime::default(),
+            facts: MigrationReport::default(),
         }
     }
 
@@ -117,7 +185,45 @@ impl Recorder {
     pub fn phase(&mut self, phase: MigrationPhase) {
         self.progress.phase = phase.into();
         tracing::debug!(migration = %self.progress.migration_id, phase = phase.as_str_name(), "migration phase");
+        self.samples
+            .take(Instant::now(), self.started.elapsed(), &self.progress, true);
         self.publish();
+    }
+
+    /// What is in force, and how it is sent.
+    pub fn settings(&mut self, policy: &Policy, connections: usize, tls: bool) {
+        self.progress.policy = Some(policy.into());
+        self.progress.connections = u32::try_from(connections).unwrap_or(u32::MAX);
+        self.facts.connections = self.progress.connections;
+        self.facts.tls = tls;
+    }
+
+    /// Share of vCPU time that is taken from the guest now.
+    pub fn throttle(&mut self, percent: u32, taken: Duration) {
+        self.progress.throttle_percent = percent;
+        self.facts.max_throttle_percent = self.facts.max_throttle_percent.max(percent);
+        self.facts.throttled_us = micros(taken);
+    }
+
+    /// What encoding saved so far.
+    pub fn codec(&mut self, counts: &CodecCounts, pages_with_bytes: u64) {
+        let plain = pages_with_bytes * PAGE_SIZE;
+        let saved = counts.compression_saved_bytes + counts.delta_saved_bytes;
+        self.progress.compression_ratio = if plain == 0 {
+            1.0
+        } else {
+            plain.saturating_sub(saved) as f64 / plain as f64
+        };
+        self.facts.compressed_pages = counts.compressed_pages;
+        self.facts.compression_saved_bytes = counts.compression_saved_bytes;
+        self.facts.delta_pages = counts.delta_pages;
+        self.facts.delta_saved_bytes = counts.delta_saved_bytes;
+    }
+
+    /// Memory was compared, and was equal.
+    pub fn verified(&mut self, mode: Verify, took: Duration) {
+        self.facts.verified = mode.into();
+        self.facts.verify_us = micros(took);
     }
 
     /// Begins a pass over `pages` pages.
@@ -132,6 +238,8 @@ impl Recorder {
     pub fn within_pass(&mut self, remaining_pages: u64, bytes_sent: u64) {
         self.progress.remaining_bytes = remaining_pages * PAGE_SIZE;
         self.progress.bytes_sent = bytes_sent;
+        self.samples
+            .take(Instant::now(), self.started.elapsed(), &self.progress, false);
         self.publish_if_due();
     }
 
@@ -145,6 +253,8 @@ impl Recorder {
             zero_pages: counts.zero - self.counts_before.zero,
             bytes,
             duration_us: micros(duration),
+            dirtied_pages: 0,
+            throttle_percent: self.progress.throttle_percent,
         });
         (self.counts_before, self.bytes_before) = (counts, bytes_sent);
         self.progress.remaining_bytes = 0;
@@ -153,11 +263,34 @@ impl Recorder {
     }
 
     /// What the decision after a pass is made from.
-    pub fn rates(&mut self, rate: f64, dirty_rate: f64, predicted: Duration) {
+    pub fn rates(&mut self, rate: f64, dirty_rate: f64, predicted: Duration, dirtied_bytes: u64) {
+        self.passes.dirtied(dirtied_bytes / PAGE_SIZE);
         self.progress.rate_bytes_per_second = to_u64(rate);
         self.progress.dirty_rate_bytes_per_second = to_u64(dirty_rate);
         self.progress.predicted_downtime_us = micros(predicted);
         self.publish_if_due();
+    }
+
+    /// How post-copy goes, as the destination says.
+    pub fn post_copy(&mut self, status: &Status, bytes_sent: u64) {
+        self.progress.faults = status.faults;
+        self.progress.worst_fault_us = status.worst_fault_us;
+        self.facts.faults = status.faults;
+        self.facts.worst_fault_us = status.worst_fault_us;
+        self.facts.mean_fault_us = status.fault_us.checked_div(status.faults).unwrap_or(0);
+        self.within_pass(status.missing_pages, bytes_sent);
+    }
+
+    /// Whether the two sides of post-copy are connected.
+    pub fn link_lost(&mut self, lost: bool) {
+        self.progress.link_lost = lost;
+        self.publish();
+    }
+
+    /// The last progress, if it ended in doubt now. It does not end by that.
+    #[must_use]
+    pub fn in_doubt(&self, reason: String, bytes_sent: u64) -> MigrationProgress {
+        self.clone().finish(MigrationResult::InDoubt, reason, bytes_sent)
     }
 
     fn publish_if_due(&mut self) {
@@ -191,6 +324,9 @@ impl Recorder {
             pages_sent: self.counts_before.raw,
             zero_pages: self.counts_before.zero,
             pass_table: self.passes.first.into_iter().chain(self.passes.last).collect(),
+            samples: self.samples.taken,
+            policy: self.progress.policy,
+            ..self.facts
         };
         self.progress.bytes_sent = bytes_sent;
         self.progress.report = Some(report);

@@ -1,27 +1,39 @@
 //! The source's side of a migration: each phase one function, in order. Until Commit is sent any failure resumes the VM.
 
-use std::net::{SocketAddr, TcpStream};
+mod postcopy;
+mod workers;
+
+use std::os::fd::AsFd as _;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult};
+use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult, OnStall, Verify};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::watch;
 
-use super::cancel::CancelSwitch;
+use super::controls::Controls;
 use super::negotiate;
-use super::pages::{PageCounts, PageSender, PagesError, ZeroPages};
+use super::pages::PageCounts;
+use super::policy::Policy;
 use super::precopy::{self, Decision, Limits, PassFacts};
-use super::report::Recorder;
-use super::wire::{self, Abort, Connection, FrameKind, HelloAck, Pass, Step, WireError};
+use super::report::{Downtime, Recorder};
+use super::transport::{Address, Closer, Identity, Transport, TransportError};
+use super::verify::{self, VerifyError};
+use super::widen::Widen;
+use super::wire::{
+    self, Abort, Attach, Connection, Digest, Empty, FrameKind, HelloAck, KEEP_ALIVE, PEER_TIMEOUT, Pass,
+    Role, Step, WireError,
+};
 use crate::dirty::{Bitmap, DirtyError, DirtyLog};
-use crate::memory::{GuestMemory, MemoryError, Region};
-use crate::spec::VmSpec;
+use crate::memory::MemoryError;
+use crate::spec::{PAGE_SIZE, VmSpec};
+use crate::throttle::{self, Measured, Throttle};
 use crate::vm::{Vm, VmError};
+pub use postcopy::Serving;
+use workers::{Context, PassKind, PassPlan, PassShare, Shared, Workers};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pages whose write protection is re-armed at once, right before they are read (256 MiB).
-const CHUNK_PAGES: u64 = 64 * 1024;
 /// What the pause takes with nothing to send and no network: stop, save, load.
 const LOCAL_FIXED_COST: Duration = Duration::from_millis(1);
 /// State and Commit each wait for an answer.
@@ -30,62 +42,112 @@ const ROUND_TRIPS_IN_PAUSE: u32 = 2;
 const RATE_SAMPLE_BYTES: u64 = 256 * 1024;
 /// A pause may take at least this long before it is given up.
 const LEAST_PAUSE_LIMIT: Duration = Duration::from_secs(1);
+/// Time that digesting a GiB may take on a busy host.
+const DIGEST_TIME_PER_GIB: Duration = Duration::from_secs(2);
 /// After a pass too small to matter the next one waits a little: what keeps the pause from fitting is not the pages.
 const SMALL_PASS_PACE: Duration = Duration::from_millis(20);
 const ABORT_REASON_WAIT: Duration = Duration::from_secs(1);
+/// How often a pass under way is looked at.
+const TICK: Duration = Duration::from_millis(10);
+/// Connections for pages, at most, where the policy leaves it to the link.
+const MOST_BY_ITSELF: usize = 4;
 
 /// What is asked of the source.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Outgoing {
     /// The migration.
     pub migration_id: MigrationId,
     /// Its secret.
     pub token: String,
     /// Where the destination VMM listens.
-    pub destination: SocketAddr,
+    pub destination: Address,
     /// The epoch it will run at.
     pub destination_epoch: Epoch,
-    /// Bounds on pause and duration.
-    pub limits: Limits,
+    /// How it is to go, at its start.
+    pub policy: Policy,
+    /// What the two sides know each other by; without, nothing is encrypted.
+    pub identity: Option<Identity>,
 }
 
 /// Why a migration ended before Commit.
 #[derive(Debug, thiserror::Error)]
-enum SourceError {
+pub enum SourceError {
+    /// No connection.
     #[error("cannot connect to the destination {address}: {source}")]
     Connect {
-        address: SocketAddr,
-        source: std::io::Error,
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: TransportError,
     },
+    /// On request.
     #[error("cancelled")]
     Cancelled,
+    /// Nothing is left to migrate.
     #[error("the guest ended during the migration")]
     GuestEnded,
+    /// The guest writes faster than the link takes.
     #[error("{0}")]
     NotConverging(String),
+    /// The time is up in the middle of a pass.
     #[error("timed out after {:.1} s, in pass {pass}, with {remaining} bytes of it to send; allow more with --timeout", elapsed.as_secs_f64())]
     TimedOut {
+        /// Since the start.
         elapsed: Duration,
+        /// Which.
         pass: u32,
+        /// Of the pass.
         remaining: u64,
     },
+    /// The guest must not wait any longer.
     #[error(
         "the pause took longer than {} ms with {remaining} bytes to send, so the VM goes on here; the link became slower",
         limit.as_millis()
     )]
-    PauseTooLong { limit: Duration, remaining: u64 },
+    PauseTooLong {
+        /// What was allowed.
+        limit: Duration,
+        /// Of the last pass.
+        remaining: u64,
+    },
+    /// The stream.
     #[error(transparent)]
     Wire(#[from] WireError),
-    #[error(transparent)]
-    Pages(#[from] PagesError),
+    /// Guest memory could not be digested.
+    #[error("verify: {0}")]
+    Verify(#[from] VerifyError),
+    /// The dirty log.
     #[error(transparent)]
     Dirty(#[from] DirtyError),
+    /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The VM's state.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// A worker ended without a word.
+    #[error("a fault in a thread that sends pages; see the VMM's log")]
+    WorkerGone,
+    /// A fault made for a test.
+    #[error(transparent)]
+    Fault(#[from] crate::fault::Fault),
+    /// The answer to Commit did not come.
     #[error("Commit was sent and not answered: {0}")]
     InDoubt(WireError),
+    /// Post-copy is what the policy asks for, and the destination's host does not offer it.
+    #[error(
+        "{0}; --on-stall post-copy needs userfaultfd at the destination, which its host does not offer to its VMMs"
+    )]
+    NoPostCopy(String),
+    /// In post-copy the VM ended at the destination before all of its memory was there.
+    #[error("the VM ended at its destination: {0}")]
+    EndedThere(String),
+    /// In post-copy this side was stopped, and with it went what the destination lacked.
+    #[error("stopped on request; memory that the VM still needed at its destination is lost with it")]
+    ServingStopped,
 }
 
 /// The last progress of a migration whose thread ended without one.
@@ -113,22 +175,26 @@ pub fn migrate(
     spec: &VmSpec,
     kvm: &Kvm,
     request: &Outgoing,
-    cancel: &CancelSwitch,
+    controls: &Controls,
     progress: watch::Sender<Option<MigrationProgress>>,
+    tell: &dyn Fn(Serving),
 ) -> MigrationProgress {
     let mut recorder = Recorder::new(request.migration_id, vm.memory().len(), progress);
+    recorder.settings(&request.policy, 0, false);
     recorder.phase(MigrationPhase::Negotiate);
-    let mut bytes_sent = 0;
-    let outcome = run(vm, spec, kvm, request, cancel, &mut recorder, &mut bytes_sent);
+    let (outcome, bytes_sent) = run(vm, spec, kvm, request, controls, &mut recorder, tell);
     let (result, reason) = match outcome {
         Ok(()) => (MigrationResult::Completed, String::new()),
+        Err(error @ (SourceError::EndedThere(_) | SourceError::ServingStopped)) => {
+            (MigrationResult::Completed, error.to_string())
+        }
         Err(SourceError::InDoubt(error)) => {
             (MigrationResult::InDoubt, SourceError::InDoubt(error).to_string())
         }
         Err(error) => {
-            recorder.downtime = super::report::Downtime::default();
+            recorder.downtime = Downtime::default();
             match error {
-                _ if cancel.is_cancelled() => {
+                _ if controls.is_cancelled() => {
                     (MigrationResult::Cancelled, SourceError::Cancelled.to_string())
                 }
                 error => (MigrationResult::Failed, error.to_string()),
@@ -147,157 +213,274 @@ fn run(
     spec: &VmSpec,
     kvm: &Kvm,
     request: &Outgoing,
-    cancel: &CancelSwitch,
+    controls: &Controls,
     recorder: &mut Recorder,
-    bytes_sent: &mut u64,
-) -> Result<(), SourceError> {
-    let address = request.destination;
-    let stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
-        .and_then(|stream| {
-            wire::tune(&stream)
-                .and_then(|()| cancel.watch(&stream))
-                .map(|()| stream)
-        })
-        .map_err(|source| SourceError::Connect { address, source })?;
+    tell: &dyn Fn(Serving),
+) -> (Result<(), SourceError>, u64) {
+    let connected = crate::fault::point("source.connect")
+        .map_err(SourceError::from)
+        .and_then(|()| connect(request, controls));
+    let transport = match connected {
+        Ok(transport) => transport,
+        Err(error) => return (Err(error), 0),
+    };
+    let handover = transport.local_host() && vm.memory().file().is_some();
     let mut source = Source {
         vm,
+        spec,
         request,
-        cancel,
+        controls,
+        tell,
         recorder,
-        connection: Connection::new(stream),
-        sender: PageSender::new(vm.memory()),
-        regions: vm.memory().regions(),
+        control: Connection::new(transport),
+        data: vec![],
+        shared: Shared::new(1),
+        handover,
         round_trip: Duration::MAX,
         rate: 0.0,
+        counts: PageCounts::default(),
+        kept_alive: Instant::now(),
         paused_at: None,
+        forced: false,
+        peer_has_post_copy: false,
+        post_copy: false,
+        recent: vec![],
         commit_sent: false,
     };
-    let outcome = source.phases(spec, kvm);
-    if outcome.is_err() && !source.commit_sent {
-        // Before anything else: the guest waits.
-        vm.resume();
-    }
-    *bytes_sent = source.connection.bytes_sent();
-    outcome.map_err(|error| source.explain(error))
+    let outcome = source.phases(kvm);
+    source.resume_unless_committed(&outcome);
+    let bytes_sent = source.bytes_sent();
+    (outcome.map_err(|error| source.explain(error)), bytes_sent)
 }
 
-/// Longest pause before Commit, whatever was predicted: then the guest goes on here.
-fn pause_limit(request: &Outgoing) -> Duration {
-    (request.limits.max_downtime * 4).max(LEAST_PAUSE_LIMIT)
+fn connect(request: &Outgoing, controls: &Controls) -> Result<Transport, SourceError> {
+    let failed = |source: TransportError| SourceError::Connect {
+        address: request.destination.clone(),
+        source,
+    };
+    let transport = Transport::connect(&request.destination, request.identity.as_ref(), CONNECT_TIMEOUT)
+        .map_err(failed)?;
+    transport
+        .set_timeouts(Some(PEER_TIMEOUT))
+        .and_then(|()| controls.watch(&transport))
+        .map_err(|error| failed(error.into()))?;
+    Ok(transport)
 }
 
-/// Whether a migration may go on, asked after each frame.
-struct Check<'a> {
-    vm: &'a Vm,
-    cancel: &'a CancelSwitch,
-    timeout: Duration,
-    pause: Option<(Instant, Duration)>,
-}
-
-impl<'a> Check<'a> {
-    fn of(vm: &'a Vm, cancel: &'a CancelSwitch, request: &Outgoing, paused_at: Option<Instant>) -> Self {
-        let pause = paused_at.map(|since| (since, pause_limit(request)));
-        Self {
-            vm,
-            cancel,
-            timeout: request.limits.timeout,
-            pause,
-        }
-    }
-
-    fn go_on(&self, recorder: &Recorder, remaining_pages: u64) -> Result<(), SourceError> {
-        if self.cancel.is_cancelled() {
-            return Err(SourceError::Cancelled);
-        }
-        if self.vm.guest_end().is_some() {
-            return Err(SourceError::GuestEnded);
-        }
-        let remaining = remaining_pages * crate::spec::PAGE_SIZE;
-        match self.pause {
-            Some((since, limit)) if since.elapsed() > limit => {
-                Err(SourceError::PauseTooLong { limit, remaining })
-            }
-            None if recorder.elapsed() > self.timeout => Err(SourceError::TimedOut {
-                elapsed: recorder.elapsed(),
-                pass: recorder.pass(),
-                remaining,
-            }),
-            _ => Ok(()),
-        }
-    }
+/// Says what a connection is for. Gives how long the answer took.
+fn attach(
+    request: &Outgoing,
+    transport: Transport,
+    role: Role,
+    index: u32,
+) -> Result<(Connection<Transport>, Duration), WireError> {
+    let mut connection = Connection::new(transport);
+    connection.send_preamble(role)?;
+    let attach = Attach {
+        migration_id: request.migration_id.as_bytes().to_vec(),
+        token: request.token.clone(),
+        index,
+    };
+    connection.send(FrameKind::Attach, &attach)?;
+    let sent = Instant::now();
+    let _: Empty = connection.expect(FrameKind::AttachAck, "AttachAck")?;
+    Ok((connection, sent.elapsed()))
 }
 
 struct Source<'a> {
     vm: &'a Vm,
+    spec: &'a VmSpec,
     request: &'a Outgoing,
-    cancel: &'a CancelSwitch,
+    controls: &'a Controls,
+    tell: &'a dyn Fn(Serving),
     recorder: &'a mut Recorder,
-    connection: Connection<TcpStream>,
-    sender: PageSender<'a>,
-    regions: Vec<Region>,
+    control: Connection<Transport>,
+    /// To end the data connections.
+    data: Vec<Closer>,
+    shared: Shared,
+    /// Memory goes by file descriptor.
+    handover: bool,
     /// Shortest seen: one that met a busy host or a full queue says nothing about the next.
     round_trip: Duration,
     /// Bytes per second, smoothed over passes that are large enough to tell.
     rate: f64,
+    counts: PageCounts,
+    kept_alive: Instant,
     paused_at: Option<Instant>,
+    /// The policy wants the pause, however long.
+    forced: bool,
+    peer_has_post_copy: bool,
+    /// The VM is to run there before all of its memory is there.
+    post_copy: bool,
+    /// What was dirty after the pass before the last, where post-copy may follow.
+    recent: Vec<Bitmap>,
     commit_sent: bool,
 }
 
 impl Source<'_> {
-    fn phases(&mut self, spec: &VmSpec, kvm: &Kvm) -> Result<(), SourceError> {
-        self.negotiate(spec, kvm)?;
+    fn phases(&mut self, kvm: &Kvm) -> Result<(), SourceError> {
+        self.negotiate(kvm)?;
+        if self.handover {
+            return self.hand_over();
+        }
+        let connections = self.connect_data()?;
         let vm = self.vm;
-        // Off again when this function returns: after the VM has resumed elsewhere, or before it resumes here.
         let log = DirtyLog::start(vm.fd(), vm.memory(), vm.manual_dirty_protect())?;
-        let unsent = self.pre_copy(&log)?;
+        let shared = std::mem::replace(&mut self.shared, Shared::new(1));
+        let outcome = std::thread::scope(|scope| {
+            let context = Context {
+                vm,
+                log: &log,
+                controls: self.controls,
+                shared: &shared,
+            };
+            let outcome = Workers::start(scope, connections, self.request.policy.compression, context)
+                .and_then(|mut workers| self.move_over(&log, &shared, &mut workers));
+            // Before anything else: the guest waits.
+            self.resume_unless_committed(&outcome);
+            if outcome.is_err() {
+                shared.stop();
+                self.data.iter().for_each(Closer::close);
+            }
+            outcome
+        });
+        self.shared = shared;
+        // The log goes off here: after the VM has resumed, there or here.
+        outcome
+    }
+
+    fn move_over(
+        &mut self,
+        log: &DirtyLog<'_>,
+        shared: &Shared,
+        workers: &mut Workers,
+    ) -> Result<(), SourceError> {
+        let unsent = self.pre_copy(log, shared, workers)?;
+        if self.post_copy {
+            return self.run_there_first(log, &unsent, shared, workers);
+        }
         let paused_at = self.pause()?;
-        self.final_pages(&log, unsent)?;
+        self.final_pages(log, unsent, shared, workers)?;
         self.recorder.downtime.pages = paused_at.elapsed();
+        self.verify()?;
         self.state()?;
         self.recorder.downtime.state = paused_at.elapsed() - self.recorder.downtime.pages;
         self.commit()
     }
 
-    fn negotiate(&mut self, spec: &VmSpec, kvm: &Kvm) -> Result<(), SourceError> {
-        let hello = negotiate::hello(
+    /// Both VMMs are on one host and memory is a file: the destination maps the same.
+    fn hand_over(&mut self) -> Result<(), SourceError> {
+        self.recorder.facts.handed_over = true;
+        let paused_at = self.pause()?;
+        self.state()?;
+        self.recorder.downtime.state = paused_at.elapsed();
+        self.commit()
+    }
+
+    fn resume_unless_committed(&mut self, outcome: &Result<(), SourceError>) {
+        if outcome.is_err() && !self.commit_sent && self.paused_at.take().is_some() {
+            self.vm.resume();
+        }
+    }
+
+    fn policy(&self) -> Policy {
+        self.controls.policy()
+    }
+
+    fn bytes_sent(&self) -> u64 {
+        self.control.bytes_sent() + self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    fn negotiate(&mut self, kvm: &Kvm) -> Result<(), SourceError> {
+        crate::fault::point("source.negotiate")?;
+        let mut hello = negotiate::hello(
             self.vm,
-            spec,
+            self.spec,
             kvm,
             self.request.migration_id,
             &self.request.token,
             self.request.destination_epoch,
         );
-        self.connection.send_preamble()?;
-        self.connection.send(FrameKind::Hello, &hello)?;
-        let _: HelloAck = self.connection.expect(FrameKind::HelloAck, "HelloAck")?;
-        self.end_pass_on_wire(0)
+        hello.handover = self.handover;
+        hello.connections = if self.handover {
+            0
+        } else {
+            u32::try_from(self.wanted_connections()).unwrap_or(1)
+        };
+        self.control.send_preamble(Role::Control)?;
+        self.control.send(FrameKind::Hello, &hello)?;
+        if let Some(file) = self.vm.memory().file().filter(|_| self.handover) {
+            self.control
+                .stream_mut()
+                .send_descriptor(file.as_fd())
+                .map_err(WireError::from)?;
+        }
+        let sent = Instant::now();
+        let ack: HelloAck = self.control.expect(FrameKind::HelloAck, "HelloAck")?;
+        self.peer_has_post_copy = ack.post_copy;
+        self.round_trip = sent.elapsed();
+        Ok(())
+    }
+
+    fn wanted_connections(&self) -> usize {
+        match self.request.policy.connections {
+            0 => std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .clamp(1, MOST_BY_ITSELF),
+            asked => usize::try_from(asked).unwrap_or(1),
+        }
+    }
+
+    fn connect_data(&mut self) -> Result<Vec<Connection<Transport>>, SourceError> {
+        let count = self.wanted_connections();
+        let by_link = self.request.policy.connections == 0;
+        self.shared = Shared::new(if by_link { 1 } else { count });
+        let mut connections = vec![];
+        for index in 0..u32::try_from(count).unwrap_or(1) {
+            connections.push(self.attach(Role::Data, index)?);
+        }
+        let tls = self.control.stream().is_tls();
+        self.recorder.settings(&self.request.policy, count, tls);
+        Ok(connections)
+    }
+
+    /// Makes one more connection of this migration.
+    fn attach(&mut self, role: Role, index: u32) -> Result<Connection<Transport>, SourceError> {
+        let transport = connect(self.request, self.controls)?;
+        self.data.push(transport.closer().map_err(WireError::from)?);
+        let (connection, round_trip) = attach(self.request, transport, role, index)?;
+        self.round_trip = self.round_trip.min(round_trip);
+        Ok(connection)
     }
 
     /// Sends passes while the guest runs. Gives what was dirty at the decision to stop.
-    fn pre_copy(&mut self, log: &DirtyLog<'_>) -> Result<Vec<Bitmap>, SourceError> {
+    fn pre_copy(
+        &mut self,
+        log: &DirtyLog<'_>,
+        shared: &Shared,
+        workers: &mut Workers,
+    ) -> Result<Vec<Bitmap>, SourceError> {
         self.recorder.phase(MigrationPhase::PreCopy);
-        let mut previous_dirty_bytes = None;
-        let mut passes_within_limit = 0;
-        let mut handled_before = 0;
+        let mut throttle: Option<Throttle> = None;
+        let (mut previous_dirty_bytes, mut passes_within_limit, mut passes_stalled) = (None, 0, 0);
         let mut dirty: Option<Vec<Bitmap>> = None;
         loop {
-            let (bytes, duration) = match &dirty {
-                None => self.first_pass(log)?,
-                Some(dirty) => self.later_pass(log, dirty)?,
+            let later = dirty.is_some();
+            let (bytes, handled, duration, damaged) = match dirty {
+                None => self.pass(PassKind::First, vec![], shared, workers)?,
+                Some(dirty) => self.pass(PassKind::Later, dirty, shared, workers)?,
             };
-            if self.vm.guest_end().is_some() {
-                return Err(SourceError::GuestEnded);
-            }
-            let handled = self.sender.counts().pages() * crate::spec::PAGE_SIZE;
-            let found = self.dirty_pages(log)?;
-            let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * crate::spec::PAGE_SIZE;
+            crate::fault::point("source.pre_copy")?;
+            let mut found = self.dirty_pages(log)?;
+            self.add_damaged(&mut found, &damaged);
+            let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * PAGE_SIZE;
             let seconds = duration.as_secs_f64().max(1e-6);
-            self.sample_rate(
-                bytes,
-                dirty.is_some().then_some(handled - handled_before),
-                seconds,
-            );
-            handled_before = handled;
+            self.sample_rate(bytes, later.then_some(handled), seconds);
+            let policy = self.policy();
+            let limits = Limits {
+                max_downtime: policy.max_downtime,
+                timeout: policy.timeout,
+            };
             let facts = PassFacts {
                 dirty_bytes,
                 previous_dirty_bytes,
@@ -305,29 +488,59 @@ impl Source<'_> {
                 fixed_cost: LOCAL_FIXED_COST + self.round_trip * ROUND_TRIPS_IN_PAUSE,
                 elapsed: self.recorder.elapsed(),
                 passes_within_limit,
+                passes_stalled,
             };
             let predicted = precopy::predicted_downtime(&facts);
             self.recorder
-                .rates(facts.rate, dirty_bytes as f64 / seconds, predicted);
-            tracing::debug!(
-                pass = self.recorder.pass(),
-                bytes,
-                ?duration,
-                dirty_bytes,
-                ?predicted,
-                "pass sent"
-            );
-            match precopy::decide(&self.request.limits, &facts) {
-                Decision::Stop => return Ok(found),
-                Decision::GiveUp(why) => return Err(SourceError::NotConverging(why)),
-                Decision::Continue => {}
+                .rates(facts.rate, dirty_bytes as f64 / seconds, predicted, dirty_bytes);
+            let pass = self.recorder.pass();
+            tracing::debug!(pass, bytes, ?duration, dirty_bytes, ?predicted, "pass sent");
+            passes_stalled = if precopy::is_stalled(&facts) {
+                passes_stalled + 1
+            } else {
+                0
+            };
+            match (precopy::decide(&limits, &facts), policy.on_stall) {
+                (Decision::Stop, _) => return Ok(found),
+                (Decision::Stalled(_) | Decision::TimedOut(_), OnStall::Force) => {
+                    self.forced = true;
+                    return Ok(found);
+                }
+                (Decision::Stalled(why) | Decision::TimedOut(why), OnStall::PostCopy) => {
+                    if !self.peer_has_post_copy {
+                        return Err(SourceError::NoPostCopy(why));
+                    }
+                    self.post_copy = true;
+                    return Ok(found);
+                }
+                (Decision::TimedOut(why), _) => return Err(SourceError::NotConverging(why)),
+                (Decision::Stalled(_), OnStall::Throttle) => {
+                    if throttle.is_none() {
+                        throttle = Some(Throttle::start(self.vm).map_err(SourceError::Thread)?);
+                    }
+                }
+                (Decision::Continue | Decision::Stalled(_), _) => {}
             }
-            if predicted <= self.request.limits.max_downtime {
+            if let Some(throttle) = &throttle {
+                let percent = throttle::needed(&Measured {
+                    dirty_rate: dirty_bytes as f64 / seconds,
+                    link_rate: self.rate,
+                    percent: throttle.percent(),
+                    budget: policy.max_downtime.saturating_sub(facts.fixed_cost),
+                    shortest_pass: self.round_trip,
+                });
+                throttle.set(percent);
+                self.recorder.throttle(percent, throttle.taken());
+            }
+            if predicted <= policy.max_downtime {
                 passes_within_limit += 1;
             } else if dirty_bytes < RATE_SAMPLE_BYTES {
                 std::thread::sleep(SMALL_PASS_PACE);
             }
             previous_dirty_bytes = Some(dirty_bytes);
+            if policy.on_stall == OnStall::PostCopy {
+                self.recent.clone_from(&found);
+            }
             dirty = Some(found);
         }
     }
@@ -345,105 +558,125 @@ impl Source<'_> {
     }
 
     fn dirty_pages(&self, log: &DirtyLog<'_>) -> Result<Vec<Bitmap>, SourceError> {
-        Ok(self
-            .regions
+        let regions = self.vm.memory().regions();
+        let dirty = regions
             .iter()
             .map(|region| log.get(region))
-            .collect::<Result<_, _>>()?)
+            .collect::<Result<_, _>>()?;
+        Ok(dirty)
     }
 
-    /// Sends every page that the host has backed. Tracking is armed for a chunk before it is looked at, so that a page
-    /// touched afterwards is found by the next pass.
-    fn first_pass(&mut self, log: &DirtyLog<'_>) -> Result<(u64, Duration), SourceError> {
-        let regions = self.regions.clone();
-        let mut remaining = regions.iter().map(Region::pages).sum();
-        self.recorder.begin_pass(remaining);
-        let pagemap = GuestMemory::open_pagemap()?;
-        for region in &regions {
-            for first in (0..region.pages()).step_by(usize::try_from(CHUNK_PAGES).expect("64 Ki")) {
-                let pages = CHUNK_PAGES.min(region.pages() - first);
-                let mut all = Bitmap::clean(pages);
-                all.set_run(0, pages);
-                log.clear(region, first, &mut all.into_words())?;
-                let backed = self
-                    .vm
-                    .memory()
-                    .backed_pages(&pagemap, region.slot, first, pages)?;
-                let count = Bitmap::from_words(backed.clone()).count();
-                self.sender.count_untouched(pages - count);
-                remaining -= pages - count;
-                self.check(remaining)?;
-                self.sender.keep_alive(&mut self.connection)?;
-                self.send_pages(region, first, &backed, ZeroPages::Skip, remaining)?;
-                remaining -= count;
+    /// Pages that did not arrive as they were sent go again. The dirty log has those that the guest wrote meanwhile.
+    fn add_damaged(&mut self, dirty: &mut [Bitmap], damaged: &[u64]) {
+        for region in self.vm.memory().regions() {
+            let Some(bitmap) = usize::try_from(region.slot)
+                .ok()
+                .and_then(|slot| dirty.get_mut(slot))
+            else {
+                continue;
+            };
+            let inside = damaged.iter().filter_map(|gpa| gpa.checked_sub(region.start.0));
+            for offset in inside.filter(|offset| *offset < region.len) {
+                bitmap.set_run(offset / PAGE_SIZE, 1);
             }
         }
-        self.end_pass()
+        self.recorder.facts.resent_pages += damaged.len() as u64;
     }
 
-    fn later_pass(&mut self, log: &DirtyLog<'_>, dirty: &[Bitmap]) -> Result<(u64, Duration), SourceError> {
-        let regions = self.regions.clone();
-        let mut remaining: u64 = dirty.iter().map(Bitmap::count).sum();
-        self.recorder.begin_pass(remaining);
-        for (region, bitmap) in regions.iter().zip(dirty) {
-            for first in (0..region.pages()).step_by(usize::try_from(CHUNK_PAGES).expect("64 Ki")) {
-                let mut words = bitmap.chunk(first, CHUNK_PAGES).to_vec();
-                if words.iter().all(|&word| word == 0) {
-                    continue;
-                }
-                log.clear(region, first, &mut words)?;
-                self.send_pages(region, first, &words, ZeroPages::Send, remaining)?;
-                remaining -= words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-            }
-        }
-        self.end_pass()
-    }
-
-    fn send_pages(
+    /// One pass over all workers. Gives bytes sent, bytes of guest memory dealt with, time, and what has to go again.
+    fn pass(
         &mut self,
-        region: &Region,
-        first: u64,
-        words: &[u64],
-        zero_pages: ZeroPages,
-        remaining: u64,
-    ) -> Result<(), SourceError> {
-        let before = self.sender.counts().pages();
-        let check = Check::of(self.vm, self.cancel, self.request, self.paused_at);
-        let recorder = &mut *self.recorder;
-        self.sender.send(
-            &mut self.connection,
-            region,
-            first,
-            words,
-            zero_pages,
-            |connection, counts: PageCounts| {
-                let remaining = remaining.saturating_sub(counts.pages() - before);
-                recorder.within_pass(remaining, connection.bytes_sent());
-                check.go_on(recorder, remaining)
-            },
-        )
+        kind: PassKind,
+        dirty: Vec<Bitmap>,
+        shared: &Shared,
+        workers: &mut Workers,
+    ) -> Result<(u64, u64, Duration, Vec<u64>), SourceError> {
+        let pages = match kind {
+            PassKind::First => self.vm.memory().len() / PAGE_SIZE,
+            PassKind::Later | PassKind::Last => dirty.iter().map(Bitmap::count).sum(),
+        };
+        self.recorder.begin_pass(pages);
+        shared.handled.store(0, Ordering::Relaxed);
+        let mut widen = (kind == PassKind::First && self.request.policy.connections == 0)
+            .then(|| Widen::up_to(workers.count()));
+        workers.begin(PassPlan::new(self.recorder.pass(), kind, self.vm.memory(), dirty));
+        let mut share = PassShare::default();
+        while !workers.wait(&mut share, TICK)? {
+            let handled = shared.handled.load(Ordering::Relaxed);
+            let sent = shared.bytes.load(Ordering::Relaxed);
+            if let Some(active) = widen.as_mut().and_then(|widen| widen.look(sent)) {
+                shared.active.store(active, Ordering::Relaxed);
+            }
+            self.recorder
+                .within_pass(pages.saturating_sub(handled), self.control.bytes_sent() + sent);
+            self.go_on(pages.saturating_sub(handled))?;
+        }
+        if kind != PassKind::Last {
+            self.go_on(0)?;
+        }
+        self.counts += share.counts;
+        if let Some(round_trip) = share.round_trip {
+            self.round_trip = self.round_trip.min(round_trip);
+        }
+        self.recorder.codec(&workers.codec(), self.counts.raw);
+        let sent = self.control.bytes_sent() + shared.bytes.load(Ordering::Relaxed);
+        let (bytes, duration) = self.recorder.end_pass(self.counts, sent);
+        Ok((bytes, share.counts.pages() * PAGE_SIZE, duration, share.damaged))
     }
 
-    fn check(&self, remaining_pages: u64) -> Result<(), SourceError> {
-        Check::of(self.vm, self.cancel, self.request, self.paused_at).go_on(self.recorder, remaining_pages)
-    }
-
-    fn end_pass(&mut self) -> Result<(u64, Duration), SourceError> {
-        self.sender.flush(&mut self.connection)?;
-        self.end_pass_on_wire(self.recorder.pass())?;
-        Ok(self
-            .recorder
-            .end_pass(self.sender.counts(), self.connection.bytes_sent()))
-    }
-
-    /// Waits until the destination has everything, so that the measured rate is true and the pause starts with empty queues.
-    fn end_pass_on_wire(&mut self, pass: u32) -> Result<(), SourceError> {
-        let pages = self.sender.counts().raw;
-        let sent = Instant::now();
-        self.connection.send(FrameKind::PassEnd, &Pass { pass, pages })?;
-        let _: Pass = self.connection.expect(FrameKind::PassAck, "PassAck")?;
-        self.round_trip = self.round_trip.min(sent.elapsed());
+    /// Whether the migration may go on; asked all the time.
+    fn go_on(&mut self, remaining_pages: u64) -> Result<(), SourceError> {
+        if self.controls.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        if self.vm.guest_end().is_some() {
+            return Err(SourceError::GuestEnded);
+        }
+        let remaining = remaining_pages * PAGE_SIZE;
+        let policy = self.policy();
+        match self.paused_at {
+            Some(since) => {
+                let limit = self.pause_limit(&policy);
+                if since.elapsed() > limit {
+                    return Err(SourceError::PauseTooLong { limit, remaining });
+                }
+            }
+            // The other policies look after the pass what they do about it.
+            None if matches!(policy.on_stall, OnStall::Cancel | OnStall::Throttle) => {
+                let elapsed = self.recorder.elapsed();
+                if elapsed > policy.timeout {
+                    let pass = self.recorder.pass();
+                    return Err(SourceError::TimedOut {
+                        elapsed,
+                        pass,
+                        remaining,
+                    });
+                }
+            }
+            None => {}
+        }
+        if self.kept_alive.elapsed() >= KEEP_ALIVE {
+            self.kept_alive = Instant::now();
+            self.control.send(FrameKind::KeepAlive, &Empty {})?;
+        }
         Ok(())
+    }
+
+    /// Longest pause before Commit, whatever was predicted: then the guest goes on here.
+    fn pause_limit(&self, policy: &Policy) -> Duration {
+        let least = if self.forced {
+            policy.timeout
+        } else {
+            LEAST_PAUSE_LIMIT
+        };
+        let digest = match policy.verify {
+            Verify::Full | Verify::Sampled => {
+                let gib = u32::try_from(self.vm.memory().len() >> 30).unwrap_or(u32::MAX);
+                DIGEST_TIME_PER_GIB.saturating_mul(gib.saturating_add(1))
+            }
+            _ => Duration::ZERO,
+        };
+        (policy.max_downtime * 4).max(least).saturating_add(digest)
     }
 
     fn pause(&mut self) -> Result<Instant, SourceError> {
@@ -453,63 +686,103 @@ impl Source<'_> {
         let paused_at = Instant::now();
         self.paused_at = Some(paused_at);
         self.recorder.downtime.stop = asked.elapsed();
+        crate::fault::point("source.pause")?;
         if self.vm.guest_end().is_some() {
             return Err(SourceError::GuestEnded);
         }
-        self.wait_at_most(pause_limit(self.request))?;
+        let limit = self
+            .pause_limit(&self.policy())
+            .max(PEER_TIMEOUT.min(LEAST_PAUSE_LIMIT));
+        self.wait_at_most(limit)?;
         Ok(paused_at)
     }
 
     fn wait_at_most(&self, limit: Duration) -> Result<(), SourceError> {
-        let stream = self.connection.stream();
-        let set = stream
-            .set_read_timeout(Some(limit))
-            .and_then(|()| stream.set_write_timeout(Some(limit)));
-        Ok(set.map_err(WireError::from)?)
+        Ok(self
+            .control
+            .stream()
+            .set_timeouts(Some(limit))
+            .map_err(WireError::from)?)
     }
 
-    fn final_pages(&mut self, log: &DirtyLog<'_>, unsent: Vec<Bitmap>) -> Result<(), SourceError> {
+    fn final_pages(
+        &mut self,
+        log: &DirtyLog<'_>,
+        unsent: Vec<Bitmap>,
+        shared: &Shared,
+        workers: &mut Workers,
+    ) -> Result<(), SourceError> {
         self.recorder.phase(MigrationPhase::FinalPages);
+        crate::fault::point("source.final_pages")?;
         let mut dirty = unsent;
-        for (region, bitmap) in self.regions.iter().zip(&mut dirty) {
+        for (region, bitmap) in self.vm.memory().regions().iter().zip(&mut dirty) {
             bitmap.merge(log.get(region)?.words());
         }
-        let mut remaining: u64 = dirty.iter().map(Bitmap::count).sum();
-        self.recorder.begin_pass(remaining);
-        for (region, bitmap) in self.regions.clone().iter().zip(&dirty) {
-            self.send_pages(region, 0, bitmap.words(), ZeroPages::Send, remaining)?;
-            remaining -= bitmap.count();
+        self.pass(PassKind::Last, dirty, shared, workers)?;
+        let end = Pass {
+            pass: self.recorder.pass(),
+            pages: self.counts.raw,
+            last: true,
+        };
+        Ok(self.control.send(FrameKind::PassEnd, &end)?)
+    }
+
+    /// Has both sides digest guest memory at once, and the destination compare.
+    fn verify(&mut self) -> Result<(), SourceError> {
+        let mode = self.request.policy.verify;
+        if !matches!(mode, Verify::Sampled | Verify::Full) {
+            return Ok(());
         }
-        self.sender.flush(&mut self.connection)?;
-        self.recorder
-            .end_pass(self.sender.counts(), self.connection.bytes_sent());
+        let began = Instant::now();
+        let seed = self
+            .request
+            .migration_id
+            .as_bytes()
+            .iter()
+            .fold(0u64, |seed, byte| seed.rotate_left(8) ^ u64::from(*byte));
+        let mut digest = Digest {
+            mode: mode.into(),
+            seed,
+            digest: vec![],
+        };
+        self.control.send(FrameKind::Verify, &digest)?;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        digest.digest = verify::digest(self.vm.memory(), mode, seed, threads)?.encode();
+        self.control.send(FrameKind::Digest, &digest)?;
+        // Ready tells that it was equal.
+        self.recorder.verified(mode, began.elapsed());
         Ok(())
     }
 
     fn state(&mut self) -> Result<(), SourceError> {
         self.recorder.phase(MigrationPhase::State);
+        crate::fault::point("source.state")?;
         let saved = self.vm.save()?;
-        self.connection.send_parts(FrameKind::State, &saved, &[])?;
-        let _: Step = self.connection.expect(FrameKind::Ready, "Ready")?;
+        self.control.send_parts(FrameKind::State, &saved, &[])?;
+        crate::fault::point("source.ready")?;
+        let _: Step = self.control.expect(FrameKind::Ready, "Ready")?;
         Ok(())
     }
 
     fn commit(&mut self) -> Result<(), SourceError> {
-        if !self.cancel.enter_commit() {
+        if !self.controls.enter_commit() {
             return Err(SourceError::Cancelled);
         }
         // From here on the answer matters more than the time.
-        self.wait_at_most(wire::PEER_TIMEOUT)?;
+        self.wait_at_most(PEER_TIMEOUT)?;
         self.commit_sent = true;
         let asked = Instant::now();
         let step = Step {
             migration_id: self.request.migration_id.as_bytes().to_vec(),
         };
-        self.connection
+        self.control
             .send(FrameKind::Commit, &step)
             .map_err(SourceError::InDoubt)?;
+        if let Err(fault) = crate::fault::point("source.commit") {
+            return Err(SourceError::InDoubt(WireError::Aborted(fault.to_string())));
+        }
         let _: Step = self
-            .connection
+            .control
             .expect(FrameKind::Running, "Running")
             .map_err(SourceError::InDoubt)?;
         self.recorder.downtime.start = asked.elapsed();
@@ -520,25 +793,21 @@ impl Source<'_> {
     /// A destination that ends the migration says why before it closes; the source may notice the close first. And a
     /// source that ends it tells the destination.
     fn explain(&mut self, error: SourceError) -> SourceError {
-        let broken = matches!(
-            error,
-            SourceError::Wire(WireError::Io(_)) | SourceError::Pages(PagesError::Wire(WireError::Io(_)))
-        );
         if self.commit_sent || matches!(error, SourceError::Wire(WireError::Aborted(_))) {
             return error;
         }
-        if broken {
-            let waits = self.connection.stream().set_read_timeout(Some(ABORT_REASON_WAIT));
+        if matches!(error, SourceError::Wire(WireError::Io(_))) {
+            let waits = self.control.stream().set_timeouts(Some(ABORT_REASON_WAIT));
             return match waits
                 .map_err(WireError::from)
-                .and_then(|()| self.connection.receive())
+                .and_then(|()| self.control.receive())
             {
                 Ok((FrameKind::Abort, payload)) => wire::aborted(&payload).into(),
                 _ => error,
             };
         }
         let told = self
-            .connection
+            .control
             .send(FrameKind::Abort, &Abort::because(&error.to_string()));
         if let Err(error) = told {
             tracing::debug!(%error, "the destination will notice by the connection's end");

@@ -253,7 +253,14 @@ mod tests {
 
     fn sample() -> Vec<u8> {
         let mut writer = Writer::new();
-        writer.section(Kind::Power, 0, &PowerState { exit_status: Some(3) });
+        writer.section(
+            Kind::Power,
+            0,
+            &PowerState {
+                exit_status: Some(3),
+                guest_gap_us: None,
+            },
+        );
         writer.section(Kind::Pit, 0, &PitState { pit: vec![1, 2, 3] });
         writer.finish()
     }

@@ -99,12 +99,15 @@ pub struct ConsoleState {
     pub data: Vec<u8>,
 }
 
-/// What the guest has told the machine about its end.
+/// What the guest has told the machine about itself.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct PowerState {
     /// Last byte written to the exit status port.
     #[prost(uint32, optional, tag = "1")]
     pub exit_status: Option<u32>,
+    /// Longest time it says it has missed since its latest migration began, µs. Absent in state of protocol 1.
+    #[prost(uint32, optional, tag = "2")]
+    pub guest_gap_us: Option<u32>,
 }
 
 /// The bytes of a KVM structure.

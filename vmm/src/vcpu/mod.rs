@@ -9,13 +9,14 @@ mod state;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 pub use state::{VcpuStateError, read_tsc_khz, restore, save};
 
@@ -58,12 +59,28 @@ enum Wanted {
     Quit,
 }
 
+/// Whether a vCPU may run. The VM's owner says what it wants; a [`Brake`] can only hold back a vCPU that is wanted to
+/// run. So neither undoes what the other asked for, in whatever order they ask.
 #[derive(Debug)]
 struct Gate {
     wanted: Wanted,
+    /// A brake holds it.
+    braked: bool,
     parked: bool,
     /// The guest ended on this vCPU; it never runs again.
     ended: bool,
+    /// The thread, while it lives.
+    thread: Option<libc::pthread_t>,
+    braking: Braking,
+}
+
+/// What brakes took from a guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Braking {
+    /// Times a vCPU that was to run was stopped.
+    pub stops: u64,
+    /// How long, in all.
+    pub taken: Duration,
 }
 
 #[derive(Debug)]
@@ -131,8 +148,11 @@ impl Vcpu {
     pub fn spawn(id: u32, fd: VcpuFd, context: Arc<VcpuContext>) -> Result<Self, VcpuError> {
         let gate = Gate {
             wanted: Wanted::Park,
+            braked: false,
             parked: false,
             ended: false,
+            thread: None,
+            braking: Braking::default(),
         };
         let shared = Arc::new(Shared {
             gate: Mutex::new(gate),
@@ -159,7 +179,7 @@ impl Vcpu {
     /// Asks the thread to park; [`Vcpu::wait_parked`] tells when it has.
     pub fn request_park(&self) {
         self.want(Wanted::Park);
-        self.kick();
+        self.shared.kick();
     }
 
     /// Returns once the thread runs no guest code.
@@ -185,6 +205,15 @@ impl Vcpu {
         self.id
     }
 
+    /// What holds this vCPU back for a while. One at a time.
+    #[must_use]
+    pub fn brake(&self) -> Brake {
+        Brake {
+            shared: Arc::clone(&self.shared),
+            holds: AtomicBool::new(false),
+        }
+    }
+
     fn want(&self, wanted: Wanted) {
         let mut gate = lock(&self.shared.gate);
         if wanted == Wanted::Run {
@@ -196,24 +225,73 @@ impl Vcpu {
         gate.wanted = wanted;
         self.shared.changed.notify_all();
     }
-
-    fn kick(&self) {
-        if let Some(thread) = &self.thread
-            && let Err(error) = thread.kill(SIGRTMIN())
-        {
-            tracing::debug!(vcpu = self.id, %error, "kick: the thread has ended");
-        }
-    }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.want(Wanted::Quit);
-        self.kick();
+        self.shared.kick();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             tracing::error!(vcpu = self.id, "vCPU thread panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn kick(&self) {
+        let gate = lock(&self.gate);
+        if let Some(thread) = gate.thread {
+            // SAFETY: the thread takes its id back under this lock before it ends, so it lives; the signal's handler was
+            // installed before any vCPU ran.
+            let failed = unsafe { libc::pthread_kill(thread, SIGRTMIN()) };
+            if failed != 0 {
+                tracing::warn!(error = failed, "cannot kick a vCPU");
+            }
+        }
+    }
+}
+
+/// Holds one vCPU back, at the latest until dropped. Outlives its vCPU without harm.
+#[derive(Debug)]
+pub struct Brake {
+    shared: Arc<Shared>,
+    holds: AtomicBool,
+}
+
+impl Brake {
+    /// Stops the vCPU soon, if it is to run; it stays stopped, whatever its owner wants, until released.
+    pub fn hold(&self) {
+        self.holds.store(true, Ordering::SeqCst);
+        lock(&self.shared.gate).braked = true;
+        self.shared.kick();
+    }
+
+    /// Lets it go on, if its owner wants it to.
+    pub fn release(&self) {
+        self.holds.store(false, Ordering::SeqCst);
+        let mut gate = lock(&self.shared.gate);
+        if gate.braked {
+            gate.braked = false;
+            if gate.wanted == Wanted::Run && !gate.ended {
+                gate.parked = false;
+            }
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// What was taken from this vCPU since it was made. Time counts when it is over.
+    #[must_use]
+    pub fn braking(&self) -> Braking {
+        lock(&self.shared.gate).braking
+    }
+}
+
+impl Drop for Brake {
+    fn drop(&mut self) {
+        if self.holds.load(Ordering::SeqCst) {
+            self.release();
         }
     }
 }
@@ -239,22 +317,55 @@ impl Drop for CurrentRun {
     }
 }
 
+/// Tells the gate which thread to kick, as long as it lives.
+struct Runner<'a>(&'a Shared);
+
+impl<'a> Runner<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        // SAFETY: without preconditions.
+        lock(&shared.gate).thread = Some(unsafe { libc::pthread_self() });
+        Self(shared)
+    }
+}
+
+impl Drop for Runner<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.gate).thread = None;
+    }
+}
+
+/// Returns when the vCPU may run guest code, with whether it was paused before (a brake is none); `None` when it is to end.
+fn wait_for_go(shared: &Shared) -> Option<bool> {
+    let mut was_paused = false;
+    let mut gate = lock(&shared.gate);
+    let mut held_since: Option<Instant> = None;
+    loop {
+        if let Some(since) = held_since.take() {
+            gate.braking.taken += since.elapsed();
+        }
+        match gate.wanted {
+            Wanted::Run if !gate.braked => return Some(was_paused),
+            Wanted::Quit => return None,
+            Wanted::Run => {
+                if !gate.parked {
+                    gate.braking.stops += 1;
+                }
+                held_since = Some(Instant::now());
+            }
+            Wanted::Park => was_paused = true,
+        }
+        gate.parked = true;
+        shared.changed.notify_all();
+        gate = shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
 fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
     let _current = CurrentRun::new(&mut lock(&shared.fd));
-    loop {
-        {
-            let mut gate = lock(&shared.gate);
-            loop {
-                match gate.wanted {
-                    Wanted::Run => break,
-                    Wanted::Quit => return,
-                    Wanted::Park => {
-                        gate.parked = true;
-                        shared.changed.notify_all();
-                        gate = shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
-                    }
-                }
-            }
+    let _runner = Runner::new(shared);
+    while let Some(was_paused) = wait_for_go(shared) {
+        if was_paused {
+            tell_guest_it_was_paused(&lock(&shared.fd));
         }
         // A fault of this VMM must not leave the owner waiting for a thread that never parks.
         let end = catch_unwind(AssertUnwindSafe(|| {
@@ -274,6 +385,13 @@ fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
             drop(gate);
             (context.ended)(id, end);
         }
+    }
+}
+
+/// So that its watchdogs do not take the pause for a lockup (KVM_KVMCLOCK_CTRL).
+fn tell_guest_it_was_paused(fd: &VcpuFd) {
+    if let Err(error) = fd.kvmclock_ctrl() {
+        tracing::trace!(%error, "the guest does not use KVM's clock");
     }
 }
 

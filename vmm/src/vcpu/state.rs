@@ -28,6 +28,9 @@ pub enum VcpuStateError {
         /// The refused value.
         data: u64,
     },
+    /// The state holds an MSR that was not agreed on, or one twice.
+    #[error("MSR {0:#x} is not one of those that were negotiated, or is there twice")]
+    MsrNotNegotiated(u32),
     /// More MSRs than fit one call.
     #[error("MSR list: {0}")]
     MsrList(vmm_sys_util::fam::Error),
@@ -85,11 +88,17 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateErr
     Ok(saved)
 }
 
-/// Loads saved state into a parked vCPU. `tsc_advance` is added to the guest's TSC: the time the move took.
+/// Loads saved state into a parked vCPU, with no MSRs but those of `msr_indices`. `tsc_advance` is added to the guest's TSC: the time the move took.
 ///
 /// # Errors
 /// The section that is malformed, or the KVM call that failed.
-pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc_advance: u64) -> Result<(), VcpuStateError> {
+pub fn restore(
+    fd: &VcpuFd,
+    state: &VcpuState,
+    msr_indices: &[u32],
+    tsc_advance: u64,
+) -> Result<(), VcpuStateError> {
+    check_msrs(&state.msrs, msr_indices)?;
     let kind = Kind::Vcpu;
     call(
         "KVM_SET_MP_STATE",
@@ -126,6 +135,17 @@ pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc_advance: u64) -> Result<(), V
     )
 }
 
+/// Both are in the same order, so one walk over them tells.
+fn check_msrs(msrs: &[MsrEntry], negotiated: &[u32]) -> Result<(), VcpuStateError> {
+    let mut negotiated = negotiated.iter();
+    for msr in msrs {
+        if !negotiated.any(|&index| index == msr.index) {
+            return Err(VcpuStateError::MsrNotNegotiated(msr.index));
+        }
+    }
+    Ok(())
+}
+
 fn restore_msrs(fd: &VcpuFd, msrs: &[MsrEntry], tsc_advance: u64) -> Result<(), VcpuStateError> {
     let entries: Vec<_> = msrs
         .iter()
@@ -159,4 +179,27 @@ fn restore_msrs(fd: &VcpuFd, msrs: &[MsrEntry], tsc_advance: u64) -> Result<(), 
 #[must_use]
 pub fn read_tsc_khz(fd: &VcpuFd) -> u32 {
     fd.get_tsc_khz().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_negotiated_msrs_are_restored_each_once() {
+        let msrs = |indices: &[u32]| -> Vec<MsrEntry> {
+            let msr = |&index| MsrEntry { index, data: 0 };
+            indices.iter().map(msr).collect()
+        };
+        let negotiated = [0x10, 0x1a0, 0x174, 0x6e0];
+        assert!(check_msrs(&msrs(&negotiated), &negotiated).is_ok());
+        assert!(
+            check_msrs(&msrs(&[0x10, 0x174]), &negotiated).is_ok(),
+            "unreadable ones are left out"
+        );
+        for (wrong, at) in [([0x10, 0x3a], 0x3a), ([0x174, 0x174], 0x174)] {
+            let refused = check_msrs(&msrs(&wrong), &negotiated);
+            assert!(matches!(refused, Err(VcpuStateError::MsrNotNegotiated(index)) if index == at));
+        }
+    }
 }

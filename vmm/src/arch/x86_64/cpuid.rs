@@ -3,13 +3,13 @@
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
+use shoal_cpuid::{Entry, Table};
 
 const LEAF_FEATURES: u32 = 1;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_CACHE: u32 = 4;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
-const LEAF_HYPERVISOR_FEATURES: u32 = 0x4000_0001;
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const LEAF_AMD_CORES: u32 = 0x8000_0008;
@@ -117,78 +117,52 @@ pub fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Result<CpuId, vmm_sys_util::fam::
     CpuId::from_entries(entries)
 }
 
-fn leaf(entries: &[kvm_cpuid_entry2], function: u32) -> kvm_cpuid_entry2 {
-    let found = entries.iter().find(|entry| entry.function == function);
-    found.copied().unwrap_or_default()
-}
-
-fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
-    let leaf = leaf(entries, 0);
-    let bytes = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
-    bytes
-        .iter()
-        .filter(|byte| byte.is_ascii_graphic())
-        .map(|&byte| char::from(byte))
-        .collect()
-}
-
-fn address_bits(entries: &[kvm_cpuid_entry2]) -> u32 {
-    leaf(entries, LEAF_AMD_CORES).eax & 0xff
-}
-
-/// Feature bits that `wanted` (a VM's table) has and `host` (what KVM supports here) lacks, in words; empty if the VM
-/// can run here. Compares the architectural feature leaves only: topology and hypervisor leaves are the VM's own.
+/// As a table that can be compared.
 #[must_use]
-pub fn missing_features(wanted: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String> {
-    let mut missing = vec![];
-    if vendor(wanted) != vendor(host) {
-        missing.push(format!("vendor {} (it is {})", vendor(wanted), vendor(host)));
+pub fn to_table(entries: &[kvm_cpuid_entry2]) -> Table {
+    let entry = |entry: &kvm_cpuid_entry2| Entry {
+        function: entry.function,
+        index: entry.index,
+        flags: entry.flags,
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+    };
+    entries.iter().map(entry).collect::<Vec<_>>().into()
+}
+
+/// As KVM has it.
+#[must_use]
+pub fn from_table(table: &Table) -> Vec<kvm_cpuid_entry2> {
+    let entry = |entry: &Entry| kvm_cpuid_entry2 {
+        function: entry.function,
+        index: entry.index,
+        flags: entry.flags,
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+        ..Default::default()
+    };
+    table.entries().iter().map(entry).collect()
+}
+
+/// `entries` with no features but those of `baseline`.
+///
+/// # Errors
+/// Features of the baseline that `entries` lack: a VM made here would not have what the baseline promises.
+pub fn restrict(
+    entries: &[kvm_cpuid_entry2],
+    baseline: &Table,
+) -> Result<Vec<kvm_cpuid_entry2>, Vec<String>> {
+    let host = to_table(entries);
+    let missing = baseline.missing_on(&host);
+    if missing.is_empty() {
+        Ok(from_table(&host.restricted_to(baseline)))
+    } else {
+        Err(missing)
     }
-    if address_bits(wanted) > address_bits(host) {
-        missing.push(format!("{} physical address bits", address_bits(wanted)));
-    }
-    for entry in wanted {
-        let find = || {
-            host.iter()
-                .find(|other| other.function == entry.function && other.index == entry.index)
-        };
-        let mut compare =
-            |register: &str, wanted: u32, offered: fn(&kvm_cpuid_entry2) -> u32, ignore: u32| {
-                let lacking = wanted & !find().map_or(0, offered) & !ignore;
-                if lacking != 0 {
-                    missing.push(format!(
-                        "CPUID {:#x}.{:#x} {register} bits {lacking:#x}",
-                        entry.function, entry.index
-                    ));
-                }
-            };
-        match (entry.function, entry.index) {
-            (LEAF_FEATURES, _) => {
-                compare("ecx", entry.ecx, |e| e.ecx, HYPERVISOR_BIT | TSC_DEADLINE_BIT);
-                compare("edx", entry.edx, |e| e.edx, HTT_BIT);
-            }
-            (7, 0) => {
-                compare("ebx", entry.ebx, |e| e.ebx, 0);
-                compare("ecx", entry.ecx, |e| e.ecx, 0);
-                compare("edx", entry.edx, |e| e.edx, 0);
-            }
-            (7, 1 | 2) => {
-                compare("eax", entry.eax, |e| e.eax, 0);
-                compare("ecx", entry.ecx, |e| e.ecx, 0);
-                compare("edx", entry.edx, |e| e.edx, 0);
-            }
-            (0x8000_0007, _) => compare("edx", entry.edx, |e| e.edx, 0),
-            (LEAF_AMD_CORES, _) => compare("ebx", entry.ebx, |e| e.ebx, 0),
-            (0xd, 0 | 1) => compare("eax", entry.eax, |e| e.eax, 0),
-            (LEAF_HYPERVISOR_FEATURES, _) => compare("eax", entry.eax, |e| e.eax, 0),
-            (LEAF_AMD_FEATURES, _) => {
-                compare("ecx", entry.ecx, |e| e.ecx, 0);
-                compare("edx", entry.edx, |e| e.edx, 0);
-            }
-            _ => {}
-        }
-    }
-    missing
 }
 
 #[cfg(test)]
@@ -196,19 +170,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_feature_the_host_lacks_is_named() {
-        let vm = [kvm_cpuid_entry2 {
-            function: 7,
-            ebx: 0b110,
-            ..Default::default()
-        }];
-        let host = [kvm_cpuid_entry2 {
-            function: 7,
-            ebx: 0b011,
-            ..Default::default()
-        }];
-        assert_eq!(missing_features(&vm, &host), ["CPUID 0x7.0x0 ebx bits 0x4"]);
-        assert!(missing_features(&vm, &vm).is_empty());
+    fn a_baseline_takes_features_away_and_is_refused_where_it_adds_some() {
+        let leaf7 = |ebx| {
+            [kvm_cpuid_entry2 {
+                function: 7,
+                ebx,
+                ..Default::default()
+            }]
+        };
+        let avx2_and_avx512f = leaf7(1 << 5 | 1 << 16);
+        let avx2 = leaf7(1 << 5);
+        assert_eq!(
+            restrict(&avx2_and_avx512f, &to_table(&avx2)).as_deref(),
+            Ok(&avx2[..])
+        );
+        assert_eq!(
+            restrict(&avx2, &to_table(&avx2_and_avx512f)),
+            Err(vec!["AVX512F".to_owned()])
+        );
     }
 
     #[test]

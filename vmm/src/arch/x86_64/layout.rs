@@ -57,3 +57,5 @@ pub const ACPI_SLEEP_PORT: u16 = 0x600;
 pub const ACPI_RESET_PORT: u16 = 0x601;
 /// One byte written here is the workload's exit status; the VM goes on.
 pub const EXIT_STATUS_PORT: u16 = 0x6f0;
+/// Four bytes written here are microseconds in which the guest saw no time pass.
+pub const GUEST_GAP_PORT: u16 = 0x6f4;

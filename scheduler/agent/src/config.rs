@@ -31,6 +31,8 @@ pub struct AgentConfig {
     pub vmm_binary: PathBuf,
     /// Allow a listen address that is not loopback, although nothing is encrypted or authenticated yet.
     pub insecure: bool,
+    /// Holds `ca.pem`, `cert.pem` and `key.pem` for migrations over TLS. `None`: they go over plain TCP.
+    pub migration_tls: Option<PathBuf>,
     /// Ends the agent.
     pub shutdown: Shutdown,
 }
@@ -47,6 +49,7 @@ impl fmt::Debug for AgentConfig {
             .field("cpus", &self.cpus)
             .field("vmm_binary", &self.vmm_binary)
             .field("insecure", &self.insecure)
+            .field("migration_tls", &self.migration_tls)
             .finish_non_exhaustive()
     }
 }
@@ -131,6 +134,7 @@ mod tests {
             cpus: None,
             vmm_binary: "/proc/self/exe".into(),
             insecure: false,
+            migration_tls: None,
             shutdown: Box::pin(std::future::pending()),
         }
     }

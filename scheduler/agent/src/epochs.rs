@@ -79,14 +79,52 @@ impl EpochStore {
         .await
     }
 
-    /// Refuses an epoch below the newest one: for what goes on at an epoch already claimed.
-    pub(crate) async fn check_current(&self, key: VmKey) -> Result<(), EpochError> {
-        self.blocking(move |store| match store.newest(&mut store.lock(), key.id)? {
-            Some(seen) if seen > key.epoch => Err(EpochError::Stale {
-                asked: key.epoch,
-                newest: seen,
-            }),
-            _ => Ok(()),
+    /// As [`Self::claim`], for a VMM that is to take the VM over from the one at `from` on this node. Until it runs, that
+    /// one goes on; whether it ran is the caller's to know, who says so by [`Self::end_handover`].
+    pub(crate) async fn claim_handover(&self, from: Epoch, key: VmKey) -> Result<(), EpochError> {
+        self.blocking(move |store| {
+            let mut newest = store.lock();
+            match store.newest(&mut newest, key.id)? {
+                Some(seen) if seen >= key.epoch => Err(EpochError::Stale {
+                    asked: key.epoch,
+                    newest: seen,
+                }),
+                _ => {
+                    store.write_handover(key.id, (from, key.epoch))?;
+                    store.store(&mut newest, key)
+                }
+            }
+        })
+        .await
+    }
+
+    /// The VM has run, or may have, at the epoch that took over.
+    pub(crate) async fn end_handover(&self, key: VmKey) -> Result<(), EpochError> {
+        self.blocking(move |store| {
+            let _newest = store.lock();
+            match store.handover(key.id)? {
+                Some((_, to)) if to == key.epoch => store.remove_handover(key.id),
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
+    /// Refuses an epoch below the newest one: for what goes on at an epoch already claimed. `Ok(Some)`: there is a newer
+    /// one, which was only to take over on this node; it may go on if that one has not run.
+    pub(crate) async fn check_current(&self, key: VmKey) -> Result<Option<Epoch>, EpochError> {
+        self.blocking(move |store| {
+            let mut newest = store.lock();
+            match store.newest(&mut newest, key.id)? {
+                Some(seen) if seen > key.epoch => match store.handover(key.id)? {
+                    Some((from, to)) if from == key.epoch && to == seen => Ok(Some(seen)),
+                    _ => Err(EpochError::Stale {
+                        asked: key.epoch,
+                        newest: seen,
+                    }),
+                },
+                _ => Ok(None),
+            }
         })
         .await
     }
@@ -138,19 +176,52 @@ impl Inner {
     fn path(&self, id: VmId) -> PathBuf {
         self.dir.join(id.to_string())
     }
+
+    fn handover_path(&self, id: VmId) -> PathBuf {
+        self.dir.join(format!("{id}.handover"))
+    }
+
+    fn write_handover(&self, id: VmId, (from, to): (Epoch, Epoch)) -> Result<(), EpochError> {
+        let path = self.handover_path(id);
+        write_durably(&self.dir, &path, format!("{from} {to}\n").as_bytes())
+            .map_err(|source| EpochError::File { path, source })
+    }
+
+    fn handover(&self, id: VmId) -> Result<Option<(Epoch, Epoch)>, EpochError> {
+        let path = self.handover_path(id);
+        let read = read_if_there(&path).and_then(|text| {
+            let Some(text) = text else { return Ok(None) };
+            let (from, to) = text.split_once(' ').ok_or_else(not_a_number)?;
+            Ok(Some((parse_epoch(from)?, parse_epoch(to)?)))
+        });
+        read.map_err(|source| EpochError::File { path, source })
+    }
+
+    fn remove_handover(&self, id: VmId) -> Result<(), EpochError> {
+        let path = self.handover_path(id);
+        let removed = fs::remove_file(&path).and_then(|()| File::open(&self.dir)?.sync_all());
+        removed.map_err(|source| EpochError::File { path, source })
+    }
 }
 
 fn read_epoch(path: &Path) -> io::Result<Option<Epoch>> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let epoch = text
-        .trim_end()
-        .parse()
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not a number"))?;
-    Ok(Some(Epoch(epoch)))
+    read_if_there(path)?.map(|text| parse_epoch(&text)).transpose()
+}
+
+fn read_if_there(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn parse_epoch(text: &str) -> io::Result<Epoch> {
+    text.trim_end().parse().map(Epoch).map_err(|_| not_a_number())
+}
+
+fn not_a_number() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "not a number")
 }
 
 /// After this returns the file has the new content, whatever happens to the host; before, the old one.
@@ -211,6 +282,42 @@ mod tests {
             store.check_current(key(id, 4)).await,
             Err(EpochError::Stale { .. })
         ));
+    }
+
+    #[tokio::test]
+    async fn an_epoch_that_was_only_to_take_over_lets_the_one_before_go_on() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = VmId::new();
+        let store = EpochStore::open(dir.path().to_owned()).expect("opened");
+        store.claim(key(id, 3)).await.expect("the first");
+        store.claim_handover(Epoch(3), key(id, 4)).await.expect("newer");
+        let store = EpochStore::open(dir.path().to_owned()).expect("opened again");
+        let current = store.check_current(key(id, 3)).await.expect("may go on");
+        assert_eq!(current, Some(Epoch(4)));
+        assert!(
+            store.check_current(key(id, 2)).await.is_err(),
+            "not the one before that"
+        );
+        assert!(
+            store.claim_handover(Epoch(3), key(id, 4)).await.is_err(),
+            "used up"
+        );
+        store
+            .claim_handover(Epoch(3), key(id, 5))
+            .await
+            .expect("a second attempt");
+        assert_eq!(
+            store.check_current(key(id, 3)).await.expect("may go on"),
+            Some(Epoch(5))
+        );
+        store.end_handover(key(id, 4)).await.expect("not that one");
+        assert!(store.check_current(key(id, 3)).await.is_ok());
+        store.end_handover(key(id, 5)).await.expect("it ran");
+        assert!(store.check_current(key(id, 3)).await.is_err());
+
+        store.claim_handover(Epoch(5), key(id, 6)).await.expect("newer");
+        store.fence(key(id, 7)).await.expect("raised from elsewhere");
+        assert!(store.check_current(key(id, 5)).await.is_err());
     }
 
     #[tokio::test]

@@ -1,9 +1,14 @@
 //! What one VMM process uses: resident memory, CPU, and threads that want to run.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::Instant;
 
 use crate::procfs::{self, TICKS_PER_SECOND};
+
+/// What /proc calls the memory file of a guest, by the name that the VMM gives it.
+const GUEST_MEMORY_FILE: &str = "/memfd:shoal-guest-memory";
 
 /// Use of one VMM, as last sampled.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -64,12 +69,34 @@ impl CpuMeter {
     }
 }
 
-/// Resident bytes of a process; 0 if it has ended.
+/// Bytes of host memory that a VMM uses; 0 if it has ended. Of a guest's memory file all counts, also what another
+/// process touched: after a hand-over within the host the VMM has mapped little of what it owns.
 pub(crate) fn resident_bytes(pid: u32) -> u64 {
-    procfs::read(&format!("/proc/{pid}/statm"))
+    let proc = Path::new("/proc").join(pid.to_string());
+    let read = |file: &str| procfs::read(&proc.join(file).to_string_lossy());
+    let Some(file_bytes) = guest_memory_file(&proc) else {
+        return read("statm")
+            .ok()
+            .and_then(|text| procfs::parse_resident(&text))
+            .unwrap_or(0);
+    };
+    read("status")
         .ok()
-        .and_then(|text| procfs::parse_resident(&text))
-        .unwrap_or(0)
+        .and_then(|text| procfs::ResidentParts::parse(&text))
+        .map_or(0, |parts| parts.own.saturating_add(parts.shared.max(file_bytes)))
+}
+
+/// Bytes that the memory file of a VMM's guest has, if it has one.
+fn guest_memory_file(proc: &Path) -> Option<u64> {
+    const BLOCK: u64 = 512;
+    let is_guest_memory = |fd: &fs::DirEntry| {
+        fs::read_link(fd.path()).is_ok_and(|target| target.to_string_lossy().contains(GUEST_MEMORY_FILE))
+    };
+    let fd = fs::read_dir(proc.join("fd"))
+        .ok()?
+        .flatten()
+        .find(is_guest_memory)?;
+    Some(fs::metadata(fd.path()).ok()?.blocks().saturating_mul(BLOCK))
 }
 
 fn runnable_threads(pid: u32) -> u64 {
@@ -104,6 +131,20 @@ mod tests {
             Some(0.0),
             "never negative"
         );
+    }
+
+    #[test]
+    fn a_memory_file_counts_whoever_touched_it() {
+        use std::io::Write as _;
+        const BYTES: u64 = 48 << 20;
+        let before = resident_bytes(std::process::id());
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let fd = rustix::fs::memfd_create("shoal-guest-memory", flags).expect("memfd");
+        let mut file = fs::File::from(fd);
+        for _ in 0..BYTES >> 20 {
+            file.write_all(&[1; 1 << 20]).expect("memory");
+        }
+        assert!(resident_bytes(std::process::id()) >= before.min(1 << 20) + BYTES);
     }
 
     #[test]

@@ -4,8 +4,10 @@
 //! A map of the crate, in the order in which a VM meets it:
 //!
 //! - `config`, [`serve`]: how an agent starts; `adopt`: what it finds then
+//! - `certificates`: who this node is when VMs migrate
 //! - `service`: the calls of the scheduler, one file for each group; `node`: what they share
 //! - `epochs`, `blobs`: what must be there before a VM may start
+//! - `cpuid`: what CPU guests get here
 //! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it
 //! - `supervise`, `console`: what goes on as long as it lives; `retire`: its end
 //! - `facts`, `node_load`, `procfs`: what is measured; `report`, `uplink`: how the scheduler hears of it
@@ -16,8 +18,10 @@
 
 mod adopt;
 mod blobs;
+mod certificates;
 mod config;
 mod console;
+mod cpuid;
 mod epochs;
 mod facts;
 mod key;
@@ -50,6 +54,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 pub use adopt::AdoptError;
+pub use certificates::CertificatesError;
 pub use config::{AgentConfig, ConfigError, Shutdown};
 pub use process::{ParseIdentityError, ProcessIdentity};
 
@@ -64,6 +69,9 @@ pub enum AgentError {
     /// The configuration cannot work.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The certificates for migrations cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificatesError),
     /// The scheduler's endpoint is no URI.
     #[error("scheduler: '{0}' is not an endpoint such as http://127.0.0.1:7470")]
     Endpoint(String),
@@ -107,8 +115,15 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         path: config.state_dir.clone(),
         source,
     };
+    let certificates = config
+        .migration_tls
+        .as_deref()
+        .map(|dir| certificates::MigrationCertificates::open(dir, &config.node))
+        .transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
-    let node = Arc::new(node::Node::open(&config, &state_dir, registry).map_err(state_error)?);
+    let mut node = node::Node::open(&config, certificates, &state_dir, registry).map_err(state_error)?;
+    node.cpuid = cpuid::of_host(&config.vmm_binary).await;
+    let node = Arc::new(node);
 
     let listen_error = |source| AgentError::Listen {
         address: config.listen,

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use shoal_proto::node::Heartbeat;
-use shoal_proto::vm::VmState;
+use shoal_proto::vm::{self, VmState};
 use shoal_proto::{Epoch, NodeName, VmId};
 use tokio::task::JoinSet;
 
 use crate::blobs::BlobCache;
+use crate::certificates::MigrationCertificates;
 use crate::config::AgentConfig;
 use crate::epochs::EpochStore;
 use crate::key::VmKey;
@@ -29,10 +30,14 @@ use crate::vm::Vm;
 pub(crate) struct Node {
     pub(crate) name: NodeName,
     pub(crate) capacity: Capacity,
+    /// What CPU guests get here; empty if that is not known.
+    pub(crate) cpuid: Vec<u8>,
     /// VMMs listen for migrations here.
     pub(crate) migration_ip: IpAddr,
     /// Others reach those sockets under this address.
     pub(crate) reachable_ip: IpAddr,
+    /// For migrations over TLS.
+    pub(crate) certificates: Option<MigrationCertificates>,
     pub(crate) registry: Registry,
     pub(crate) uplink: Uplink,
     pub(crate) epochs: EpochStore,
@@ -49,15 +54,22 @@ pub(crate) struct Node {
 
 impl Node {
     /// Opens what is in the state directory; starts nothing.
-    pub(crate) fn open(config: &AgentConfig, state_dir: &Path, registry: Registry) -> io::Result<Self> {
+    pub(crate) fn open(
+        config: &AgentConfig,
+        certificates: Option<MigrationCertificates>,
+        state_dir: &Path,
+        registry: Registry,
+    ) -> io::Result<Self> {
         let vms_dir = state_dir.join("vms");
         std::fs::create_dir_all(&vms_dir)?;
         let capacity = Capacity::detect(config.memory_budget, config.cpus)?;
         Ok(Self {
             name: config.node.clone(),
             capacity,
+            cpuid: Vec::new(),
             migration_ip: config.listen.ip(),
             reachable_ip: config.reachable_ip(),
+            certificates,
             registry,
             uplink: Uplink::default(),
             epochs: EpochStore::open(state_dir.join("epochs"))?,
@@ -70,6 +82,11 @@ impl Node {
             load: Mutex::new(LoadMeter::new(capacity)),
             supervisors: Mutex::default(),
         })
+    }
+
+    /// What a VMM is told when it is to migrate to or from that node; `None`: plain TCP.
+    pub(crate) fn migration_tls(&self, peer: &str) -> Option<vm::MigrationTls> {
+        self.certificates.as_ref().map(|own| own.with_peer(peer))
     }
 
     pub(crate) fn vms_dir(&self) -> &Path {
@@ -108,8 +125,8 @@ impl Node {
             .collect()
     }
 
-    /// Another incarnation of the VM that runs here, or still could.
-    pub(crate) fn rival(&self, key: VmKey) -> Option<(Epoch, VmState)> {
+    /// Other incarnations of the VM that run here, or still could.
+    pub(crate) fn rivals(&self, key: VmKey) -> Vec<(Epoch, VmState)> {
         let harmless = |state| matches!(state, VmState::Exited | VmState::Failed | VmState::Migrated);
         let others = self
             .incarnations(key.id)
@@ -117,7 +134,8 @@ impl Node {
             .filter(|vm| vm.key != key && !vm.process.is_gone());
         others
             .map(|vm| (vm.key.epoch, vm.state()))
-            .find(|&(_, state)| !harmless(state))
+            .filter(|&(_, state)| !harmless(state))
+            .collect()
     }
 
     /// Marks a launch that has begun and has no VMM yet, until the guard is dropped.

@@ -46,6 +46,24 @@ pub(crate) fn parse_resident(text: &str) -> Option<u64> {
     pages.checked_mul(PAGE_SIZE)
 }
 
+/// Resident bytes of a process by kind, from `/proc/PID/status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ResidentParts {
+    /// Anonymous memory and files.
+    pub(crate) own: u64,
+    /// Shared memory, memory files included.
+    pub(crate) shared: u64,
+}
+
+impl ResidentParts {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        Some(Self {
+            own: meminfo_field(text, "RssAnon:")?.checked_add(meminfo_field(text, "RssFile:")?)?,
+            shared: meminfo_field(text, "RssShmem:")?,
+        })
+    }
+}
+
 /// Memory of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MemoryInfo {
@@ -169,6 +187,17 @@ mod tests {
         assert_eq!(parse_resident("765 426 398 5 0 123 0\n"), Some(426 * 4096));
         assert_eq!(parse_resident("765"), None);
         assert_eq!(parse_resident(&format!("1 {}", u64::MAX)), None);
+    }
+
+    #[test]
+    fn resident_memory_has_parts() {
+        let text = "Name:\tx\nVmRSS:\t 100 kB\nRssAnon:\t 10 kB\nRssFile:\t 20 kB\nRssShmem:\t 70 kB\n";
+        let parts = ResidentParts {
+            own: 30 << 10,
+            shared: 70 << 10,
+        };
+        assert_eq!(ResidentParts::parse(text), Some(parts));
+        assert_eq!(ResidentParts::parse("RssAnon: 10 kB\n"), None);
     }
 
     #[test]

@@ -95,6 +95,8 @@ fn registration(node: &Node, address: SocketAddr) -> Register {
         memory_bytes: node.capacity.memory_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         software_kvm: is_software_kvm(),
+        cpuid: node.cpuid.clone(),
+        migration_tls: node.certificates.is_some(),
     }
 }
 

@@ -12,15 +12,15 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use shoal_proto::IdError;
 use shoal_proto::node::agent_server::Agent;
 use shoal_proto::node::{
     AbortIncomingRequest, AbortIncomingResponse, CancelMigrationRequest, CancelMigrationResponse,
-    DestroyVmResponse, LaunchVmRequest, PrepareIncomingRequest, PrepareIncomingResponse,
+    DestroyVmResponse, LaunchVmRequest, PrepareIncomingRequest, PrepareIncomingResponse, SetMigrationRequest,
     StartMigrationRequest, StartMigrationResponse, VmFacts, VmRef, WatchMigrationRequest,
     WriteConsoleRequest, WriteConsoleResponse,
 };
-use shoal_proto::vm::{MigrationProgress, VmStatus};
+use shoal_proto::vm::{self, MigrationProgress, VmStatus};
+use shoal_proto::{Epoch, IdError, VmId};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
 
@@ -106,6 +106,13 @@ impl Agent for AgentService {
             .await
     }
 
+    async fn set_migration(
+        &self,
+        request: Request<SetMigrationRequest>,
+    ) -> Result<Response<vm::SetMigrationResponse>, Status> {
+        self.run(|node| outgoing::set(node, request.into_inner())).await
+    }
+
     async fn describe_vm(&self, request: Request<VmRef>) -> Result<Response<VmFacts>, Status> {
         self.run(|node| lifecycle::describe(node, request.into_inner()))
             .await
@@ -151,10 +158,12 @@ enum Refusal {
     AlreadyHere(VmKey),
     #[error("VM {id} is still on this node at epoch {epoch} ({state}); destroy that first")]
     Rival {
-        id: shoal_proto::VmId,
-        epoch: shoal_proto::Epoch,
+        id: VmId,
+        epoch: Epoch,
         state: &'static str,
     },
+    #[error("VM {0} does not run on this node, so no other VMM here can take it over")]
+    NoSourceHere(VmId),
     #[error("VM {} at epoch {} is not on this node", .0.id, .0.epoch)]
     NotHere(VmKey),
     #[error("{0}; nothing of it is left on this node")]
@@ -180,7 +189,9 @@ impl From<Refusal> for Status {
             Refusal::Blob(BlobError::BadDigest { .. }) => Self::invalid_argument(words),
             Refusal::Blob(_) | Refusal::Spawn(_) => Self::failed_precondition(words),
             Refusal::AlreadyHere(_) => Self::already_exists(words),
-            Refusal::Rival { .. } | Refusal::NotStarted(_) => Self::failed_precondition(words),
+            Refusal::Rival { .. } | Refusal::NoSourceHere(_) | Refusal::NotStarted(_) => {
+                Self::failed_precondition(words)
+            }
             Refusal::NotHere(_) => Self::not_found(words),
             Refusal::Vmm(status) => *status,
         }
@@ -201,14 +212,43 @@ fn refuse_company(node: &Node, key: VmKey) -> Result<(), Refusal> {
     if node.vm(key).is_some() {
         return Err(Refusal::AlreadyHere(key));
     }
-    match node.rival(key) {
-        Some((epoch, state)) => Err(Refusal::Rival {
-            id: key.id,
-            epoch,
-            state: state.as_str_name(),
-        }),
+    match node.rivals(key).first() {
+        Some(&rival) => Err(rival_refusal(key, rival)),
         None => Ok(()),
     }
+}
+
+fn rival_refusal(key: VmKey, (epoch, state): (Epoch, vm::VmState)) -> Refusal {
+    Refusal::Rival {
+        id: key.id,
+        epoch,
+        state: state.as_str_name(),
+    }
+}
+
+/// The incarnation here that another one, newer, is to take over from: the only one, and it runs.
+fn predecessor(node: &Node, key: VmKey) -> Result<Epoch, Refusal> {
+    if node.vm(key).is_some() {
+        return Err(Refusal::AlreadyHere(key));
+    }
+    match node.rivals(key).as_slice() {
+        [(epoch, vm::VmState::Running)] if *epoch < key.epoch => Ok(*epoch),
+        [rival, ..] => Err(rival_refusal(key, *rival)),
+        [] => Err(Refusal::NoSourceHere(key.id)),
+    }
+}
+
+/// Refuses what is asked at an old epoch. One that was only prepared to take over here, and has not run, makes none old.
+async fn check_current(node: &Node, key: VmKey) -> Result<(), Refusal> {
+    let Some(newest) = node.epochs.check_current(key).await? else {
+        return Ok(());
+    };
+    let successor = VmKey { epoch: newest, ..key };
+    if node.vm(successor).is_some_and(|vm| vm.dir.has_run()) {
+        let asked = key.epoch;
+        return Err(EpochError::Stale { asked, newest }.into());
+    }
+    Ok(())
 }
 
 /// Ends a VMM whose VM could not be started, and says why. Codes that mean "it is not known what happened" would be

@@ -5,8 +5,10 @@ mod support;
 
 use shoal_agent::{AgentError, serve};
 use shoal_proto::MigrationId;
-use shoal_proto::node::{AbortIncomingRequest, VmRef, WatchMigrationRequest};
-use shoal_proto::vm::{StartMigrationRequest, VmState};
+use shoal_proto::node::{
+    AbortIncomingRequest, PrepareIncomingRequest, StartMigrationRequest, VmRef, WatchMigrationRequest,
+};
+use shoal_proto::vm::{self, VmState};
 use tonic::Code;
 
 use support::agent::{Agent, Disk, launch, new_vm, prepare};
@@ -394,6 +396,76 @@ async fn an_incoming_migration_is_aborted_or_was_committed() {
 }
 
 #[tokio::test]
+async fn a_vm_is_taken_over_by_a_second_vmm_on_its_node() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let at = |vm: &VmRef, epoch| VmRef { epoch, ..vm.clone() };
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect("launched");
+    let refused = client
+        .prepare_incoming(prepare(&at(&vm, 2), MigrationId::new()))
+        .await
+        .expect_err("a source elsewhere cannot be");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+
+    let within = |epoch| PrepareIncomingRequest {
+        source_node: disk.config(&scheduler).node.to_string(),
+        ..prepare(&at(&vm, epoch), MigrationId::new())
+    };
+    let address = client
+        .prepare_incoming(within(3))
+        .await
+        .expect("prepared")
+        .into_inner()
+        .address;
+    assert!(
+        address.starts_with("unix:/") && address.ends_with("-3/migration.sock"),
+        "{address}"
+    );
+    let start = StartMigrationRequest {
+        vm: Some(vm.clone()),
+        migration: Some(vm::StartMigrationRequest::default()),
+        ..StartMigrationRequest::default()
+    };
+    client
+        .start_migration(start.clone())
+        .await
+        .expect("the source's epoch is no old one");
+    let refused = client
+        .prepare_incoming(within(4))
+        .await
+        .expect_err("one at a time");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+
+    // It is given up: the source may be resumed, and another attempt made, also by the next agent.
+    let answer = client
+        .abort_incoming(abort(&at(&vm, 3), MigrationId::new()))
+        .await;
+    assert!(!answer.expect("answered").into_inner().committed);
+    client.resume_vm(vm.clone()).await.expect("it goes on");
+    agent.stop().await;
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    client.resume_vm(vm.clone()).await.expect("it still may");
+    client.prepare_incoming(within(5)).await.expect("prepared");
+    agent.tell(&at(&vm, 5), "commit").await;
+
+    // It ran: whatever is asked of the source comes too late, also when nothing of the new one is left.
+    let refused = client.resume_vm(vm.clone()).await.expect_err("too late");
+    assert_eq!(refused.code(), Code::Aborted);
+    client.destroy_vm(at(&vm, 5)).await.expect("destroyed");
+    let refused = client.start_migration(start).await.expect_err("too late");
+    assert_eq!(refused.code(), Code::Aborted);
+    client.destroy_vm(vm).await.expect("destroyed");
+    assert!(disk.vmms().is_empty());
+}
+
+#[tokio::test]
 async fn after_the_vmm_has_died_its_mark_tells_whether_it_was_committed() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;
@@ -494,13 +566,14 @@ async fn a_watched_migration_ends_with_the_vmm_and_says_so() {
         .await
         .expect_err("there is none");
     assert_eq!(unknown.code(), Code::NotFound);
-    let start = StartMigrationRequest {
+    let migration = vm::StartMigrationRequest {
         migration_id,
-        ..StartMigrationRequest::default()
+        ..vm::StartMigrationRequest::default()
     };
-    let start = shoal_proto::node::StartMigrationRequest {
+    let start = StartMigrationRequest {
         vm: Some(vm.clone()),
-        migration: Some(start),
+        migration: Some(migration),
+        ..StartMigrationRequest::default()
     };
     client.start_migration(start).await.expect("started");
     let mut progress = client.watch_migration(watch).await.expect("watched").into_inner();

@@ -11,13 +11,19 @@ use shoal_proto::{MigrationId, vm};
 use tonic::{Code, Status};
 
 use super::workload::Workload;
-use super::{Refusal, discard, key_of, refuse_company};
+use super::{Refusal, discard, key_of, predecessor, refuse_company};
+use crate::key::VmKey;
 use crate::node::Node;
 use crate::retire::{Console, retire};
 use crate::vm::{ANSWER_LIMIT, Vm};
 
 /// How long a VMM may take to build a VM and listen.
 const PREPARE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Of a VMM, seen by itself: each runs in its directory. A socket's path holds 108 bytes (unix(7)), and that of a state
+/// directory may be longer.
+const OWN_DIRECTORY: &str = "/proc/self/cwd";
+const MIGRATION_SOCKET: &str = "migration.sock";
 
 pub(super) async fn prepare(
     node: Arc<Node>,
@@ -28,39 +34,58 @@ pub(super) async fn prepare(
     let key = workload.key;
     let _launching = node.begin_launch(key);
     let _turn = node.turns.lock(&key.id).await;
-    refuse_company(&node, key)?;
-    node.epochs.claim(key).await?;
+    let within_node = request.source_node == node.name.as_str();
+    if within_node {
+        let from = predecessor(&node, key)?;
+        node.epochs.claim_handover(from, key).await?;
+    } else {
+        refuse_company(&node, key)?;
+        node.epochs.claim(key).await?;
+    }
     let vm = Arc::new(node.spawn_vmm(key, &workload.record(Some(migration)))?);
     let request = vm::PrepareIncomingRequest {
         spec: Some(workload.vm_spec(None, None)),
         migration_id: migration.to_string(),
         token: request.token,
-        listen_address: SocketAddr::new(node.migration_ip, 0).to_string(),
+        listen_address: if within_node {
+            format!("unix:{OWN_DIRECTORY}/{MIGRATION_SOCKET}")
+        } else {
+            SocketAddr::new(node.migration_ip, 0).to_string()
+        },
         commit_timeout_ms: 0,
+        tls: node.migration_tls(&request.source_node),
     };
     match listen(&node, &vm, request).await {
         Ok(address) => {
             tracing::info!(vm = %key.id, epoch = %key.epoch, %migration, %address, "prepared for a migration");
             node.keep(vm);
-            Ok(PrepareIncomingResponse {
-                address: address.to_string(),
-            })
+            Ok(PrepareIncomingResponse { address })
         }
         Err(status) => Err(discard(&node, vm, status).await),
     }
 }
 
 /// Has the VMM listen; answers where the source reaches it.
-async fn listen(node: &Node, vm: &Vm, request: vm::PrepareIncomingRequest) -> Result<SocketAddr, Status> {
+async fn listen(node: &Node, vm: &Vm, request: vm::PrepareIncomingRequest) -> Result<String, Status> {
     let mut client = vm.client();
+    let within_node = request.listen_address.starts_with("unix:");
     let answer = vm.call(PREPARE_LIMIT, client.prepare_incoming(request)).await?;
     vm.refresh_status().await?;
-    reachable(&answer.address, node.reachable_ip).ok_or_else(|| {
+    if within_node {
+        return Ok(beside(vm.key));
+    }
+    let address = reachable(&answer.address, node.reachable_ip);
+    address.map(|address| address.to_string()).ok_or_else(|| {
         Status::internal(format!(
             "the VMM listens on '{}', which is no address",
             answer.address
         ))
     })
+}
+
+/// Where another VMM of this node reaches the migration socket of a VMM.
+fn beside(key: VmKey) -> String {
+    format!("unix:{OWN_DIRECTORY}/../{key}/{MIGRATION_SOCKET}")
 }
 
 /// A socket on the unspecified address is reached under the node's own.
@@ -119,6 +144,17 @@ async fn was_committed(vm: &Vm, migration: MigrationId) -> Result<bool, Status> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_within_the_node_has_a_path_that_fits() {
+        let key = VmKey {
+            id: shoal_proto::VmId::new(),
+            epoch: shoal_proto::Epoch(u64::MAX),
+        };
+        let address = beside(key);
+        let path = address.strip_prefix("unix:").expect("a Unix socket");
+        assert!(path.starts_with('/') && path.len() < 108, "{path}");
+    }
 
     #[test]
     fn the_source_is_told_an_address_it_can_reach() {

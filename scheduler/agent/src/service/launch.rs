@@ -19,7 +19,7 @@ pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<
     let (kernel, initrd) = (workload.kernel()?, workload.initrd()?);
     let _launching = node.begin_launch(key);
     refuse_company(&node, key)?;
-    node.epochs.check_current(key).await?;
+    super::check_current(&node, key).await?;
     let kernel = node.blobs.get(&kernel, &node.registry).await?;
     let initrd = match initrd {
         Some(initrd) => Some(node.blobs.get(&initrd, &node.registry).await?),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use shoal_proto::node::{DestroyVmResponse, VmFacts, VmRef, WriteConsoleRequest, WriteConsoleResponse};
 use shoal_proto::vm::{self, VmState, VmStatus};
 
-use super::{Refusal, find, key_of};
+use super::{Refusal, check_current, find, key_of};
 use crate::key::VmKey;
 use crate::node::Node;
 use crate::retire::{Console, retire};
@@ -53,7 +53,7 @@ fn facts_of_launch(key: VmKey) -> VmFacts {
 pub(super) async fn resume(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {
     let key = key_of(Some(vm))?;
     let _turn = node.turns.lock(&key.id).await;
-    node.epochs.check_current(key).await?;
+    check_current(&node, key).await?;
     let vm = find(&node, key)?;
     let mut client = vm.client();
     let status = vm
@@ -86,6 +86,10 @@ pub(super) async fn destroy(node: Arc<Node>, vm: VmRef) -> Result<DestroyVmRespo
     node.epochs.fence(key).await?;
     let _turn = node.turns.lock(&key.id).await;
     if let Some(vm) = node.vm(key) {
+        if vm.dir.has_run() {
+            // Without its mark nothing else tells that what it took over must not go on.
+            node.epochs.end_handover(key).await?;
+        }
         retire(&node, &vm, Console::Drain).await?;
         tracing::info!(vm = %key.id, epoch = %key.epoch, "destroyed");
     }

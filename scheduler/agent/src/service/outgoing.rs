@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use shoal_proto::node::{
-    CancelMigrationRequest, CancelMigrationResponse, StartMigrationRequest, StartMigrationResponse,
-    WatchMigrationRequest,
+    CancelMigrationRequest, CancelMigrationResponse, SetMigrationRequest, StartMigrationRequest,
+    StartMigrationResponse, WatchMigrationRequest,
 };
 use shoal_proto::vm::{self, MigrationProgress};
 use tokio::sync::mpsc;
@@ -12,7 +12,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{Refusal, find, key_of};
+use super::{Refusal, check_current, find, key_of};
 use crate::node::Node;
 use crate::vm::{ANSWER_LIMIT, Vm};
 
@@ -24,8 +24,11 @@ pub(super) async fn start(
     request: StartMigrationRequest,
 ) -> Result<StartMigrationResponse, Refusal> {
     let key = key_of(request.vm)?;
-    let migration = request.migration.ok_or(Refusal::Missing("migration"))?;
-    node.epochs.check_current(key).await?;
+    let migration = vm::StartMigrationRequest {
+        tls: node.migration_tls(&request.destination_node),
+        ..request.migration.ok_or(Refusal::Missing("migration"))?
+    };
+    check_current(&node, key).await?;
     let vm = find(&node, key)?;
     tracing::info!(vm = %key.id, epoch = %key.epoch, migration = migration.migration_id, "migration starts");
     let mut client = vm.client();
@@ -82,4 +85,18 @@ pub(super) async fn cancel(
     let mut client = vm.client();
     vm.call(ANSWER_LIMIT, client.cancel_migration(request)).await?;
     Ok(CancelMigrationResponse {})
+}
+
+pub(super) async fn set(
+    node: Arc<Node>,
+    request: SetMigrationRequest,
+) -> Result<vm::SetMigrationResponse, Refusal> {
+    let vm = find(&node, key_of(request.vm)?)?;
+    let mut client = vm.client();
+    Ok(vm
+        .call(
+            ANSWER_LIMIT,
+            client.set_migration(request.change.unwrap_or_default()),
+        )
+        .await?)
 }

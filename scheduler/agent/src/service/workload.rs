@@ -63,6 +63,8 @@ impl Workload {
             initrd_path: text(initrd),
             cmdline: self.spec.cmdline,
             cmdline_software_kvm: self.spec.cmdline_software_kvm,
+            cpu_baseline: self.spec.cpu_baseline,
+            ..VmSpec::default()
         }
     }
 }

@@ -40,6 +40,7 @@ impl Disk {
             cpus: Some(2),
             vmm_binary: self.vmm.clone(),
             insecure: false,
+            migration_tls: None,
             shutdown: Box::pin(std::future::pending()),
         }
     }
@@ -155,6 +156,7 @@ pub fn prepare(vm: &VmRef, migration: MigrationId) -> PrepareIncomingRequest {
         spec,
         migration_id: migration.to_string(),
         token: "secret".into(),
+        ..PrepareIncomingRequest::default()
     }
 }
 
@@ -169,5 +171,6 @@ fn spec(vm: &VmRef, kernel: Option<Blob>, cmdline: &str) -> WorkloadSpec {
         initrd: None,
         cmdline: cmdline.into(),
         cmdline_software_kvm: String::new(),
+        ..WorkloadSpec::default()
     }
 }

@@ -175,6 +175,13 @@ impl Vmm for Scripted {
         Err(Status::failed_precondition("there is none"))
     }
 
+    async fn set_migration(
+        &self,
+        _: Request<SetMigrationRequest>,
+    ) -> Result<Response<SetMigrationResponse>, Status> {
+        Err(Status::not_found("there is none"))
+    }
+
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<VmStatus>, Status> {
         let mut status = self.status();
         if status.state() == VmState::Unspecified {

@@ -59,6 +59,7 @@ fn main() {
             cpus: 2,
             memory: Bytes::gib(4),
             node: None,
+            cpu_class: None,
         },
     );
     println!(

@@ -55,7 +55,7 @@ fn decide(cluster: &mut Cluster<'_>, vm: usize, detailed: bool) -> Decision {
             why,
             Immobile::CoolDown { .. }
                 | Immobile::Migrating(_)
-                | Immobile::Told(CannotMove::Starting | CannotMove::Stopping)
+                | Immobile::Told(CannotMove::Starting | CannotMove::Stopping | CannotMove::Settling)
         )
     };
     match cluster.immobile(vm, cluster.policy.retry_after) {

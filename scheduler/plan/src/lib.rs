@@ -22,9 +22,12 @@ mod usher;
 pub use action::{Action, ActionKind, Note, NoteKind, Plan};
 pub use cluster::Immobile;
 pub use model::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, VmId, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
+    NodeView, VmId, VmView,
 };
-pub use place::{LaunchRequest, MigrateError, PlaceError, Placement, place_launch, place_migration};
+pub use place::{
+    LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_migration,
+};
 pub use policy::{Policy, PolicyError};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};

@@ -41,6 +41,11 @@ text_id!(
     VmId
 );
 
+text_id!(
+    /// Names a set of CPU features. Cloning it is cheap.
+    CpuClass
+);
+
 /// An amount of memory. Displayed in the largest unit that keeps it readable ("320 MiB").
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
@@ -115,6 +120,9 @@ impl fmt::Display for NodeState {
     }
 }
 
+/// What a node's CPU lacks of each class of VMs that cannot run there, for people to read. Cloning it is cheap.
+pub type CpuLacks = Arc<[(CpuClass, Arc<str>)]>;
+
 /// One node, as last reported and smoothed. Loads are in CPUs: 2.0 means two threads that want to run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeView {
@@ -141,6 +149,8 @@ pub struct NodeView {
     pub pressure_memory: f64,
     /// PSI CPU "some avg10", percent. Shown, not yet decided on.
     pub pressure_cpu: f64,
+    /// Of which classes of VMs its CPU lacks features, and which, for people to read. Others can run here.
+    pub cpu_lacks: CpuLacks,
 }
 
 impl NodeView {
@@ -159,7 +169,15 @@ impl NodeView {
             load_exported: 0.0,
             pressure_memory: 0.0,
             pressure_cpu: 0.0,
+            cpu_lacks: Arc::from([]),
         }
+    }
+
+    /// CPU features that a VM of this class has and the node lacks.
+    #[must_use]
+    pub fn lacks(&self, class: &CpuClass) -> Option<&Arc<str>> {
+        let found = self.cpu_lacks.iter().find(|(other, _)| other == class);
+        found.map(|(_, lacking)| lacking)
     }
 }
 
@@ -176,6 +194,8 @@ pub enum CannotMove {
     NotRunning,
     /// Its owner keeps it where it is.
     Locked,
+    /// A migration of it that ends where it is now is not over: within its node, or its last memory is on the way.
+    Settling,
 }
 
 impl fmt::Display for CannotMove {
@@ -186,6 +206,7 @@ impl fmt::Display for CannotMove {
             Self::InDoubt => "it is in doubt after a migration",
             Self::NotRunning => "it is not running",
             Self::Locked => "it is locked to its node",
+            Self::Settling => "its last migration is not over yet",
         })
     }
 }
@@ -226,6 +247,8 @@ pub struct VmView {
     pub in_flight: Option<InFlight>,
     /// Since its last attempt to move ended, well or not; none if it never moved.
     pub since_last_move: Option<Duration>,
+    /// The CPU features it was given, where known.
+    pub cpu_class: Option<CpuClass>,
 }
 
 impl VmView {
@@ -245,6 +268,7 @@ impl VmView {
             cannot_move: None,
             in_flight: None,
             since_last_move: None,
+            cpu_class: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where a VM goes: filters, each with its reason, then the lowest opportunity cost. Ties go to the first name.
 
 use crate::cluster::{Cluster, Immobile, Node, Vm, bytes, expected_resident};
-use crate::model::{Bytes, ClusterSnapshot, NodeName, NodeState, VmId};
+use crate::model::{Bytes, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
 use crate::policy::Policy;
 use crate::reject::{RejectReason, Rejection, summarise};
 use crate::score::Use;
@@ -15,6 +15,8 @@ pub struct LaunchRequest {
     pub memory: Bytes,
     /// The only node it may go to, if there is one.
     pub node: Option<NodeName>,
+    /// The CPU features it is to have; none: those of the node it comes to.
+    pub cpu_class: Option<CpuClass>,
 }
 
 /// Where to, and why.
@@ -73,7 +75,7 @@ pub enum MigrateError {
         /// Its state.
         state: NodeState,
     },
-    /// The node asked for has no room.
+    /// The node asked for has no room, or another CPU.
     #[error("VM {vm} does not fit on {node}: {reason}")]
     NoRoom {
         /// The VM's name.
@@ -188,6 +190,49 @@ pub fn place_migration(
     }
 }
 
+/// Checks whether a VM can go to a new VMM on the node that it is on, because someone asked for it. With `shared` memory
+/// nothing is copied; otherwise the node holds it twice until the old VMM is gone. A node that takes no VMs from elsewhere
+/// may do it.
+///
+/// # Errors
+/// The VM is unknown or cannot be moved, or there is no room for the copy.
+pub fn place_handover(
+    snapshot: &ClusterSnapshot,
+    policy: &Policy,
+    vm: &VmId,
+    shared: bool,
+) -> Result<Placement, MigrateError> {
+    let cluster = Cluster::new(snapshot, policy);
+    let number = cluster.vms.binary_search_by(|other| other.view.id.cmp(vm));
+    let number = number.map_err(|_| MigrateError::UnknownVm(vm.clone()))?;
+    let vm = &cluster.vms[number];
+    let (name, node) = (vm.view.name.clone(), &cluster.nodes[vm.node]);
+    if let Some(reason) = cluster.immobile(number, std::time::Duration::ZERO) {
+        return Err(MigrateError::CannotMove { vm: name, reason });
+    }
+    if !shared && node.occupied + vm.resident > node.memory {
+        let reason = RejectReason::Memory {
+            used: bytes(node.occupied),
+            needed: bytes(vm.resident),
+            limit: bytes(node.memory),
+        };
+        return Err(MigrateError::NoRoom {
+            vm: name,
+            node: node.view.name.clone(),
+            reason,
+        });
+    }
+    let how = if shared {
+        "its memory is handed over"
+    } else {
+        "its memory is copied"
+    };
+    Ok(Placement {
+        node: node.view.name.clone(),
+        reason: format!("to a new VMM on the same node, {how}"),
+    })
+}
+
 /// A VM that looks for a node.
 #[derive(Debug)]
 pub(crate) struct Newcomer {
@@ -197,6 +242,7 @@ pub(crate) struct Newcomer {
     pub usage: Use,
     /// Expected at the policy's horizon.
     at_horizon: f64,
+    cpu_class: Option<CpuClass>,
     /// Where it is.
     from: Option<usize>,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
@@ -214,6 +260,7 @@ impl Newcomer {
                 memory: expected,
             },
             at_horizon: expected,
+            cpu_class: request.cpu_class.clone(),
             from: None,
             ahead: None,
         }
@@ -225,6 +272,7 @@ impl Newcomer {
             declared: vm.declared,
             usage: vm.usage(),
             at_horizon: vm.memory_at(cluster.policy.usher_horizon.as_secs_f64()),
+            cpu_class: vm.view.cpu_class.clone(),
             from: Some(vm.node),
             ahead: None,
         }
@@ -256,6 +304,11 @@ impl Newcomer {
             return Err(RejectReason::TooFewCpus {
                 needed: self.cpus,
                 has: node.view.cpus,
+            });
+        }
+        if let Some(lacking) = self.cpu_class.as_ref().and_then(|class| node.view.lacks(class)) {
+            return Err(RejectReason::CpuFeatures {
+                lacking: lacking.clone(),
             });
         }
         let limit = node.memory * policy.overcommit;

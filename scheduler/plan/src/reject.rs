@@ -1,6 +1,7 @@
 //! Why nodes cannot take a VM, in words and numbers.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::model::{Bytes, NodeName, NodeState};
 
@@ -22,6 +23,11 @@ pub enum RejectReason {
         needed: u32,
         /// CPUs of the node.
         has: u32,
+    },
+    /// Its CPU lacks features that the VM has, or is to have.
+    CpuFeatures {
+        /// Which.
+        lacking: Arc<str>,
     },
     /// The declared memory of its VMs would pass its memory times the overcommit.
     Committed {
@@ -71,6 +77,7 @@ impl fmt::Display for RejectReason {
             Self::SameNode => f.write_str("the VM is there already"),
             Self::NotReady(state) => write!(f, "it is {state}"),
             Self::TooFewCpus { needed, has } => write!(f, "it has {has} CPUs, the VM asks for {needed}"),
+            Self::CpuFeatures { lacking } => write!(f, "its CPU lacks {lacking}, which the VM has"),
             Self::Committed {
                 declared,
                 needed,

@@ -1,8 +1,11 @@
 //! What a user is told about a place for a VM.
 
+use std::sync::Arc;
+
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, LaunchRequest, NodeName, NodeState,
-    NodeView, PlaceError, Policy, VmId, VmView, place_launch, place_migration,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, InFlight, LaunchRequest, NodeName,
+    NodeState, NodeView, PlaceError, Policy, VmId, VmView, place_handover, place_launch, place_migration,
+    text,
 };
 
 /// node1 is full, node2 has room, node3 is cordoned, node4 has one CPU.
@@ -29,6 +32,7 @@ fn launch(cpus: u32, memory: Bytes, node: Option<&str>) -> Result<String, String
         cpus,
         memory,
         node: node.map(NodeName::new),
+        cpu_class: None,
     };
     match place_launch(&cluster(), &Policy::default(), &request) {
         Ok(placement) => Ok(placement.node.to_string()),
@@ -56,6 +60,7 @@ fn every_node_says_why_it_cannot_take_a_launch() {
         cpus: 2,
         memory: Bytes::gib(2),
         node: None,
+        cpu_class: None,
     };
     let Err(PlaceError::NothingFits { rejections }) = place_launch(&cluster(), &Policy::default(), &request)
     else {
@@ -90,6 +95,7 @@ fn an_empty_cluster_says_so() {
         cpus: 1,
         memory: Bytes::mib(64),
         node: None,
+        cpu_class: None,
     };
     let error =
         place_launch(&ClusterSnapshot::default(), &Policy::default(), &request).expect_err("no nodes");
@@ -120,6 +126,28 @@ fn each_wrong_migration_has_its_own_error() {
         assert!(text.starts_with(starts), "{text}");
     }
     assert_eq!(migrate(&snapshot, "small", None), Ok("node4".to_owned()));
+}
+
+#[test]
+fn a_vm_stays_on_its_node_only_when_asked_to_and_a_copy_needs_room() {
+    let mut snapshot = cluster();
+    let handover = |snapshot: &ClusterSnapshot, vm: &str, shared| {
+        place_handover(snapshot, &Policy::default(), &VmId::new(vm), shared)
+            .map(|place| place.node.to_string())
+            .map_err(|error| error.to_string())
+    };
+    assert_eq!(handover(&snapshot, "small", false), Ok("node2".to_owned()));
+    snapshot.nodes[1].state = NodeState::Draining;
+    assert_eq!(handover(&snapshot, "small", true), Ok("node2".to_owned()));
+    let refused = handover(&snapshot, "full", false).expect_err("holds most of its node");
+    assert!(refused.starts_with("VM full does not fit on node1"), "{refused}");
+    assert_eq!(handover(&snapshot, "full", true), Ok("node1".to_owned()));
+    snapshot.vms[0].cannot_move = Some(CannotMove::Settling);
+    let refused = handover(&snapshot, "full", true).expect_err("cannot move");
+    assert!(
+        refused.ends_with("its last migration is not over yet"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -167,6 +195,7 @@ fn what_is_on_its_way_is_reserved_once() {
         cpus: 1,
         memory: Bytes::mib(mib),
         node: Some(NodeName::new("node2")),
+        cpu_class: None,
     };
     // 728 MiB are used or reserved; up to 921 there is room for two thirds of 288, not of 300.
     assert!(place_launch(&snapshot, &Policy::default(), &request(288)).is_ok());
@@ -181,4 +210,38 @@ fn a_vm_not_yet_reported_counts_with_what_is_expected_of_it() {
     snapshot.nodes[1].memory_available = Bytes::gib(1);
     let text = migrate(&snapshot, "full", Some("node2")).expect_err("too much");
     assert!(text.contains("170 MiB used or reserved there"), "{text}");
+}
+
+#[test]
+fn a_vm_never_goes_where_its_cpu_features_are_not() {
+    let mut snapshot = cluster();
+    for vm in &mut snapshot.vms {
+        vm.cpu_class = Some(CpuClass::new("wide"));
+    }
+    let narrow = [(CpuClass::new("wide"), Arc::from("AVX512F, AVX512BW"))];
+    let node4 = snapshot
+        .nodes
+        .iter_mut()
+        .find(|node| node.name.as_str() == "node4");
+    node4.expect("there").cpu_lacks = Arc::from(narrow);
+    let lacking = "its CPU lacks AVX512F, AVX512BW, which the VM has";
+    let asked = migrate(&snapshot, "small", Some("node4")).expect_err("another CPU");
+    assert!(asked.ends_with(lacking), "{asked}");
+    let chosen = migrate(&snapshot, "small", None).expect_err("nowhere else");
+    assert!(chosen.contains(&format!("node4: {lacking}")), "{chosen}");
+
+    let launch = |class: Option<&str>| {
+        let request = LaunchRequest {
+            cpus: 1,
+            memory: Bytes::mib(64),
+            node: Some(NodeName::new("node4")),
+            cpu_class: class.map(CpuClass::new),
+        };
+        place_launch(&snapshot, &Policy::default(), &request).is_ok()
+    };
+    assert!(launch(None) && launch(Some("other")) && !launch(Some("wide")));
+
+    let text = text::print(&snapshot, &Policy::default());
+    let read = text::parse(&text).expect("its own text").snapshot;
+    assert_eq!((read.nodes, read.vms), (snapshot.nodes, snapshot.vms));
 }

@@ -167,7 +167,7 @@ proptest! {
         snapshot in clusters(), policy in policies(), cpus in 1u32..20, mib in 1u64..10_000, pin in 0usize..12,
     ) {
         let pinned = snapshot.nodes.get(pin).map(|node| node.name.clone());
-        let request = LaunchRequest { cpus, memory: Bytes::mib(mib), node: pinned.clone() };
+        let request = LaunchRequest { cpus, memory: Bytes::mib(mib), node: pinned.clone(), cpu_class: None };
         match place_launch(&snapshot, &policy, &request) {
             Ok(placement) => {
                 let to = node(&snapshot, &placement.node);
@@ -230,7 +230,7 @@ proptest! {
         let plan = round(&snapshot, &Policy::default());
         let _ = text::print_plan(&plan);
         let _ = text::print(&snapshot, &Policy::default());
-        let request = LaunchRequest { cpus: u32::MAX, memory: Bytes(integer), node: None };
+        let request = LaunchRequest { cpus: u32::MAX, memory: Bytes(integer), node: None, cpu_class: None };
         let _ = place_launch(&snapshot, &Policy::default(), &request);
         let _ = place_migration(&snapshot, &Policy::default(), &VmId::new("vm00"), None);
     }

@@ -1,12 +1,14 @@
 //! Text to snapshot and policy. Every error says which line, which field, and what was expected.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::HEADER;
 use super::print::cannot_move;
 use super::value::{parse_duration, parse_name, parse_number, parse_size};
 use crate::model::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, VmId, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
+    NodeView, VmId, VmView,
 };
 use crate::policy::Policy;
 
@@ -181,6 +183,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.number("exported", &mut node.load_exported)?;
     fields.number("pressure_memory", &mut node.pressure_memory)?;
     fields.number("pressure_cpu", &mut node.pressure_cpu)?;
+    let lacks = "CLASS:FEATURES, separated by ;";
+    fields.set("cpu_lacks", lacks, parse_cpu_lacks, &mut node.cpu_lacks)?;
     if node.memory_available > node.memory {
         return Err(format!("node {}: available: must be at most memory", cut(name)));
     }
@@ -231,6 +235,12 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_duration(text).map(Some),
         &mut vm.since_last_move,
     )?;
+    fields.set(
+        "cpu_class",
+        NAME,
+        |text| parse_name(text).map(|name| Some(CpuClass::new(&name))),
+        &mut vm.cpu_class,
+    )?;
     Ok(vm)
 }
 
@@ -248,6 +258,15 @@ fn parse_cpus(text: &str) -> Option<u32> {
     text.parse().ok()
 }
 
+fn parse_cpu_lacks(text: &str) -> Option<CpuLacks> {
+    let text = parse_name(text)?;
+    let one = |text: &str| {
+        let (class, lacking) = text.split_once(':')?;
+        Some((CpuClass::new(class), Arc::from(lacking)))
+    };
+    text.split(';').map(one).collect()
+}
+
 fn parse_state(text: &str) -> Option<NodeState> {
     let states = [
         NodeState::Ready,
@@ -259,8 +278,8 @@ fn parse_state(text: &str) -> Option<NodeState> {
 }
 
 fn parse_cannot_move(text: &str) -> Option<CannotMove> {
-    use CannotMove::{InDoubt, Locked, NotRunning, Starting, Stopping};
-    [Starting, Stopping, InDoubt, NotRunning, Locked]
+    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping};
+    [Starting, Stopping, InDoubt, NotRunning, Locked, Settling]
         .into_iter()
         .find(|&why| cannot_move(why) == text)
 }

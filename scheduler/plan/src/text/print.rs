@@ -96,6 +96,13 @@ fn print_node(node: &NodeView) -> String {
     line.number("exported", node.load_exported, node.load_local);
     line.number("pressure_memory", node.pressure_memory, 0.0);
     line.number("pressure_cpu", node.pressure_cpu, 0.0);
+    if !node.cpu_lacks.is_empty() {
+        let lacks = node
+            .cpu_lacks
+            .iter()
+            .map(|(class, lacking)| format!("{class}:{lacking}"));
+        line.field("cpu_lacks", &print_name(&lacks.collect::<Vec<_>>().join(";")));
+    }
     line.0
 }
 
@@ -125,6 +132,9 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(age) = vm.since_last_move {
         line.duration("since_last_move", age);
     }
+    if let Some(class) = &vm.cpu_class {
+        line.field("cpu_class", &print_name(class.as_str()));
+    }
     line.0
 }
 
@@ -135,6 +145,7 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
         CannotMove::InDoubt => "in-doubt",
         CannotMove::NotRunning => "not-running",
         CannotMove::Locked => "locked",
+        CannotMove::Settling => "settling",
     }
 }
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 use shoal_proto::node::agent_client::AgentClient;
 use shoal_proto::node::{
     AbortIncomingRequest, CancelMigrationRequest, LaunchVmRequest, PrepareIncomingRequest,
-    StartMigrationRequest, VmFacts, VmRef, WatchMigrationRequest, WorkloadSpec, WriteConsoleRequest,
+    SetMigrationRequest, StartMigrationRequest, VmFacts, VmRef, WatchMigrationRequest, WorkloadSpec,
+    WriteConsoleRequest,
 };
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, vm};
 use tonic::transport::{Channel, Endpoint};
@@ -104,11 +105,13 @@ impl Agent {
         spec: WorkloadSpec,
         migration: MigrationId,
         token: String,
+        source: &NodeName,
     ) -> Result<String, AgentError> {
         let request = PrepareIncomingRequest {
             spec: Some(spec),
             migration_id: migration.to_string(),
             token,
+            source_node: source.to_string(),
         };
         let mut client = self.client.clone();
         Ok(self
@@ -141,10 +144,12 @@ impl Agent {
         vm: VmId,
         epoch: Epoch,
         migration: vm::StartMigrationRequest,
+        destination: &NodeName,
     ) -> Result<(), AgentError> {
         let request = StartMigrationRequest {
             vm: Some(vm_ref(vm, epoch)),
             migration: Some(migration),
+            destination_node: destination.to_string(),
         };
         let mut client = self.client.clone();
         self.call(CALL_TIME, client.start_migration(request))
@@ -177,6 +182,27 @@ impl Agent {
         self.call(CALL_TIME, client.cancel_migration(request))
             .await
             .map(drop)
+    }
+
+    /// Changes the policy of an outgoing migration; answers the one that now holds.
+    pub async fn set_migration(
+        &self,
+        vm: VmId,
+        epoch: Epoch,
+        migration: MigrationId,
+        policy: vm::MigrationPolicy,
+    ) -> Result<vm::MigrationPolicy, AgentError> {
+        let change = vm::SetMigrationRequest {
+            migration_id: migration.to_string(),
+            policy: Some(policy),
+        };
+        let request = SetMigrationRequest {
+            vm: Some(vm_ref(vm, epoch)),
+            change: Some(change),
+        };
+        let mut client = self.client.clone();
+        let answer = self.call(CALL_TIME, client.set_migration(request)).await?;
+        Ok(answer.policy.unwrap_or_default())
     }
 
     /// Runs a VM that is in doubt again.

@@ -1,11 +1,16 @@
 //! The cluster API: one call a file. Calls validate, ask the parts that do the work, and turn what comes back into wire
 //! messages; they make no decisions.
 
+mod cancel_migration;
 mod drain_node;
 mod errors;
+mod get_cpu_baseline;
+mod get_migration;
+mod get_migration_defaults;
 mod get_vm;
 mod import_image;
 mod list_images;
+mod list_migrations;
 mod list_nodes;
 mod list_vms;
 mod migrate_vm;
@@ -13,9 +18,14 @@ mod rebalance;
 mod remove_vm;
 mod resolve_vm;
 mod run_vm;
+mod set_cpu_baseline;
+mod set_migration;
+mod set_migration_defaults;
 mod stop_vm;
 mod stream_events;
 mod stream_logs;
+#[cfg(test)]
+mod tests;
 mod uncordon_node;
 mod wait_vm;
 mod write_console;
@@ -26,18 +36,24 @@ use std::sync::Arc;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
-    DrainNodeRequest, DrainNodeResponse, Event, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
-    ListImagesResponse, ListNodesRequest, ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk,
-    MigrateVmRequest, MigrateVmResponse, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
-    RemoveVmResponse, ResolveVmRequest, RunVmRequest, StopVmRequest, StreamEventsRequest, StreamLogsRequest,
-    UncordonNodeRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
+    CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse, Event, GetCpuBaselineRequest,
+    GetMigrationDefaultsRequest, GetMigrationRequest, GetVmRequest, Image, ImportImageRequest,
+    ListImagesRequest, ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest,
+    ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse,
+    Migration, MigrationDefaults, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
+    RemoveVmResponse, ResolveVmRequest, RunVmRequest, SetCpuBaselineRequest, SetMigrationRequest,
+    StopVmRequest, StreamEventsRequest, StreamLogsRequest, UncordonNodeRequest, Vm, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
+use shoal_proto::vm::MigrationPolicy;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::migrations::OpenMigration;
 use crate::nodes::NodeEntry;
+use crate::record::VmRecord;
 use crate::scheduler::{Scheduler, Shared};
 use crate::vms::VmEntry;
 
@@ -118,6 +134,54 @@ impl Cluster for ClusterApi {
             .map(Response::new)
     }
 
+    async fn list_migrations(
+        &self,
+        request: Request<ListMigrationsRequest>,
+    ) -> Answer<ListMigrationsResponse> {
+        list_migrations::call(&self.0, &request.into_inner()).map(Response::new)
+    }
+
+    async fn get_migration(&self, request: Request<GetMigrationRequest>) -> Answer<Migration> {
+        get_migration::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn cancel_migration(&self, request: Request<CancelMigrationRequest>) -> Answer<Migration> {
+        cancel_migration::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn set_migration(&self, request: Request<SetMigrationRequest>) -> Answer<MigrationPolicy> {
+        set_migration::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_migration_defaults(
+        &self,
+        _: Request<GetMigrationDefaultsRequest>,
+    ) -> Answer<MigrationDefaults> {
+        Ok(Response::new(get_migration_defaults::call(&self.0)))
+    }
+
+    async fn set_migration_defaults(&self, request: Request<MigrationDefaults>) -> Answer<MigrationDefaults> {
+        set_migration_defaults::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_cpu_baseline(&self, _: Request<GetCpuBaselineRequest>) -> Answer<CpuBaseline> {
+        Ok(Response::new(get_cpu_baseline::call(&self.0)))
+    }
+
+    async fn set_cpu_baseline(&self, request: Request<SetCpuBaselineRequest>) -> Answer<CpuBaseline> {
+        set_cpu_baseline::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
     async fn resolve_vm(&self, request: Request<ResolveVmRequest>) -> Answer<Vm> {
         resolve_vm::call(&self.0, &request.into_inner())
             .await
@@ -161,6 +225,16 @@ fn find_vm(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
     scheduler.vms.find(name).ok_or_else(|| {
         let name = crate::limits::shorten(name);
         Status::not_found(format!("vm: there is no VM '{name}'; `shoal ps` lists them"))
+    })
+}
+
+/// The migration that a VM is in.
+fn find_open_migration(scheduler: &Scheduler, vm: &VmRecord) -> Result<Arc<OpenMigration>, Status> {
+    scheduler.migrations.get(vm.id).ok_or_else(|| {
+        let name = &vm.name;
+        Status::failed_precondition(format!(
+            "VM {name} is not being migrated; `shoal migrations --vm {name}` lists its migrations"
+        ))
     })
 }
 

@@ -21,6 +21,8 @@ pub struct SchedulerConfig {
     pub state_dir: PathBuf,
     /// `shoal-vmm`, asked at image import whether the kernel can be booted. None: that check is left out.
     pub vmm_binary: Option<PathBuf>,
+    /// Where Prometheus finds metrics, if anywhere. Other than loopback only with `insecure`.
+    pub metrics: Option<SocketAddr>,
     /// Constants of the planner.
     pub policy: Policy,
     /// Moves what the planner wants moved, each second. Off: only what users ask for happens, drains included.

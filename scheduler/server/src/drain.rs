@@ -38,9 +38,9 @@ pub async fn set_cordon(
     Ok(())
 }
 
-/// No VM is on the node or on its way to it.
+/// No VM is on the node or on its way to it, and none elsewhere still fetches memory from it.
 pub fn is_empty(scheduler: &Scheduler, node: &NodeName) -> bool {
-    scheduler.vms.count_on_node(node) == 0 && !scheduler.migrations.any_to(node)
+    scheduler.vms.count_on_node(node) == 0 && !scheduler.migrations.any_at(node)
 }
 
 /// How the drain of a node stands, by what the planner would do now.

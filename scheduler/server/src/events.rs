@@ -39,6 +39,12 @@ pub enum Kind {
     MigrationCompleted,
     /// The VM stayed, or was lost; the message says which.
     MigrationFailed,
+    /// The VM runs on its new node and fetches memory from the old one.
+    MigrationPostCopy,
+    /// In post-copy the two nodes have lost each other; the VM waits.
+    MigrationLinkLost,
+    /// They are connected again.
+    MigrationLinkBack,
     /// A node answers (again).
     NodeReady,
     /// A node has not reported for a while.
@@ -70,6 +76,9 @@ impl Kind {
             Self::MigrationPlanned => "migration-planned",
             Self::MigrationCompleted => "migration-completed",
             Self::MigrationFailed => "migration-failed",
+            Self::MigrationPostCopy => "migration-post-copy",
+            Self::MigrationLinkLost => "migration-link-lost",
+            Self::MigrationLinkBack => "migration-link-back",
             Self::NodeReady => "node-ready",
             Self::NodeUnreachable => "node-unreachable",
             Self::NodeDraining => "node-draining",

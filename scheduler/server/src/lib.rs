@@ -3,25 +3,31 @@
 //! - [`serve`] (`server`) puts it together; `scheduler` is what its parts share
 //! - what users call: `api`, one call a file; `view` shows records; `limits` says what may be asked for
 //! - what agents call: `registry`; what they report goes through `observe` into `nodes`
-//! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`
+//! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`, `history`
 //! - what is in memory: `vms`, `nodes`, `migrations`
+//! - how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
 //!   not agree), `drain`; `agent` is how a node is told
 #![forbid(unsafe_code)]
 
 mod agent;
 mod api;
+mod bandwidth;
 mod config;
 mod control;
+mod cpus;
 mod drain;
 mod events;
 mod execute;
+mod history;
 mod images;
 mod limits;
 mod logs;
+mod metrics;
 mod migrations;
 mod nodes;
 mod observe;
+mod policy;
 mod reconcile;
 mod record;
 mod registry;

@@ -1,11 +1,12 @@
 //! Migrations under way, in memory: what those who watch one see, and what they may ask of it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use shoal_proto::{NodeName, VmId, cluster, vm};
 use tokio::sync::watch;
 
+use crate::bandwidth::{self, Caps, Sharer};
 use crate::record::Intent;
 
 /// What is known of a migration now.
@@ -15,6 +16,10 @@ pub struct MigrationView {
     pub progress: Option<vm::MigrationProgress>,
     /// Why it is not known which node runs the VM, while that is so.
     pub in_doubt: Option<String>,
+    /// The VM runs at its destination, and the source still has memory that it needs.
+    pub post_copy: bool,
+    /// In post-copy: the two have no connection.
+    pub link_lost: bool,
     /// Set at the end.
     pub outcome: Option<cluster::Migration>,
 }
@@ -24,6 +29,8 @@ pub struct MigrationView {
 pub struct Wish {
     /// To be cancelled, if it still can be.
     pub cancel: bool,
+    /// In post-copy: the VM is to be powered off, and does not need the rest of its memory.
+    pub stop: bool,
     /// An operator decides which node keeps the VM.
     pub keep: Option<NodeName>,
 }
@@ -35,6 +42,11 @@ pub struct OpenMigration {
     pub intent: Arc<Intent>,
     view: watch::Sender<MigrationView>,
     wish: watch::Sender<Wish>,
+    policy: Mutex<vm::MigrationPolicy>,
+    /// What it may use of the network, in bytes per second; 0: no cap.
+    share: watch::Sender<u64>,
+    /// The cap that its source was told last. Held while the source is told anything, so that nothing overtakes.
+    pub told: tokio::sync::Mutex<Option<u64>>,
 }
 
 impl OpenMigration {
@@ -46,6 +58,39 @@ impl OpenMigration {
     /// Follows it to its outcome.
     pub fn watch(&self) -> watch::Receiver<MigrationView> {
         self.view.subscribe()
+    }
+
+    /// How it is to go, as it holds now; its bandwidth is its own cap, not its share.
+    pub fn policy(&self) -> vm::MigrationPolicy {
+        *self.policy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows a policy that has been stored.
+    pub fn set_policy(&self, policy: vm::MigrationPolicy) {
+        *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
+    }
+
+    /// What it may use of the network, and changes of that.
+    pub fn share(&self) -> watch::Receiver<u64> {
+        self.share.subscribe()
+    }
+
+    /// As users see it while it runs.
+    pub fn to_wire(&self, vm_name: &str) -> cluster::Migration {
+        let intent = &self.intent;
+        cluster::Migration {
+            id: intent.migration.to_string(),
+            vm: intent.vm.to_string(),
+            vm_name: vm_name.to_owned(),
+            from_node: intent.from.to_string(),
+            to_node: intent.to.to_string(),
+            epoch: intent.epoch.0,
+            reason: intent.reason.clone(),
+            started_unix_ms: intent.started_unix_ms,
+            report: None,
+            progress: self.view().progress,
+            policy: Some(self.policy()),
+        }
     }
 
     /// Changes what is known.
@@ -75,6 +120,9 @@ impl MigrationTable {
     pub fn open(&self, intent: Arc<Intent>) -> Arc<OpenMigration> {
         let vm = intent.vm;
         let migration = Arc::new(OpenMigration {
+            policy: Mutex::new(intent.policy),
+            share: watch::Sender::default(),
+            told: tokio::sync::Mutex::default(),
             intent,
             view: watch::Sender::default(),
             wish: watch::Sender::default(),
@@ -95,10 +143,50 @@ impl MigrationTable {
             .cloned()
     }
 
-    /// A VM is on its way to this node.
-    pub fn any_to(&self, node: &NodeName) -> bool {
+    /// All of them, latest first.
+    pub fn list(&self) -> Vec<Arc<OpenMigration>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        open.values().any(|migration| migration.intent.to == *node)
+        let mut all: Vec<_> = open.values().cloned().collect();
+        all.sort_by_key(|migration| {
+            std::cmp::Reverse((migration.intent.started_unix_ms, migration.intent.vm))
+        });
+        all
+    }
+
+    /// A VM is on its way to this node, or the memory of one is still on its way from it.
+    pub fn any_at(&self, node: &NodeName) -> bool {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.values()
+            .any(|migration| migration.intent.to == *node || migration.intent.from == *node)
+    }
+
+    /// Shares the network among all of them again: to be called when one begins, ends or changes, and when a cap does.
+    pub fn share_bandwidth(&self, defaults: &cluster::MigrationDefaults) {
+        // The lock keeps a later call from being overtaken by an earlier one.
+        let open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let all: Vec<_> = open
+            .values()
+            .map(|migration| (migration, migration.policy()))
+            .collect();
+        let sharers: Vec<Sharer<'_>> = all
+            .iter()
+            .map(|(migration, policy)| Sharer {
+                from: migration.intent.from.as_str(),
+                to: migration.intent.to.as_str(),
+                own: policy.bandwidth_bytes_per_second.unwrap_or(0),
+                priority: policy.priority.unwrap_or(5),
+            })
+            .collect();
+        let caps = Caps {
+            cluster: defaults.cluster_bandwidth_bytes_per_second.unwrap_or(0),
+            link: defaults.link_bandwidth_bytes_per_second.unwrap_or(0),
+        };
+        let shares = bandwidth::shares(&sharers, caps);
+        for ((migration, _), share) in all.iter().zip(shares) {
+            migration
+                .share
+                .send_if_modified(|now| std::mem::replace(now, share) != share);
+        }
     }
 
     /// Drops one whose intent has been closed.

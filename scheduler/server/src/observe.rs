@@ -1,15 +1,17 @@
 //! What agents report becomes what the planner sees, and what does not agree with the records is handed to
 //! [`crate::reconcile`]. A report costs what is in it, never a look at the whole cluster.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use shoal_plan::{Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeState, NodeView, VmView};
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 
+use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::nodes::NodeEntry;
 use crate::reconcile::Subject;
-use crate::record::{Cordon, Phase};
+use crate::record::{Cordon, Intent, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
@@ -58,7 +60,12 @@ pub fn may_write_console(scheduler: &Scheduler, name: &NodeName, vm: VmId, epoch
         || scheduler
             .migrations
             .get(vm)
-            .is_some_and(|migration| migration.intent.to == *name && migration.intent.epoch == epoch)
+            .is_some_and(|migration| is_party(&migration.intent, name, epoch))
+}
+
+/// Whether a node at an epoch is one of the two ends of a migration.
+fn is_party(intent: &Intent, node: &NodeName, epoch: Epoch) -> bool {
+    (intent.from == *node && intent.from_epoch == epoch) || (intent.to == *node && intent.epoch == epoch)
 }
 
 /// Announces that a node has begun or ceased to answer, if it has.
@@ -84,18 +91,29 @@ pub fn announce_reachability(scheduler: &Scheduler, entry: &NodeEntry) {
 
 /// The cluster as the planner is told of it.
 pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
-    let nodes = scheduler
-        .nodes
-        .list()
-        .iter()
-        .map(|entry| node_view(entry))
-        .collect();
-    let vms = scheduler
-        .vms
-        .list()
+    let entries = scheduler.vms.list();
+    let vms = entries
         .iter()
         .filter_map(|entry| vm_view(scheduler, entry))
         .collect();
+    let mut kinds: BTreeSet<CpuDigest> = scheduler.cpus.baseline().into_iter().collect();
+    for entry in &entries {
+        if let Some(cpu) = entry.record().cpu.as_ref().filter(|cpu| !kinds.contains(*cpu)) {
+            kinds.insert(cpu.clone());
+        }
+    }
+    let mut lacks = HashMap::new();
+    let mut nodes: Vec<NodeView> = vec![];
+    for entry in scheduler.nodes.list() {
+        let mut view = node_view(&entry);
+        if let Some(cpu) = entry.record().cpu {
+            let of_kind = lacks
+                .entry(cpu.clone())
+                .or_insert_with(|| scheduler.cpus.lacks(&kinds, &cpu));
+            view.cpu_lacks = Arc::clone(of_kind);
+        }
+        nodes.push(view);
+    }
     ClusterSnapshot { nodes, vms }
 }
 
@@ -127,7 +145,7 @@ fn disagreement(
     let record = entry.record();
     let owner = record.node == *name && record.epoch == epoch;
     if let Some(migration) = scheduler.migrations.get(vm) {
-        let party = owner || (migration.intent.to == *name && migration.intent.epoch == epoch);
+        let party = owner || is_party(&migration.intent, name, epoch);
         return if party { None } else { Some(stray) };
     }
     if !owner {
@@ -177,13 +195,21 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::InDoubt)
         }
+        Phase::Running
+            if migration
+                .as_ref()
+                .is_some_and(|open| open.intent.to == record.node) =>
+        {
+            Some(CannotMove::Settling)
+        }
         Phase::Running => None,
     };
     let seen = scheduler
         .nodes
         .get(&record.node)
         .and_then(|node| node.observed_vm(record.id, record.epoch));
-    let in_flight = migration.map(|open| {
+    let leaving = migration.filter(|open| open.intent.to != record.node);
+    let in_flight = leaving.map(|open| {
         let intent = &open.intent;
         let there = scheduler
             .nodes
@@ -206,6 +232,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         cannot_move,
         in_flight,
         since_last_move: entry.since_last_move(),
+        cpu_class: record.cpu.as_ref().map(CpuDigest::class),
         ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
     })
 }

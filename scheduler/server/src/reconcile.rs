@@ -12,6 +12,7 @@ use crate::events::{Kind, NewEvent};
 use crate::execute::settle::Settlement;
 use crate::execute::stop::{self, outcome};
 use crate::execute::{finish, launch};
+use crate::policy::{self, Cause};
 use crate::record::{Intent, Outcome, Phase, VmRecord, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
@@ -220,6 +221,9 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
         .incoming_migration_id
         .parse()
         .unwrap_or_else(|_| MigrationId::new());
+    if seen.state() == vm::VmState::PostCopy && owner_misses_memory(scheduler, &record) {
+        return;
+    }
     if epoch > record.epoch && epoch > record.fenced_through && !record.phase.is_over() {
         match agent.abort_incoming(vm, epoch, migration).await {
             Ok(false) => {}
@@ -239,6 +243,14 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
     }
 }
 
+/// By its last report; unless that is there and says no, it may.
+fn owner_misses_memory(scheduler: &Scheduler, record: &VmRecord) -> bool {
+    let owner = scheduler.nodes.get(&record.node);
+    let seen = owner.and_then(|node| node.observed_vm(record.id, record.epoch));
+    let status = seen.and_then(|seen| seen.facts.vmm_alive.then_some(seen.facts.status).flatten());
+    !record.phase.is_over() && status.is_none_or(|status| status.missing_bytes > 0)
+}
+
 async fn take_up(
     scheduler: &Shared,
     entry: &Arc<VmEntry>,
@@ -255,6 +267,11 @@ async fn take_up(
         epoch,
         reason: "found running at a newer epoch".to_owned(),
         started_unix_ms: now_unix_ms(),
+        policy: policy::resolve(
+            &vm::MigrationPolicy::default(),
+            &scheduler.defaults.policy(),
+            Cause::Requested,
+        ),
     });
     let last_epoch = record.last_epoch.max(epoch);
     let record = VmRecord {
@@ -282,4 +299,5 @@ pub fn recover(scheduler: &Shared, intents: Vec<Intent>) {
         let open = scheduler.migrations.open(Arc::new(intent));
         tokio::spawn(Settlement::new(Arc::clone(scheduler), entry, open, guard).settle());
     }
+    scheduler.share_bandwidth();
 }

@@ -4,7 +4,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use shoal_proto::{Epoch, MigrationId, NodeName, VmId, VmName, node};
+use shoal_proto::{Epoch, MigrationId, NodeName, VmId, VmName, node, vm};
+
+use crate::cpus::CpuDigest;
 
 /// A file of the image store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +126,12 @@ pub struct VmRecord {
     pub phase: Phase,
     /// Why, where there is something to say.
     pub message: String,
+    /// The CPU features it was given when it was first placed, where they are known.
+    #[serde(default)]
+    pub cpu: Option<CpuDigest>,
+    /// They were those of a baseline; otherwise all that its node had.
+    #[serde(default)]
+    pub cpu_baseline: bool,
 }
 
 impl VmRecord {
@@ -139,6 +147,7 @@ impl VmRecord {
             initrd: self.initrd.as_ref().map(BlobRef::to_wire),
             cmdline: self.cmdline.clone(),
             cmdline_software_kvm: self.cmdline_software_kvm.clone(),
+            ..node::WorkloadSpec::default()
         }
     }
 }
@@ -162,6 +171,27 @@ pub struct Intent {
     pub reason: String,
     /// When it was decided.
     pub started_unix_ms: i64,
+    /// How it is to go, in full; empty in what schema 1 stored.
+    #[serde(default, with = "encoded")]
+    pub policy: vm::MigrationPolicy,
+}
+
+/// A protobuf message in a record, as its bytes.
+mod encoded {
+    use prost::Message;
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    pub fn serialize<M: Message, S: Serializer>(message: &M, serializer: S) -> Result<S::Ok, S::Error> {
+        message.encode_to_vec().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, M: Message + Default, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<M, D::Error> {
+        let bytes = Vec::<u8>::deserialize(deserializer)?;
+        M::decode(bytes.as_slice()).map_err(D::Error::custom)
+    }
 }
 
 /// Whether new VMs may come to a node, by its operator's will.
@@ -186,8 +216,17 @@ pub struct NodeRecord {
     pub cpus: u32,
     /// Memory it lends.
     pub memory_bytes: u64,
+    /// It has a certificate for migrations, and takes and makes them over TLS only.
+    #[serde(default)]
+    pub migration_tls: bool,
     /// Its operator's will.
     pub cordon: Cordon,
+    /// The CPU features that it offers VMs, where it has told them.
+    #[serde(default)]
+    pub cpu: Option<CpuDigest>,
+    /// Its CPU's model.
+    #[serde(default)]
+    pub cpu_model: String,
 }
 
 /// Milliseconds since 1970.

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use shoal_cpuid::Table;
 use shoal_proto::node::registry_server::Registry;
 use shoal_proto::node::{
     AgentReport, BlobChunk, ConsoleData, FetchBlobRequest, Register, Registered, SchedulerMessage,
@@ -115,7 +116,7 @@ impl Registry for RegistryApi {
 }
 
 /// Checks a registration, stores the node if it is new or has changed, and begins its session.
-async fn begin(
+pub async fn begin(
     scheduler: &Shared,
     register: &Register,
     session: u64,
@@ -151,17 +152,36 @@ async fn begin(
         )));
     }
     let old = known.as_ref().map(|entry| entry.record());
+    let cpuid = Table::from_bytes(&register.cpuid).map_err(|error| invalid(format!("cpuid: {error}")))?;
+    let cpu = if cpuid.is_empty() {
+        None
+    } else {
+        scheduler.cpus.kind(&cpuid)
+    };
+    let (cpu, new_kind) = cpu.unzip();
     let record = NodeRecord {
         name: name.clone(),
         address: register.address.clone(),
         cpus: register.cpus,
         memory_bytes: register.memory_bytes,
+        migration_tls: register.migration_tls,
         cordon: old.as_ref().map_or(Cordon::Open, |old| old.cordon),
+        cpu,
+        cpu_model: if cpuid.is_empty() {
+            String::new()
+        } else {
+            cpuid.model()
+        },
     };
     crate::agent::Agent::new(&record).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {
-        let stored = scheduler.store.apply(vec![Write::PutNode(record.clone())]).await;
+        let new_kind = new_kind.flatten();
+        let writes = new_kind.iter().cloned().chain([Write::PutNode(record.clone())]);
+        let stored = scheduler.store.apply(writes.collect()).await;
         stored.map_err(|error| Status::internal(error.to_string()))?;
+        if let Some(Write::PutCpu(digest, features)) = new_kind {
+            scheduler.cpus.add(digest, features);
+        }
     }
     let entry = scheduler
         .nodes

@@ -5,14 +5,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use shoal_plan::Policy;
-use shoal_proto::NodeName;
+use shoal_proto::{NodeName, node};
 
 use crate::agent::{Agent, AgentError};
+use crate::cpus::Cpus;
 use crate::events::Events;
+use crate::history::History;
 use crate::images::ImageStore;
 use crate::logs::LogStore;
+use crate::metrics::Metrics;
 use crate::migrations::MigrationTable;
 use crate::nodes::NodeTable;
+use crate::policy::Defaults;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
 use crate::store::{Store, StoreError, Write};
@@ -29,6 +33,14 @@ pub struct Scheduler {
     pub nodes: NodeTable,
     /// Migrations under way.
     pub migrations: MigrationTable,
+    /// Migrations that have ended.
+    pub history: History,
+    /// How migrations go unless someone says otherwise.
+    pub defaults: Defaults,
+    /// What is counted of them.
+    pub metrics: Metrics,
+    /// Kinds of CPUs.
+    pub cpus: Cpus,
     /// Images.
     pub images: ImageStore,
     /// Console logs.
@@ -60,6 +72,21 @@ impl Scheduler {
         self.store.apply(writes).await?;
         self.vms.publish(&record);
         Ok(record)
+    }
+
+    /// Shares the network among the migrations under way again.
+    pub fn share_bandwidth(&self) {
+        self.migrations.share_bandwidth(&self.defaults.set());
+    }
+
+    /// A VM as an agent is told to start it.
+    pub fn spec_to_launch(&self, record: &VmRecord) -> node::WorkloadSpec {
+        let baseline = record.cpu.as_ref().filter(|_| record.cpu_baseline);
+        let table = baseline.and_then(|digest| self.cpus.table(digest));
+        node::WorkloadSpec {
+            cpu_baseline: table.map_or_else(Vec::new, |table| table.to_bytes()),
+            ..record.to_spec(record.epoch)
+        }
     }
 
     /// The agent of a node.

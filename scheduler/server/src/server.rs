@@ -15,17 +15,21 @@ use tonic::transport::server::TcpIncoming;
 use crate::api::ClusterApi;
 use crate::config::SchedulerConfig;
 use crate::control;
+use crate::cpus::Cpus;
 use crate::events::Events;
+use crate::history::History;
 use crate::images::ImageStore;
 use crate::logs::LogStore;
+use crate::metrics::{self, Metrics};
 use crate::migrations::MigrationTable;
 use crate::nodes::{InvalidAddress, NodeTable};
+use crate::policy::Defaults;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord};
 use crate::registry::RegistryApi;
 use crate::scheduler::{Scheduler, Shared};
 use crate::store::{Store, StoreError};
-use crate::vms::VmTable;
+use crate::vms::{KEPT_MIGRATIONS, VmTable};
 
 /// A heartbeat of a node with tens of thousands of VMs is a few MiB.
 const MAX_MESSAGE_BYTES: usize = 32 << 20;
@@ -76,16 +80,17 @@ pub enum ServerError {
 
 /// Runs a scheduler until its shutdown completes. VMs and agents go on without it.
 pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
-    if !config.listen.ip().is_loopback() && !config.insecure {
-        return Err(ServerError::NotLoopback(config.listen));
+    for address in [Some(config.listen), config.metrics].into_iter().flatten() {
+        if !address.ip().is_loopback() && !config.insecure {
+            return Err(ServerError::NotLoopback(address));
+        }
     }
     config.policy.check()?;
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .map_err(|source| ServerError::Listen {
-            address: config.listen,
-            source,
-        })?;
+    let listener = bind(config.listen).await?;
+    let metrics = match config.metrics {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
     let address = listener.local_addr().map_err(|source| ServerError::Listen {
         address: config.listen,
         source,
@@ -97,12 +102,21 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
     let mut tasks = JoinSet::new();
     tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
     tasks.spawn(control::run(Arc::clone(&scheduler), automatic));
+    if let Some(listener) = metrics {
+        tasks.spawn(metrics::http::serve(Arc::clone(&scheduler), listener));
+    }
     tracing::info!(%address, state_dir = %config.state_dir.display(), "scheduler is ready");
     let served = serve_grpc(&scheduler, listener, config.shutdown).await;
     tasks.shutdown().await;
     scheduler.events.persist(&scheduler.store).await?;
     tracing::info!("scheduler has ended");
     served
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, ServerError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServerError::Listen { address, source })
 }
 
 type Subjects = tokio::sync::mpsc::UnboundedReceiver<reconcile::Subject>;
@@ -119,11 +133,16 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
     let used = blobs(&contents.vms);
     let images = ImageStore::open(directory.join("blobs"), contents.images, &used).map_err(state_dir)?;
     let (reconcile, subjects) = ReconcileQueue::new();
+    let history = History::new(contents.history, contents.sampled);
     let scheduler = Scheduler {
         nodes: NodeTable::new(contents.nodes)?,
         images,
-        vms: VmTable::new(contents.vms, contents.migrations),
+        cpus: Cpus::new(contents.cpus),
+        vms: VmTable::new(contents.vms, history.by_vm(KEPT_MIGRATIONS)),
         migrations: MigrationTable::default(),
+        history,
+        metrics: Metrics::default(),
+        defaults: Defaults::new(contents.migration_defaults),
         logs: LogStore::new(directory.join("logs")),
         events: Events::new(contents.events),
         reconcile,

@@ -7,20 +7,31 @@ use std::sync::Arc;
 use prost::Message as _;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
-use shoal_proto::{Epoch, VmId, cluster};
+use shoal_cpuid::Table;
+use shoal_proto::{VmId, cluster, vm};
 
+use crate::cpus::{CpuDigest, StoredCpus};
+use crate::history;
 use crate::record::{ImageRecord, Intent, NodeRecord, VmRecord};
 
 /// Raised with every change that an older scheduler could not read.
-const SCHEMA_VERSION: u64 = 1;
+const SCHEMA_VERSION: u64 = 2;
 
 type Bytes = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const VMS: Bytes = TableDefinition::new("vms");
 const INTENTS: Bytes = TableDefinition::new("intents");
-/// Key: VM id, then epoch (big endian).
-const MIGRATIONS: Bytes = TableDefinition::new("migrations");
+/// Ended migrations, without samples. Key: number (big endian), rising.
+const HISTORY: Bytes = TableDefinition::new("history");
+/// Their samples, as a report with nothing else. The same key.
+const SAMPLES: Bytes = TableDefinition::new("samples");
+/// What operators set. Key: name.
+const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
+const MIGRATION_DEFAULTS: &str = "migration-defaults";
+/// CPUID tables, features only, by their digests; under [`BASELINE`] a digest.
+const CPUS: Bytes = TableDefinition::new("cpus");
+const BASELINE: &[u8] = b"baseline";
 const NODES: Bytes = TableDefinition::new("nodes");
 const IMAGES: Bytes = TableDefinition::new("images");
 /// Key: sequence number (big endian).
@@ -75,18 +86,28 @@ pub enum StoreError {
 pub enum Write {
     /// Inserts or replaces a VM.
     PutVm(Arc<VmRecord>),
-    /// Removes a VM and the history of its migrations.
+    /// Removes a VM; the history of its migrations stays.
     DeleteVm(VmId),
     /// Opens an intent.
     PutIntent(Arc<Intent>),
+    /// Replaces an intent, if it is still open.
+    ReplaceIntent(Arc<Intent>),
     /// Closes the VM's intent.
     DeleteIntent(VmId),
-    /// Adds an ended migration to the history.
-    PutMigration(VmId, Box<cluster::Migration>),
+    /// Adds an ended migration to the history, at this number.
+    PutMigration(u64, Box<cluster::Migration>),
     /// Drops one from the history.
-    DeleteMigration(VmId, Epoch),
+    DeleteMigration(u64),
+    /// Drops the samples of one.
+    DeleteSamples(u64),
+    /// Replaces the cluster's defaults for migrations.
+    PutMigrationDefaults(Box<cluster::MigrationDefaults>),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
+    /// Keeps a kind of CPU.
+    PutCpu(CpuDigest, Table),
+    /// Changes or removes the CPU baseline.
+    SetCpuBaseline(Option<CpuDigest>),
     /// Inserts or replaces an image.
     PutImage(Arc<ImageRecord>),
     /// Appends an event.
@@ -102,10 +123,16 @@ pub struct Contents {
     pub vms: Vec<VmRecord>,
     /// Open intents.
     pub intents: Vec<Intent>,
-    /// Ended migrations, oldest first for each VM.
-    pub migrations: Vec<(VmId, cluster::Migration)>,
+    /// Ended migrations by number, without what makes them big.
+    pub history: Vec<(u64, cluster::Migration)>,
+    /// Numbers of those whose samples are kept.
+    pub sampled: Vec<u64>,
+    /// The cluster's defaults for migrations.
+    pub migration_defaults: cluster::MigrationDefaults,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
+    /// Kinds of CPUs.
+    pub cpus: StoredCpus,
     /// Images.
     pub images: Vec<ImageRecord>,
     /// Events in order.
@@ -168,6 +195,11 @@ impl Store {
                 .map(|v| v.value());
             match found {
                 Some(SCHEMA_VERSION) => {}
+                Some(upgrade::HISTORY_BY_VM) => {
+                    upgrade::history_by_vm(&transaction, path)?;
+                    meta.insert("schema", SCHEMA_VERSION)
+                        .map_err(|e| database_error(path, e))?;
+                }
                 Some(found) if found > SCHEMA_VERSION => {
                     return Err(StoreError::NewerSchema {
                         path: path.to_owned(),
@@ -181,31 +213,100 @@ impl Store {
                 _ => return Err(corrupt(path, "the schema version")),
             }
         }
-        for table in [VMS, INTENTS, MIGRATIONS, NODES, IMAGES, EVENTS] {
+        for table in [VMS, INTENTS, HISTORY, SAMPLES, NODES, CPUS, IMAGES, EVENTS] {
             transaction
                 .open_table(table)
                 .map_err(|e| database_error(path, e))?;
         }
+        transaction
+            .open_table(SETTINGS)
+            .map_err(|e| database_error(path, e))?;
         transaction.commit().map_err(|e| database_error(path, e))
     }
 
     fn load(&self) -> Result<Contents, StoreError> {
         let events = self.scan(EVENTS, "events", |_, value| cluster::Event::decode(value).ok())?;
-        let migrations = self.scan(MIGRATIONS, "migrations", |key, value| {
-            let vm = uuid::Uuid::from_slice(key.get(..16)?).ok()?;
-            Some((
-                vm.to_string().parse().ok()?,
-                cluster::Migration::decode(value).ok()?,
-            ))
+        let history = self.scan(HISTORY, "history", |key, value| {
+            let migration = cluster::Migration::decode(value).ok()?;
+            Some((number(key)?, history::light(migration)))
         })?;
+        let sampled = self.scan(SAMPLES, "samples", |key, _| number(key))?;
         Ok(Contents {
             vms: self.scan(VMS, "vms", json)?,
             intents: self.scan(INTENTS, "intents", json)?,
-            migrations,
+            history,
+            sampled,
+            migration_defaults: self.migration_defaults()?,
             nodes: self.scan(NODES, "nodes", json)?,
+            cpus: self.cpus()?,
             images: self.scan(IMAGES, "images", json)?,
             events,
         })
+    }
+
+    /// An ended migration with all that was kept of it. None if it has made room meanwhile.
+    pub async fn migration(&self, number: u64) -> Result<Option<cluster::Migration>, StoreError> {
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || store.migration_blocking(number))
+            .await
+            .map_err(|_| StoreError::Interrupted)?
+    }
+
+    fn migration_blocking(&self, number: u64) -> Result<Option<cluster::Migration>, StoreError> {
+        let Some(whole) = self.get(HISTORY, &number.to_be_bytes())? else {
+            return Ok(None);
+        };
+        let damaged = |_| corrupt(&self.path, &format!("migration {number} of the history"));
+        let mut migration = cluster::Migration::decode(whole.as_slice()).map_err(damaged)?;
+        if let (Some(report), Some(samples)) =
+            (&mut migration.report, self.get(SAMPLES, &number.to_be_bytes())?)
+        {
+            let samples = vm::MigrationReport::decode(samples.as_slice()).map_err(damaged)?;
+            report.samples = samples.samples;
+        }
+        Ok(Some(migration))
+    }
+
+    fn get(&self, table: Bytes, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.path.as_path();
+        let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
+        let table = transaction
+            .open_table(table)
+            .map_err(|e| database_error(path, e))?;
+        let value = table.get(key).map_err(|e| database_error(path, e))?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+
+    fn migration_defaults(&self) -> Result<cluster::MigrationDefaults, StoreError> {
+        let path = self.path.as_path();
+        let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
+        let table = transaction
+            .open_table(SETTINGS)
+            .map_err(|e| database_error(path, e))?;
+        let value = table
+            .get(MIGRATION_DEFAULTS)
+            .map_err(|e| database_error(path, e))?;
+        match value {
+            None => Ok(cluster::MigrationDefaults::default()),
+            Some(value) => cluster::MigrationDefaults::decode(value.value())
+                .map_err(|_| corrupt(path, "the setting 'migration-defaults'")),
+        }
+    }
+
+    fn cpus(&self) -> Result<StoredCpus, StoreError> {
+        let mut stored = StoredCpus::default();
+        let entries = self.scan(CPUS, "cpus", |key, value| {
+            if key == BASELINE {
+                let digest = std::str::from_utf8(value).ok()?;
+                return Some((Some(CpuDigest(digest.to_owned())), None));
+            }
+            Some((None, Some(Table::from_bytes(value).ok()?)))
+        })?;
+        for (baseline, table) in entries {
+            stored.baseline = stored.baseline.or(baseline);
+            stored.tables.extend(table);
+        }
+        Ok(stored)
     }
 
     fn scan<T>(
@@ -259,30 +360,70 @@ impl Store {
         };
         match write {
             Write::PutVm(vm) => put(VMS, vm.id.as_bytes(), serde_json::to_vec(vm.as_ref())?),
-            Write::DeleteVm(id) => {
-                remove(VMS, id.as_bytes(), id.as_bytes())?;
-                remove(
-                    MIGRATIONS,
-                    &migration_key(*id, Epoch(0)),
-                    &migration_key(*id, Epoch(u64::MAX)),
-                )
-            }
+            Write::DeleteVm(id) => remove(VMS, id.as_bytes(), id.as_bytes()),
             Write::PutIntent(intent) => put(
                 INTENTS,
                 intent.vm.as_bytes(),
                 serde_json::to_vec(intent.as_ref())?,
             ),
+            Write::ReplaceIntent(intent) => {
+                let mut table = transaction
+                    .open_table(INTENTS)
+                    .map_err(|e| database_error(path, e))?;
+                let found = table
+                    .get(intent.vm.as_bytes().as_slice())
+                    .map_err(|e| database_error(path, e))?
+                    .and_then(|open| serde_json::from_slice::<Intent>(open.value()).ok());
+                if found.is_some_and(|open| open.migration == intent.migration) {
+                    table
+                        .insert(
+                            intent.vm.as_bytes().as_slice(),
+                            serde_json::to_vec(intent.as_ref())?.as_slice(),
+                        )
+                        .map_err(|e| database_error(path, e))?;
+                }
+                Ok(())
+            }
             Write::DeleteIntent(vm) => remove(INTENTS, vm.as_bytes(), vm.as_bytes()),
-            Write::PutMigration(vm, migration) => put(
-                MIGRATIONS,
-                &migration_key(*vm, Epoch(migration.epoch)),
-                migration.encode_to_vec(),
-            ),
-            Write::DeleteMigration(vm, epoch) => {
-                let key = migration_key(*vm, *epoch);
-                remove(MIGRATIONS, &key, &key)
+            Write::PutMigration(number, migration) => {
+                let mut migration = migration.as_ref().clone();
+                let samples = migration
+                    .report
+                    .as_mut()
+                    .map(|report| std::mem::take(&mut report.samples))
+                    .unwrap_or_default();
+                put(HISTORY, &number.to_be_bytes(), migration.encode_to_vec())?;
+                if samples.is_empty() {
+                    return Ok(());
+                }
+                let samples = vm::MigrationReport {
+                    samples,
+                    ..Default::default()
+                };
+                put(SAMPLES, &number.to_be_bytes(), samples.encode_to_vec())
+            }
+            Write::DeleteMigration(number) => {
+                let key = number.to_be_bytes();
+                remove(HISTORY, &key, &key)?;
+                remove(SAMPLES, &key, &key)
+            }
+            Write::DeleteSamples(number) => {
+                let key = number.to_be_bytes();
+                remove(SAMPLES, &key, &key)
+            }
+            Write::PutMigrationDefaults(defaults) => {
+                let mut settings = transaction
+                    .open_table(SETTINGS)
+                    .map_err(|e| database_error(path, e))?;
+                settings
+                    .insert(MIGRATION_DEFAULTS, defaults.encode_to_vec().as_slice())
+                    .map_err(|e| database_error(path, e))?;
+                Ok(())
             }
             Write::PutNode(node) => put(NODES, node.name.as_str().as_bytes(), serde_json::to_vec(node)?),
+            Write::PutCpu(digest, table) => put(CPUS, digest.0.as_bytes(), table.to_bytes()),
+            Write::SetCpuBaseline(Some(digest)) => put(CPUS, BASELINE, digest.0.as_bytes().to_vec()),
+            Write::SetCpuBaseline(None) => remove(CPUS, BASELINE, BASELINE),
             Write::PutImage(image) => put(IMAGES, image.name.as_bytes(), serde_json::to_vec(image.as_ref())?),
             Write::PutEvent(event) => put(EVENTS, &event.sequence.to_be_bytes(), event.encode_to_vec()),
             Write::TrimEvents(through) => remove(EVENTS, &0u64.to_be_bytes(), &through.to_be_bytes()),
@@ -290,11 +431,8 @@ impl Store {
     }
 }
 
-fn migration_key(vm: VmId, epoch: Epoch) -> [u8; 24] {
-    let mut key = [0; 24];
-    key[..16].copy_from_slice(vm.as_bytes());
-    key[16..].copy_from_slice(&epoch.0.to_be_bytes());
-    key
+fn number(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.try_into().ok()?))
 }
 
 fn json<T: DeserializeOwned>(_key: &[u8], value: &[u8]) -> Option<T> {
@@ -314,6 +452,8 @@ fn database_error(path: &Path, source: impl Into<redb::Error>) -> StoreError {
         source: Box::new(source.into()),
     }
 }
+
+mod upgrade;
 
 #[cfg(test)]
 mod tests;

@@ -10,13 +10,14 @@ use shoal_proto::node::agent_server::{Agent, AgentServer};
 use shoal_proto::node::{
     AbortIncomingRequest, AbortIncomingResponse, CancelMigrationRequest, CancelMigrationResponse,
     DestroyVmResponse, Heartbeat, LaunchVmRequest, PrepareIncomingRequest, PrepareIncomingResponse,
-    StartMigrationRequest, StartMigrationResponse, VmFacts, VmRef, WatchMigrationRequest,
-    WriteConsoleRequest, WriteConsoleResponse,
+    SetMigrationRequest, StartMigrationRequest, StartMigrationResponse, VmFacts, VmRef,
+    WatchMigrationRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
-use shoal_proto::vm::{MigrationProgress, MigrationReport, MigrationResult, VmState, VmStatus};
+use shoal_proto::vm::{self, MigrationProgress, MigrationReport, MigrationResult, VmState, VmStatus};
 use shoal_proto::{Epoch, VmId};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
@@ -37,6 +38,10 @@ pub enum Script {
     Fail,
     /// Commit is sent, arrives or not, and is not answered.
     InDoubt { commit_arrives: bool },
+    /// It goes on until it is cancelled.
+    GoOn,
+    /// The destination runs the VM and misses memory until [`FakeNode::end_post_copy`].
+    PostCopy,
 }
 
 #[derive(Debug, Default)]
@@ -46,6 +51,11 @@ struct FakeVm {
     outgoing: String,
     report: Option<MigrationReport>,
     exit_status: Option<u32>,
+    missing_bytes: u64,
+    link_lost: bool,
+    dead: bool,
+    /// Policies that its outgoing migration was told, the one at the start first.
+    policies: Vec<vm::MigrationPolicy>,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +81,18 @@ pub struct FakeNode {
 }
 
 impl FakeNode {
+    /// Registers again, with or without a certificate.
+    pub fn set_migration_tls(&self, scheduler: &Shared, migration_tls: bool) {
+        let record = NodeRecord {
+            migration_tls,
+            ..self.record.clone()
+        };
+        let entry = scheduler.nodes.get(&record.name).expect("registered");
+        let (sender, _) = mpsc::channel(1);
+        entry.begin_session(record, 2, sender).expect("an address");
+        self.report(scheduler);
+    }
+
     pub fn set_silent(&self, silent: bool) {
         self.lock().silent = silent;
     }
@@ -101,6 +123,52 @@ impl FakeNode {
         self.lock().lose_launch = Some(done);
     }
 
+    /// The source here says, and the destination sees, that nothing is missing any more.
+    pub fn end_post_copy(&self) {
+        for peer in self.peers() {
+            for vm in peer.lock().vms.values_mut() {
+                vm.missing_bytes = 0;
+            }
+        }
+        for vm in self.lock().vms.values_mut() {
+            if vm.state == VmState::PostCopy {
+                vm.state = VmState::Migrated;
+                vm.report = Some(report(&vm.outgoing, MigrationResult::Completed));
+            }
+        }
+    }
+
+    /// Every VM here that misses memory has lost the source.
+    pub fn lose_links(&self) {
+        for vm in self.lock().vms.values_mut() {
+            vm.link_lost = vm.missing_bytes > 0;
+        }
+    }
+
+    /// Every VMM process here dies.
+    pub fn kill_vmms(&self) {
+        for vm in self.lock().vms.values_mut() {
+            vm.dead = true;
+        }
+    }
+
+    /// What the outgoing migration here was told, the policy at its start first.
+    pub fn told(&self) -> Vec<vm::MigrationPolicy> {
+        let state = self.lock();
+        state.vms.values().flat_map(|vm| vm.policies.clone()).collect()
+    }
+
+    /// What each outgoing migration here was told last.
+    pub fn last_told(&self) -> Vec<vm::MigrationPolicy> {
+        let state = self.lock();
+        let last = state.vms.values().filter_map(|vm| vm.policies.last());
+        last.copied().collect()
+    }
+
+    fn peers(&self) -> Vec<FakeNode> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// How often a VM was resumed here.
     pub fn resumed(&self) -> u32 {
         self.lock().resumed
@@ -111,7 +179,7 @@ impl FakeNode {
         self.lock()
             .vms
             .values()
-            .filter(|vm| vm.state == VmState::Running)
+            .filter(|vm| vm.state == VmState::Running && !vm.dead)
             .count()
     }
 
@@ -154,12 +222,25 @@ fn facts((id, epoch): &(String, u64), vm: &FakeVm) -> VmFacts {
         cpus: 1,
         outgoing_migration_id: vm.outgoing.clone(),
         exit_status: vm.exit_status,
+        missing_bytes: vm.missing_bytes,
+        link_lost: vm.link_lost,
         ..Default::default()
     };
     VmFacts {
         status: Some(status),
-        vmm_alive: true,
+        vmm_alive: !vm.dead,
         ran_here: vm.ran,
+        ..Default::default()
+    }
+}
+
+fn report(migration: &str, result: MigrationResult) -> MigrationReport {
+    MigrationReport {
+        migration_id: migration.to_owned(),
+        result: result.into(),
+        reason: "scripted".to_owned(),
+        passes: 3,
+        samples: vec![vm::MigrationSample::default()],
         ..Default::default()
     }
 }
@@ -239,41 +320,40 @@ impl Agent for FakeNode {
         let here = key(request.vm);
         let there = (here.0.clone(), migration.destination_epoch);
         let script = self.answering()?.script.clone();
-        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let commit = || {
+        let peers = self.peers();
+        let commit = |missing_bytes| {
             for peer in &peers {
                 if let Some(vm) = peer.lock().vms.get_mut(&there) {
                     vm.state = VmState::Running;
                     vm.ran = true;
+                    vm.missing_bytes = missing_bytes;
                 }
             }
         };
         let (state, result) = match script {
             Script::Complete => {
-                commit();
-                (VmState::Migrated, MigrationResult::Completed)
+                commit(0);
+                (VmState::Migrated, Some(MigrationResult::Completed))
             }
-            Script::Fail => (VmState::Running, MigrationResult::Failed),
+            Script::Fail => (VmState::Running, Some(MigrationResult::Failed)),
             Script::InDoubt { commit_arrives } => {
                 if commit_arrives {
-                    commit();
+                    commit(0);
                 }
-                (VmState::InDoubt, MigrationResult::InDoubt)
+                (VmState::InDoubt, Some(MigrationResult::InDoubt))
+            }
+            Script::GoOn => (VmState::Migrating, None),
+            Script::PostCopy => {
+                commit(1 << 20);
+                (VmState::PostCopy, None)
             }
         };
         let mut own = self.lock();
         let vm = own.vms.get_mut(&here).ok_or_else(missing)?;
         vm.state = state;
         vm.outgoing = migration.migration_id.clone();
-        let (migration_id, reason) = (migration.migration_id, "scripted".to_owned());
-        let result = result.into();
-        vm.report = Some(MigrationReport {
-            migration_id,
-            result,
-            reason,
-            passes: 3,
-            ..Default::default()
-        });
+        vm.report = result.map(|result| report(&migration.migration_id, result));
+        vm.policies = vec![migration.policy.unwrap_or_default()];
         Ok(Response::new(StartMigrationResponse {}))
     }
 
@@ -281,20 +361,60 @@ impl Agent for FakeNode {
         &self,
         request: Request<WatchMigrationRequest>,
     ) -> Result<Response<Self::WatchMigrationStream>, Status> {
-        let state = self.answering()?;
-        let vm = state.vms.get(&key(request.into_inner().vm)).ok_or_else(missing)?;
-        let progress = MigrationProgress {
-            report: vm.report.clone(),
-            ..Default::default()
-        };
-        Ok(Response::new(Box::pin(tokio_stream::once(Ok(progress)))))
+        let key = key(request.into_inner().vm);
+        if !self.answering()?.vms.contains_key(&key) {
+            return Err(missing());
+        }
+        let (sender, receiver) = mpsc::channel(1);
+        let node = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let progress = match node.answering() {
+                    Err(status) => Err(status),
+                    Ok(state) => match state.vms.get(&key).filter(|vm| !vm.dead) {
+                        None => Err(Status::unavailable("the VMM is gone")),
+                        Some(vm) => Ok(MigrationProgress {
+                            report: vm.report.clone(),
+                            ..Default::default()
+                        }),
+                    },
+                };
+                let last = !matches!(&progress, Ok(progress) if progress.report.is_none());
+                if sender.send(progress).await.is_err() || last {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     async fn cancel_migration(
         &self,
-        _: Request<CancelMigrationRequest>,
+        request: Request<CancelMigrationRequest>,
     ) -> Result<Response<CancelMigrationResponse>, Status> {
+        let mut state = self.answering()?;
+        let vm = state
+            .vms
+            .get_mut(&key(request.into_inner().vm))
+            .ok_or_else(missing)?;
+        if vm.state == VmState::Migrating {
+            vm.state = VmState::Running;
+            vm.report = Some(report(&vm.outgoing, MigrationResult::Cancelled));
+        }
         Ok(Response::new(CancelMigrationResponse {}))
+    }
+
+    async fn set_migration(
+        &self,
+        request: Request<SetMigrationRequest>,
+    ) -> Result<Response<vm::SetMigrationResponse>, Status> {
+        let request = request.into_inner();
+        let mut state = self.answering()?;
+        let vm = state.vms.get_mut(&key(request.vm)).ok_or_else(missing)?;
+        let policy = request.change.and_then(|change| change.policy);
+        vm.policies.push(policy.unwrap_or_default());
+        Ok(Response::new(vm::SetMigrationResponse { policy }))
     }
 
     async fn describe_vm(&self, request: Request<VmRef>) -> Result<Response<VmFacts>, Status> {
@@ -420,6 +540,8 @@ impl Cluster {
             fenced_through: Epoch(0),
             phase: Phase::Starting,
             message: String::new(),
+            cpu: None,
+            cpu_baseline: false,
         }
     }
 
@@ -457,6 +579,7 @@ fn open(directory: &std::path::Path) -> Shared {
         insecure: false,
         state_dir: directory.to_owned(),
         vmm_binary: None,
+        metrics: None,
         policy: shoal_plan::Policy::default(),
         automatic: false,
         shutdown: Box::pin(std::future::pending()),
@@ -476,7 +599,10 @@ async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>
         address,
         cpus: 4,
         memory_bytes,
+        migration_tls: false,
         cordon: Cordon::Open,
+        cpu: None,
+        cpu_model: String::new(),
     };
     let node = FakeNode {
         state: Arc::default(),

@@ -58,12 +58,21 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
         Phase::Stopping | Phase::Ending(_) => VmPhase::Stopping,
     };
     if let Some(open) = scheduler.migrations.get(record.id) {
-        return match open.view().in_doubt {
+        let (view, intent) = (open.view(), &open.intent);
+        return match view.in_doubt {
             Some(why) => (VmPhase::InDoubt, why),
-            None => (
+            None if view.post_copy && view.link_lost => (
                 VmPhase::Migrating,
-                format!("to {}: {}", open.intent.to, open.intent.reason),
+                format!(
+                    "waits for {}, which has memory of it and is not connected",
+                    intent.from
+                ),
             ),
+            None if view.post_copy => (
+                VmPhase::Migrating,
+                format!("runs here and fetches memory from {}", intent.from),
+            ),
+            None => (VmPhase::Migrating, format!("to {}: {}", intent.to, intent.reason)),
         };
     }
     if !scheduler

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedMutexGuard, watch};
 
 use crate::record::{Phase, VmRecord, now_unix_ms};
 
-/// Migrations remembered for each VM.
+/// Migrations remembered for each VM; the history keeps more.
 pub const KEPT_MIGRATIONS: usize = 16;
 
 /// Whoever holds it is the only one to change the VM: launch, migrate, stop, reconcile.
@@ -63,14 +63,12 @@ impl VmEntry {
         self.history().iter().any(|migration| migration.id == id)
     }
 
-    /// Adds an ended migration; returns the epoch of the one that has to make room.
-    pub fn remember_migration(&self, migration: cluster::Migration) -> Option<u64> {
+    /// Adds an ended migration.
+    pub fn remember_migration(&self, migration: cluster::Migration) {
         let mut history = self.history();
         history.push_back(migration);
         if history.len() > KEPT_MIGRATIONS {
-            history.pop_front().map(|oldest| oldest.epoch)
-        } else {
-            None
+            history.pop_front();
         }
     }
 

@@ -75,9 +75,10 @@ pub fn launch(error: LaunchError) -> Status {
 pub fn begin(error: BeginError) -> Status {
     let text = error.to_string();
     match error {
-        BeginError::AlreadyMigrating { .. } | BeginError::NotRunning { .. } | BeginError::Busy(_) => {
-            Status::failed_precondition(text)
-        }
+        BeginError::AlreadyMigrating { .. }
+        | BeginError::NotRunning { .. }
+        | BeginError::OnlyOneHasTls { .. }
+        | BeginError::Busy(_) => Status::failed_precondition(text),
         BeginError::Refused(refusal) => match refusal {
             MigrateError::UnknownVm(_) | MigrateError::UnknownNode(_) => Status::not_found(text),
             MigrateError::SameNode { .. } => Status::invalid_argument(text),
@@ -95,7 +96,9 @@ pub fn stop(error: StopError) -> Status {
     let text = error.to_string();
     match error {
         StopError::InDoubt(_) | StopError::NotEnded(_) => Status::failed_precondition(text),
-        StopError::Busy(_) | StopError::NotConfirmed { .. } => Status::unavailable(text),
+        StopError::Busy(_) | StopError::Migrating { .. } | StopError::NotConfirmed { .. } => {
+            Status::unavailable(text)
+        }
         StopError::Agent(error) => agent(error),
         StopError::Store(error) => store(&error),
         StopError::Log(error) => io("console log", &error),

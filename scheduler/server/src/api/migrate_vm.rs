@@ -4,10 +4,9 @@ use shoal_proto::cluster::{MigrateVmRequest, MigrateVmResponse};
 use tonic::Status;
 
 use super::{AnswerStream, errors};
-use crate::execute::migrate::{self, Limits};
+use crate::execute::migrate;
+use crate::policy;
 use crate::scheduler::Shared;
-
-const DAY_MS: u64 = 24 * 3600 * 1000;
 
 pub async fn call(
     scheduler: &Shared,
@@ -18,23 +17,11 @@ pub async fn call(
         "" => None,
         name => Some(super::find_node(scheduler, name)?.record().name),
     };
-    for (field, value) in [
-        ("max_downtime_ms", request.max_downtime_ms),
-        ("timeout_ms", request.timeout_ms),
-    ] {
-        if value > DAY_MS {
-            return Err(Status::invalid_argument(format!(
-                "{field}: {value} ms is not at most a day"
-            )));
-        }
-    }
-    let limits = Limits {
-        max_downtime_ms: request.max_downtime_ms,
-        timeout_ms: request.timeout_ms,
-    };
-    let (shared, asked) = (scheduler.clone(), to);
+    let asked = request.policy.unwrap_or_default();
+    policy::check(&asked).map_err(|error| errors::field(&error))?;
+    let shared = scheduler.clone();
     let begun =
-        tokio::spawn(async move { migrate::begin_requested(&shared, &entry, asked.as_ref(), limits).await });
+        tokio::spawn(async move { migrate::begin_requested(&shared, &entry, to.as_ref(), &asked).await });
     let migration = begun.await.map_err(super::ended)?.map_err(errors::begin)?;
     let mut views = migration.watch();
     Ok(super::stream(move |sender| async move {

@@ -74,6 +74,8 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         fenced_through: Epoch(0),
         phase: Phase::Starting,
         message: String::new(),
+        cpu: None,
+        cpu_baseline: false,
     })
 }
 

@@ -19,7 +19,9 @@ pub enum Source {
     Migrating,
     /// Commit was sent and not answered.
     InDoubt,
-    /// The destination told the source that it runs.
+    /// The destination told the source that it runs, and still fetches memory from it.
+    PostCopy,
+    /// The destination told the source that it runs, and has all of its memory.
     Migrated,
     /// The guest ended before Commit.
     Exited,
@@ -34,8 +36,24 @@ pub enum Destination {
     Gone,
     /// It is there and has not run.
     Waiting,
-    /// It has run there: Commit came.
+    /// It runs there: Commit came. Nothing is missing, as far as it says.
     Ran,
+    /// It runs there, and memory that only the source has is missing.
+    Fetching {
+        /// It has no connection to the source.
+        lost: bool,
+    },
+    /// It has run there, and has ended or died since.
+    Ended,
+}
+
+/// What else a step depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// The two have not been saying the same for long: what is on its way may still arrive.
+    pub patient: bool,
+    /// The destination is on record as the owner.
+    pub owned: bool,
 }
 
 /// What follows once the destination has confirmed that it never runs the VM.
@@ -69,6 +87,10 @@ pub enum Step {
     Complete,
     /// Follow the migration at the source.
     Watch,
+    /// Record that the destination owns the VM, and follow the source, which has memory that is still needed.
+    Follow,
+    /// The memory that is missing is gone for good: the VM is lost at the destination.
+    Lose,
     /// Have the destination abort. It may answer that Commit came first; then complete. Else destroy it there.
     Abandon(Then),
     /// Close as failed without the destination's word, which cannot change anything.
@@ -77,13 +99,29 @@ pub enum Step {
     Wait(Waiting),
 }
 
-/// Decides. `patient` is false when a start whose answer was lost can no longer be under way.
-pub fn decide(source: Source, destination: Destination, patient: bool) -> Step {
+/// Decides.
+pub fn decide(source: Source, destination: Destination, Known { patient, owned }: Known) -> Step {
     use Destination as D;
     use Source as S;
     match (source, destination) {
-        (_, D::Ran) | (S::Migrated, _) => Step::Complete,
+        (_, D::Ended) | (S::Migrated, _) => Step::Complete,
+
+        // The source's connection may still hold what it sent before it ended.
+        (S::Gone, D::Fetching { lost }) if lost || !patient => Step::Lose,
+        (S::Gone, D::Fetching { .. }) => Step::Wait(Waiting::ForAnswer),
+        (S::Running { .. } | S::Exited, D::Fetching { .. }) => Step::Complete,
+        (_, D::Fetching { .. }) => Step::Follow,
+
+        // The source says when nothing is missing any more; only if that word was lost, the destination's holds.
+        (S::PostCopy, D::Ran) if patient => Step::Follow,
+        // It will soon have heard that, and then says whether it is still needed.
+        (S::Migrating, D::Ran) if patient => Step::Watch,
+        (_, D::Ran) | (S::PostCopy, D::Gone) => Step::Complete,
+        (S::PostCopy, D::Silent | D::Waiting) => Step::Follow,
         (S::Migrating, _) => Step::Watch,
+
+        (_, D::Gone) if owned => Step::Complete,
+        (_, D::Silent | D::Waiting) if owned => Step::Wait(Waiting::ForAnswer),
 
         (S::Running { .. }, D::Waiting | D::Gone) => Step::Abandon(Then::Stays),
         (S::Running { over: true }, D::Silent) => Step::Close(Then::Stays),
@@ -121,156 +159,33 @@ pub fn source_view(facts: Option<&node::VmFacts>, migration: MigrationId, start_
         (_, false) | (vm::VmState::Failed, _) => Source::Gone,
         (vm::VmState::Running, true) => Source::Running { over },
         (vm::VmState::Migrating, true) => Source::Migrating,
+        (vm::VmState::PostCopy, true) => Source::PostCopy,
         (vm::VmState::InDoubt, true) => Source::InDoubt,
         (vm::VmState::Unspecified | vm::VmState::Empty | vm::VmState::Incoming, true) => Source::Silent,
     }
 }
 
-/// What an answer about the destination says.
+/// What an answer about the destination says. The mark that it ran may be newer than the state beside it: then it is
+/// asked again, as one that waits.
 pub fn destination_view(facts: Option<&node::VmFacts>) -> Destination {
-    match facts {
-        None => Destination::Gone,
-        Some(facts) if facts.ran_here => Destination::Ran,
-        Some(facts) if !facts.vmm_alive => Destination::Gone,
-        Some(facts) => match facts
-            .status
-            .as_ref()
-            .map_or(vm::VmState::Empty, vm::VmStatus::state)
-        {
-            vm::VmState::Failed => Destination::Gone,
-            vm::VmState::Unspecified | vm::VmState::Empty | vm::VmState::Incoming => Destination::Waiting,
-            _ => Destination::Ran,
+    let Some(facts) = facts else {
+        return Destination::Gone;
+    };
+    let status = facts.status.clone().unwrap_or_default();
+    let state = status.state();
+    let ran = facts.ran_here;
+    match state {
+        _ if !facts.vmm_alive && ran => Destination::Ended,
+        _ if !facts.vmm_alive => Destination::Gone,
+        vm::VmState::Failed if !ran => Destination::Gone,
+        vm::VmState::Failed | vm::VmState::Exited => Destination::Ended,
+        vm::VmState::Unspecified | vm::VmState::Empty | vm::VmState::Incoming => Destination::Waiting,
+        _ if status.missing_bytes > 0 || status.link_lost => Destination::Fetching {
+            lost: status.link_lost,
         },
+        _ => Destination::Ran,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SOURCES: [Source; 8] = [
-        Source::Silent,
-        Source::Gone,
-        Source::Running { over: true },
-        Source::Running { over: false },
-        Source::Migrating,
-        Source::InDoubt,
-        Source::Migrated,
-        Source::Exited,
-    ];
-    const DESTINATIONS: [Destination; 4] = [
-        Destination::Silent,
-        Destination::Gone,
-        Destination::Waiting,
-        Destination::Ran,
-    ];
-
-    #[test]
-    fn the_whole_table() {
-        use Destination as D;
-        use Source as S;
-        let in_doubt = |step: Step| matches!(step, Step::Wait(Waiting::InDoubt(_)));
-        for (source, destination) in SOURCES
-            .iter()
-            .flat_map(|s| DESTINATIONS.iter().map(move |d| (*s, *d)))
-        {
-            let step = decide(source, destination, true);
-            let expected = match (source, destination) {
-                (_, D::Ran) | (S::Migrated, _) => step == Step::Complete,
-                (S::Migrating, _) => step == Step::Watch,
-                (S::Running { .. }, D::Gone | D::Waiting) => step == Step::Abandon(Then::Stays),
-                (S::Running { over: true }, D::Silent) => step == Step::Close(Then::Stays),
-                (S::Running { over: false }, D::Silent) => step == Step::Wait(Waiting::ForAnswer),
-                (S::Exited, D::Gone | D::Waiting) => step == Step::Abandon(Then::Exited),
-                (S::Exited, D::Silent) => step == Step::Close(Then::Exited),
-                (S::InDoubt, D::Gone | D::Waiting) => step == Step::Abandon(Then::Resume),
-                (S::Gone, D::Gone | D::Waiting) => step == Step::Abandon(Then::Lost),
-                (S::InDoubt | S::Gone | S::Silent, D::Silent) => in_doubt(step),
-                (S::Silent, D::Gone) => step == Step::Abandon(Then::Unknown),
-                (S::Silent, D::Waiting) => step == Step::Wait(Waiting::ForAnswer),
-            };
-            assert!(expected, "{source:?} {destination:?}: {step:?}");
-        }
-        assert_eq!(
-            decide(S::Running { over: false }, D::Silent, false),
-            Step::Close(Then::Stays)
-        );
-    }
-
-    /// The invariant behind the table: as long as the destination may still run, the source is neither resumed nor
-    /// given up, and a destination that ran is never abandoned.
-    #[test]
-    fn nothing_is_resumed_or_lost_without_the_destinations_word() {
-        for source in SOURCES {
-            for patient in [true, false] {
-                let silent = decide(source, Destination::Silent, patient);
-                assert!(
-                    !matches!(silent, Step::Close(Then::Resume | Then::Lost | Then::Unknown)),
-                    "{source:?}"
-                );
-                assert_eq!(decide(source, Destination::Ran, patient), Step::Complete);
-            }
-        }
-    }
-
-    fn facts(state: vm::VmState, vmm_alive: bool, ran_here: bool) -> node::VmFacts {
-        let status = vm::VmStatus {
-            state: state.into(),
-            ..Default::default()
-        };
-        node::VmFacts {
-            status: Some(status),
-            vmm_alive,
-            ran_here,
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn dead_vmms_are_judged_by_what_they_did() {
-        let id = MigrationId::new();
-        assert_eq!(
-            destination_view(Some(&facts(vm::VmState::Incoming, false, true))),
-            Destination::Ran
-        );
-        assert_eq!(
-            destination_view(Some(&facts(vm::VmState::Incoming, false, false))),
-            Destination::Gone
-        );
-        assert_eq!(
-            destination_view(Some(&facts(vm::VmState::Incoming, true, false))),
-            Destination::Waiting
-        );
-        assert_eq!(destination_view(None), Destination::Gone);
-        assert_eq!(
-            source_view(Some(&facts(vm::VmState::Migrating, false, true)), id, false),
-            Source::Gone
-        );
-        assert_eq!(
-            source_view(Some(&facts(vm::VmState::Exited, false, true)), id, false),
-            Source::Exited
-        );
-        assert_eq!(source_view(None, id, false), Source::Gone);
-    }
-
-    #[test]
-    fn a_running_source_is_done_only_with_its_own_migration() {
-        let id = MigrationId::new();
-        let mut running = facts(vm::VmState::Running, true, true);
-        assert_eq!(
-            source_view(Some(&running), id, false),
-            Source::Running { over: false }
-        );
-        assert_eq!(
-            source_view(Some(&running), id, true),
-            Source::Running { over: true }
-        );
-        if let Some(status) = &mut running.status {
-            status.outgoing_migration_id = id.to_string();
-        }
-        assert_eq!(
-            source_view(Some(&running), id, false),
-            Source::Running { over: true }
-        );
-    }
-}
+mod tests;

@@ -10,6 +10,7 @@ use shoal_proto::{NodeName, VmName, vm};
 use super::stop::outcome;
 use super::{Backoff, finish};
 use crate::agent::{Agent, AgentError};
+use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::observe;
 use crate::record::{Outcome, Phase, VmRecord};
@@ -64,15 +65,20 @@ pub async fn submit(
 ) -> Result<(Arc<VmEntry>, VmGuard), LaunchError> {
     let _planning = scheduler.planning.lock().await;
     scheduler.vms.check_name(&draft.name)?;
+    let baseline = scheduler.cpus.baseline();
     let request = plan::LaunchRequest {
         cpus: draft.cpus,
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
+        cpu_class: baseline.as_ref().map(CpuDigest::class),
     };
     let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy, &request)?;
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
-    let node = place.node.as_str().parse().map_err(unknown)?;
+    let node: NodeName = place.node.as_str().parse().map_err(unknown)?;
+    let of_node = || scheduler.nodes.get(&node).and_then(|entry| entry.record().cpu);
     let record = Arc::new(VmRecord {
+        cpu_baseline: baseline.is_some(),
+        cpu: baseline.or_else(of_node),
         node,
         message: place.reason,
         ..draft
@@ -177,7 +183,7 @@ async fn tell(scheduler: &Scheduler, record: &VmRecord, deadline: Option<Instant
         Known::Runs => return Told::Runs,
         Known::Silent(error) => return Told::NoAnswer(error),
         Known::Starting | Known::Nothing | Known::Failed => {
-            match agent.launch(record.to_spec(record.epoch)).await {
+            match agent.launch(scheduler.spec_to_launch(record)).await {
                 Ok(_) => return Told::Runs,
                 Err(error) => error,
             }

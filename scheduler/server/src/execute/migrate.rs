@@ -11,8 +11,9 @@ use crate::agent::AgentError;
 use crate::events::{Kind, NewEvent};
 use crate::migrations::OpenMigration;
 use crate::observe;
+use crate::policy::{self, Cause};
 use crate::record::{Intent, Phase, VmRecord, now_unix_ms};
-use crate::scheduler::Shared;
+use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
 use crate::vms::{VmEntry, VmGuard};
 
@@ -38,6 +39,16 @@ pub enum BeginError {
     /// Something else is done with the VM; only for planned moves, which do not wait.
     #[error("VM {0} is busy")]
     Busy(String),
+    /// One side would have to speak in plaintext to the other, or would be refused.
+    #[error(
+        "node {without} has no certificate for migrations, node {with} requires one: start the agent of {without} with --migration-tls (`shoal certs issue` makes the files)"
+    )]
+    OnlyOneHasTls {
+        /// The one that lacks it.
+        without: NodeName,
+        /// The one that has it.
+        with: NodeName,
+    },
     /// The planner refuses.
     #[error(transparent)]
     Refused(#[from] plan::MigrateError),
@@ -46,21 +57,12 @@ pub enum BeginError {
     Store(#[from] StoreError),
 }
 
-/// How a migration is to go; zero means the VMM's defaults.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Limits {
-    /// The longest pause that is acceptable.
-    pub max_downtime_ms: u64,
-    /// From the start; then it is given up.
-    pub timeout_ms: u64,
-}
-
 /// Where to and why.
 #[derive(Debug)]
 struct Decision {
     to: NodeName,
     reason: String,
-    limits: Limits,
+    policy: vm::MigrationPolicy,
 }
 
 /// Begins a migration that someone asked for; waits until nothing else is done with the VM.
@@ -68,7 +70,7 @@ pub async fn begin_requested(
     scheduler: &Shared,
     entry: &Arc<VmEntry>,
     to: Option<&NodeName>,
-    limits: Limits,
+    asked_policy: &vm::MigrationPolicy,
 ) -> Result<Arc<OpenMigration>, BeginError> {
     let record = entry.record();
     if let Some(open) = scheduler.migrations.get(record.id) {
@@ -83,11 +85,20 @@ pub async fn begin_requested(
     let id = plan::VmId::new(&record.id.to_string());
     let asked = to.map(|to| plan::NodeName::new(to.as_str()));
     let snapshot = observe::snapshot(scheduler);
-    let place = plan::place_migration(&snapshot, &scheduler.policy, &id, asked.as_ref())?;
+    let place = if to == Some(&record.node) {
+        plan::place_handover(
+            &snapshot,
+            &scheduler.policy,
+            &id,
+            has_shared_memory(scheduler, &record),
+        )?
+    } else {
+        plan::place_migration(&snapshot, &scheduler.policy, &id, asked.as_ref())?
+    };
     let decision = Decision {
         to: node_name(&place.node)?,
         reason: format!("requested; {}", place.reason),
-        limits,
+        policy: policy::resolve(asked_policy, &scheduler.defaults.policy(), Cause::Requested),
     };
     open(scheduler, entry, guard, &record, decision).await
 }
@@ -113,7 +124,11 @@ pub async fn begin_planned(
     let decision = Decision {
         to: node_name(&action.to)?,
         reason,
-        limits: Limits::default(),
+        policy: policy::resolve(
+            &vm::MigrationPolicy::default(),
+            &scheduler.defaults.policy(),
+            Cause::Planned(action.kind),
+        ),
     };
     open(scheduler, &entry, guard, &record, decision).await
 }
@@ -132,10 +147,35 @@ fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
     })
 }
 
+/// Its guest memory can be handed to another VMM on its node without a copy.
+fn has_shared_memory(scheduler: &Scheduler, record: &VmRecord) -> bool {
+    let node = scheduler.nodes.get(&record.node);
+    let seen = node.and_then(|node| node.observed_vm(record.id, record.epoch));
+    seen.and_then(|seen| seen.facts.status)
+        .is_some_and(|status| status.memory_backing() == vm::MemoryBacking::Shared)
+}
+
 fn node_name(name: &plan::NodeName) -> Result<NodeName, plan::MigrateError> {
     name.as_str()
         .parse()
         .map_err(|_| plan::MigrateError::UnknownNode(name.clone()))
+}
+
+/// Never in plaintext by accident: both nodes have certificates, or neither.
+fn check_certificates(scheduler: &Scheduler, from: &NodeName, to: &NodeName) -> Result<(), BeginError> {
+    let has_one = |node: &NodeName| {
+        let entry = scheduler.nodes.get(node);
+        entry.is_some_and(|entry| entry.record().migration_tls)
+    };
+    let (without, with) = match (has_one(from), has_one(to)) {
+        (false, true) => (from, to),
+        (true, false) => (to, from),
+        _ => return Ok(()),
+    };
+    Err(BeginError::OnlyOneHasTls {
+        without: without.clone(),
+        with: with.clone(),
+    })
 }
 
 /// Stores the intent with the next epoch, then lets the migration run on its own.
@@ -146,6 +186,7 @@ async fn open(
     record: &VmRecord,
     decision: Decision,
 ) -> Result<Arc<OpenMigration>, BeginError> {
+    check_certificates(scheduler, &record.node, &decision.to)?;
     let epoch = record.last_epoch.next();
     let intent = Arc::new(Intent {
         vm: record.id,
@@ -156,6 +197,7 @@ async fn open(
         epoch,
         reason: decision.reason,
         started_unix_ms: now_unix_ms(),
+        policy: decision.policy,
     });
     let record = VmRecord {
         last_epoch: epoch,
@@ -165,6 +207,7 @@ async fn open(
         .save_vm(record, vec![Write::PutIntent(Arc::clone(&intent))])
         .await?;
     let migration = scheduler.migrations.open(Arc::clone(&intent));
+    scheduler.share_bandwidth();
     let message = format!("{} to {}: {}", intent.from, intent.to, intent.reason);
     scheduler.events.publish(
         NewEvent::new(Kind::MigrationPlanned, message)
@@ -177,55 +220,67 @@ async fn open(
         Arc::clone(&migration),
         guard,
     );
-    tokio::spawn(run(settlement, decision.limits));
+    tokio::spawn(run(settlement));
     Ok(migration)
 }
 
-async fn run(mut settlement: Settlement, limits: Limits) {
-    match attempt(&settlement, limits).await {
-        Ok(()) => {}
-        Err((error, start)) => settlement.start_failed(&error, start),
+async fn run(mut settlement: Settlement) {
+    if let Err(error) = attempt(&settlement).await {
+        settlement.start_failed(&error);
     }
     settlement.settle().await;
 }
 
-/// Whether the source may have been told to start although no answer came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
-    /// It was not told, or refused.
-    Refused,
-    /// Its answer was lost.
-    Unclear,
+/// Why an attempt did not get as far as a running migration.
+#[derive(Debug, thiserror::Error)]
+pub enum AttemptError {
+    /// The source was not told to start, or refused.
+    #[error(transparent)]
+    NotStarted(AgentError),
+    /// Whether it started is not known: its answer was lost.
+    #[error(transparent)]
+    Unclear(AgentError),
+    /// Someone cancelled it before that.
+    #[error("cancelled on request, before it began")]
+    Cancelled,
 }
 
-async fn attempt(settlement: &Settlement, limits: Limits) -> Result<(), (AgentError, Start)> {
-    let intent = &settlement.intent();
+async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
+    let (intent, open) = (&settlement.intent(), settlement.open());
     let spec = settlement.record().to_spec(intent.epoch);
     let token = MigrationId::new().to_string();
-    let not_started = |error| (error, Start::Refused);
-    let destination = settlement.agent(&intent.to).map_err(not_started)?;
-    let destination_address = destination
-        .prepare_incoming(spec, intent.migration, token.clone())
-        .await
-        .map_err(not_started)?;
+    let destination = settlement.agent(&intent.to).map_err(AttemptError::NotStarted)?;
+    let mut wishes = open.wishes();
+    let destination_address = tokio::select! {
+        prepared = destination.prepare_incoming(spec, intent.migration, token.clone(), &intent.from) => {
+            prepared.map_err(AttemptError::NotStarted)?
+        }
+        // Settling has it aborted there; should the preparation be the later one, it is refused.
+        Ok(_) = wishes.wait_for(|wish| wish.cancel) => return Err(AttemptError::Cancelled),
+    };
+    if wishes.borrow().cancel {
+        return Err(AttemptError::Cancelled);
+    }
+    let source = settlement.agent(&intent.from).map_err(AttemptError::NotStarted)?;
+    let mut told = open.told.lock().await;
+    let share = *open.share().borrow();
     let request = vm::StartMigrationRequest {
         migration_id: intent.migration.to_string(),
         token,
         destination_address,
         destination_epoch: intent.epoch.0,
-        max_downtime_ms: limits.max_downtime_ms,
-        timeout_ms: limits.timeout_ms,
+        policy: Some(vm::MigrationPolicy {
+            bandwidth_bytes_per_second: Some(share),
+            ..open.policy()
+        }),
+        tls: None,
     };
-    let source = settlement.agent(&intent.from).map_err(not_started)?;
+    *told = Some(share);
     source
-        .start_migration(intent.vm, intent.from_epoch, request)
+        .start_migration(intent.vm, intent.from_epoch, request, &intent.to)
         .await
-        .map_err(|error| {
-            let start = if error.code().is_some() {
-                Start::Refused
-            } else {
-                Start::Unclear
-            };
-            (error, start)
+        .map_err(|error| match error {
+            AgentError::Refused(_) => AttemptError::NotStarted(error),
+            AgentError::NoAnswer { .. } => AttemptError::Unclear(error),
         })
 }

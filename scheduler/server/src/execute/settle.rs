@@ -4,14 +4,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_proto::vm::{MigrationReport, MigrationResult};
+use shoal_proto::vm::{MigrationPolicy, MigrationReport, MigrationResult};
 use shoal_proto::{Epoch, NodeName, cluster};
 
-use super::decide::{Destination, Source, Step, Then, Waiting, decide, destination_view, source_view};
-use super::migrate::Start;
+use super::decide::{Destination, Known, Source, Step, Then, Waiting, decide, destination_view, source_view};
+use super::migrate::AttemptError;
 use super::{Backoff, finish};
 use crate::agent::{Agent, AgentError};
 use crate::events::{Kind, NewEvent};
+use crate::history;
 use crate::migrations::OpenMigration;
 use crate::reconcile::{self, Subject};
 use crate::record::{Intent, Outcome, VmRecord, now_unix_ms};
@@ -19,8 +20,11 @@ use crate::scheduler::Shared;
 use crate::store::Write;
 use crate::vms::{VmEntry, VmGuard};
 
-/// After this long a start whose answer was lost is not under way any more: its connection is closed.
-const START_PATIENCE: Duration = Duration::from_secs(30);
+/// When both nodes have said the same for this long, what was on its way has arrived or never will: a start whose answer
+/// was lost, the last pages of a source that ended, the word that nothing is missing any more.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often the destination is looked at while the source is followed.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// How long the end of a migration waits for the source's cleaning up, which goes on by itself if it takes longer.
 const CLEANUP_TIME: Duration = Duration::from_secs(8);
 /// How long the source's report is waited for once it is known how the migration ended.
@@ -38,8 +42,14 @@ pub struct Settlement {
     /// What went wrong first, if the source cannot report it.
     error: Option<String>,
     start_refused: bool,
+    /// Someone cancelled it before it was started.
+    cancelled: bool,
+    /// What the destination said last.
+    destination: Destination,
     /// The destination's VMM process had died when that was last asked.
     destination_died: bool,
+    /// What both said last, and since when.
+    said: (Source, Destination),
     since: Instant,
 }
 
@@ -55,7 +65,10 @@ impl Settlement {
             report: None,
             error: None,
             start_refused: false,
+            cancelled: false,
+            destination: Destination::Silent,
             destination_died: false,
+            said: (Source::Silent, Destination::Silent),
             since,
         }
     }
@@ -75,26 +88,37 @@ impl Settlement {
         self.scheduler.agent(node)
     }
 
+    /// What is known of it in memory.
+    pub fn open(&self) -> &OpenMigration {
+        &self.open
+    }
+
     /// Notes that the attempt did not get as far as a running migration.
-    pub fn start_failed(&mut self, error: &AgentError, start: Start) {
+    pub fn start_failed(&mut self, error: &AttemptError) {
         self.error = Some(error.to_string());
-        self.start_refused = start == Start::Refused;
+        self.start_refused = !matches!(error, AttemptError::Unclear(_));
+        self.cancelled = matches!(error, AttemptError::Cancelled);
     }
 
     /// Goes on until the intent is closed.
     pub async fn settle(mut self) {
         let mut backoff = Backoff::new();
         let mut wishes = self.open.wishes();
+        let owned = self.owned();
+        self.open.update(|view| view.post_copy = owned);
         loop {
-            let keep = wishes.borrow_and_update().keep.clone();
-            if let Some(keep) = keep {
+            let wish = wishes.borrow_and_update().clone();
+            if let Some(keep) = wish.keep {
                 self.resolve(&keep).await;
                 break;
+            }
+            if wish.stop {
+                self.stop_there().await;
             }
             // The source first: it never ceases to be in doubt by itself, so what the destination says later still holds.
             let source = self.ask_source().await;
             let destination = self.ask_destination().await;
-            let step = decide(source, destination, self.since.elapsed() < START_PATIENCE);
+            let step = decide(source, destination, self.known((source, destination)));
             tracing::debug!(vm = %self.open.intent.vm, migration = %self.open.intent.migration,
                 ?source, ?destination, ?step, "settling");
             match step {
@@ -109,6 +133,16 @@ impl Settlement {
                 Step::Abandon(then) => {
                     if self.abandon(then).await {
                         break;
+                    }
+                }
+                Step::Lose => {
+                    self.lose().await;
+                    break;
+                }
+                Step::Follow => {
+                    self.clear_doubt();
+                    if self.follow(source).await {
+                        continue;
                     }
                 }
                 Step::Watch => {
@@ -141,9 +175,21 @@ impl Settlement {
         match self.describe(&intent.to, intent.epoch).await {
             Ok(facts) => {
                 self.destination_died = facts.as_ref().is_some_and(|facts| !facts.vmm_alive);
-                destination_view(facts.as_ref())
+                self.destination = destination_view(facts.as_ref());
             }
-            Err(_) => Destination::Silent,
+            Err(_) => self.destination = Destination::Silent,
+        }
+        self.destination
+    }
+
+    fn known(&mut self, said: (Source, Destination)) -> Known {
+        if self.said != said {
+            self.said = said;
+            self.since = Instant::now();
+        }
+        Known {
+            patient: self.since.elapsed() < PATIENCE,
+            owned: self.owned(),
         }
     }
 
@@ -164,12 +210,20 @@ impl Settlement {
         let intent = self.intent();
         let agent = self.agent(&intent.from)?;
         let mut wishes = self.open.wishes();
+        let mut shares = self.open.share();
+        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        looks.reset();
         let mut cancelled = false;
         let mut stream = agent
             .watch_migration(intent.vm, intent.from_epoch, intent.migration)
             .await?;
         loop {
-            if !cancelled && wishes.borrow_and_update().cancel {
+            self.tell_share(&agent).await;
+            let wish = wishes.borrow_and_update().clone();
+            if wish.stop && self.owned() {
+                return Ok(());
+            }
+            if !cancelled && wish.cancel {
                 cancelled = true;
                 let id = intent.migration.to_string();
                 if let Err(error) = agent.cancel_migration(intent.vm, intent.from_epoch, &id).await {
@@ -181,8 +235,18 @@ impl Settlement {
                     Some(progress) => self.take_progress(progress),
                     None => return Ok(()),
                 },
-                changed = wishes.changed(), if !cancelled => {
+                changed = wishes.changed() => {
                     if changed.is_err() {
+                        return Ok(());
+                    }
+                }
+                changed = shares.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                }
+                _ = looks.tick() => {
+                    if self.destination_has_news() {
                         return Ok(());
                     }
                 }
@@ -190,7 +254,50 @@ impl Settlement {
         }
     }
 
+    /// Tells the source how much of the network it may use, if that has changed.
+    async fn tell_share(&self, agent: &Agent) {
+        let mut told = self.open.told.lock().await;
+        let share = *self.open.share().borrow();
+        if *told == Some(share) {
+            return;
+        }
+        let intent = &self.open.intent;
+        let policy = MigrationPolicy {
+            bandwidth_bytes_per_second: Some(share),
+            ..MigrationPolicy::default()
+        };
+        let set = agent.set_migration(intent.vm, intent.from_epoch, intent.migration, policy);
+        match set.await {
+            Err(error @ AgentError::NoAnswer { .. }) => {
+                tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "share not told yet");
+            }
+            Err(error) => {
+                tracing::debug!(vm = %intent.vm, migration = %intent.migration, %error, "share not taken");
+                *told = Some(share);
+            }
+            Ok(_) => *told = Some(share),
+        }
+    }
+
+    /// By what its node last reported, without asking it.
+    fn destination_has_news(&self) -> bool {
+        let intent = &self.open.intent;
+        let Some(node) = self.scheduler.nodes.get(&intent.to) else {
+            return false;
+        };
+        let seen = node.observed_vm(intent.vm, intent.epoch);
+        match destination_view(seen.as_ref().map(|seen| &seen.facts)) {
+            Destination::Ended => true,
+            Destination::Gone => self.owned() && node.is_reachable(),
+            Destination::Ran | Destination::Fetching { .. } => !self.owned() || self.open.view().link_lost,
+            Destination::Silent | Destination::Waiting => false,
+        }
+    }
+
     fn take_progress(&mut self, progress: shoal_proto::vm::MigrationProgress) {
+        if self.owned() {
+            self.show_link(progress.link_lost);
+        }
         if progress.dirty_rate_bytes_per_second > 0 {
             self.entry.set_dirty_rate(progress.dirty_rate_bytes_per_second);
         }
@@ -217,10 +324,8 @@ impl Settlement {
             .abort_incoming(intent.vm, intent.epoch, intent.migration)
             .await
         {
-            Ok(true) => {
-                self.complete().await;
-                return true;
-            }
+            // It runs, or has run: the next look tells what that means.
+            Ok(true) => return false,
             Ok(false) => {}
             Err(error) => {
                 tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "abort not confirmed yet");
@@ -257,6 +362,10 @@ impl Settlement {
         self.fetch_report().await;
         let report = match self.report.take() {
             Some(report) if report.result() == MigrationResult::Completed => report,
+            _ if self.owned() && self.destination == Destination::Ended => self.own_report(
+                MigrationResult::Completed,
+                "the VM ended at its destination before all of its memory had come",
+            ),
             _ => self.own_report(
                 MigrationResult::Completed,
                 "completed; the source's report with its figures was lost",
@@ -305,6 +414,7 @@ impl Settlement {
             {
                 report
             }
+            (_, Some(error)) if self.cancelled => self.own_report(MigrationResult::Cancelled, error),
             (_, Some(error)) => self.own_report(MigrationResult::Failed, error),
             _ => self.own_report(MigrationResult::Failed, reason(then)),
         };
@@ -317,6 +427,10 @@ impl Settlement {
         record.message = String::new();
         change(&mut record);
         let words = report.reason.clone();
+        let how = match report.result() {
+            MigrationResult::Cancelled => "cancelled",
+            _ => "failed",
+        };
         let migration = self.record_end(record, report).await;
         let fate = match then {
             Then::Stays => "stays",
@@ -326,7 +440,7 @@ impl Settlement {
             Then::Unknown => "is unknown until its node answers",
         };
         let message = format!(
-            "{} to {} failed, the VM {fate} on {}: {words}",
+            "{} to {} {how}, the VM {fate} on {}: {words}",
             intent.from, intent.to, intent.from
         );
         self.publish(Kind::MigrationFailed, message);
@@ -372,23 +486,17 @@ impl Settlement {
         let intent = &self.open.intent;
         let migration = cluster::Migration {
             id: intent.migration.to_string(),
-            vm: record.name.to_string(),
-            from_node: intent.from.to_string(),
-            to_node: intent.to.to_string(),
-            epoch: intent.epoch.0,
-            reason: intent.reason.clone(),
-            started_unix_ms: intent.started_unix_ms,
             report: Some(report),
+            progress: None,
+            ..self.open.to_wire(record.name.as_str())
         };
-        let mut writes = vec![
-            Write::DeleteIntent(intent.vm),
-            Write::PutMigration(intent.vm, Box::new(migration.clone())),
-        ];
-        if let Some(oldest) = self.entry.remember_migration(migration.clone()) {
-            writes.push(Write::DeleteMigration(intent.vm, Epoch(oldest)));
-        }
+        let mut writes = self.scheduler.history.add(&migration);
+        writes.push(Write::DeleteIntent(intent.vm));
+        self.entry.remember_migration(history::light(migration.clone()));
         finish::save_at_last(&self.scheduler, record, writes).await;
         self.scheduler.migrations.close(intent.vm);
+        self.scheduler.share_bandwidth();
+        self.scheduler.metrics.count(&migration);
         migration
     }
 
@@ -437,6 +545,8 @@ impl Settlement {
         self.scheduler.events.publish(event);
     }
 }
+
+mod post_copy;
 
 fn reason(then: Then) -> &'static str {
     match then {

@@ -26,6 +26,14 @@ pub enum StopError {
     /// Something else goes on for too long.
     #[error("VM {0} is busy; try again")]
     Busy(String),
+    /// Its migration does not end.
+    #[error("VM {vm} is being migrated to {to}, which can be neither cancelled nor ended now; try again")]
+    Migrating {
+        /// The VM's name.
+        vm: String,
+        /// Where to.
+        to: String,
+    },
     /// It has not ended.
     #[error("VM {0} has not ended; stop it first, or remove it with --force")]
     NotEnded(String),
@@ -73,18 +81,30 @@ pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Re
     Ok(())
 }
 
-/// Waits for the VM; a migration is asked to cancel.
+/// Waits for the VM; a migration is asked to cancel, or in post-copy to end with its VM.
 async fn lock(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<VmGuard, StopError> {
     let record = entry.record();
     if let Some(open) = scheduler.migrations.get(record.id) {
         if open.view().in_doubt.is_some() {
             return Err(StopError::InDoubt(record.name.to_string()));
         }
-        open.ask(|wish| wish.cancel = true);
+        open.ask(|wish| {
+            wish.cancel = true;
+            wish.stop = true;
+        });
     }
     tokio::time::timeout(CANCEL_TIME, entry.lock())
         .await
-        .map_err(|_| StopError::Busy(record.name.to_string()))
+        .map_err(|_| {
+            let vm = record.name.to_string();
+            match scheduler.migrations.get(record.id) {
+                Some(open) => StopError::Migrating {
+                    vm,
+                    to: open.intent.to.to_string(),
+                },
+                None => StopError::Busy(vm),
+            }
+        })
 }
 
 async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard) -> Result<(), StopError> {

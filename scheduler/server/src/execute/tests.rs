@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
 use shoal_proto::cluster::VmPhase;
-use shoal_proto::vm::MigrationResult;
+use shoal_proto::vm::{MigrationPolicy, MigrationResult};
 use shoal_proto::{Epoch, cluster};
 
 use super::launch::{self, LaunchError};
-use super::migrate::{self, Limits};
+use super::migrate;
 use super::stop;
 use crate::migrations::OpenMigration;
 use crate::record::{Outcome, Phase};
@@ -31,8 +31,7 @@ async fn running_vm(cluster: &Cluster) -> Arc<VmEntry> {
 
 async fn migrate(cluster: &Cluster, entry: &Arc<VmEntry>) -> Arc<OpenMigration> {
     let to = cluster.nodes[1].record.name.clone();
-    let limits = Limits::default();
-    migrate::begin_requested(&cluster.scheduler, entry, Some(&to), limits)
+    migrate::begin_requested(&cluster.scheduler, entry, Some(&to), &MigrationPolicy::default())
         .await
         .expect("begun")
 }
@@ -106,6 +105,30 @@ async fn a_failed_attempt_burns_its_epoch() {
     cluster.nodes[0].set_script(Script::Complete);
     let (result, outcome) = migrated(&cluster, &entry).await;
     assert_eq!((result, outcome.epoch), (MigrationResult::Completed, 3));
+}
+
+#[tokio::test]
+async fn a_migration_does_not_begin_where_only_one_node_has_a_certificate() {
+    for with in 0..2 {
+        let cluster = Cluster::start(2, GIB).await;
+        let entry = running_vm(&cluster).await;
+        cluster.nodes[with].set_migration_tls(&cluster.scheduler, true);
+        let error = migrate::begin_requested(&cluster.scheduler, &entry, None, &Default::default())
+            .await
+            .expect_err("refused")
+            .to_string();
+        let names = ["node1", "node2"];
+        let says = format!(
+            "node {} has no certificate for migrations, node {} requires one",
+            names[1 - with],
+            names[with]
+        );
+        assert!(error.starts_with(&says), "{error}");
+        assert_eq!(entry.record().last_epoch, Epoch(1), "no epoch is used up");
+        cluster.nodes[1 - with].set_migration_tls(&cluster.scheduler, true);
+        let (result, _) = migrated(&cluster, &entry).await;
+        assert_eq!(result, MigrationResult::Completed);
+    }
 }
 
 #[tokio::test]
@@ -300,4 +323,175 @@ async fn a_vm_that_vanishes_with_its_node_is_failed_and_one_that_exits_is_cleane
         matches!(entry.record().phase, Phase::Ended(Outcome::Failed { .. }))
     })
     .await;
+}
+
+async fn open_migration(cluster: &Cluster, script: Script) -> (Arc<VmEntry>, Arc<OpenMigration>) {
+    let entry = running_vm(cluster).await;
+    cluster.nodes[0].set_script(script);
+    let migration = migrate(cluster, &entry).await;
+    (entry, migration)
+}
+
+async fn post_copy(cluster: &Cluster) -> (Arc<VmEntry>, Arc<OpenMigration>) {
+    let (entry, migration) = open_migration(cluster, Script::PostCopy).await;
+    until("the destination owns it", || entry.record().epoch == Epoch(2)).await;
+    (entry, migration)
+}
+
+#[tokio::test]
+async fn in_post_copy_the_destination_owns_the_vm_and_the_source_stays_until_nothing_is_missing() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = post_copy(&cluster).await;
+    assert_eq!(entry.record().node.as_str(), "node2");
+    assert!(cluster.scheduler.migrations.get(entry.record().id).is_some());
+    for _ in 0..3 {
+        cluster.report();
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(
+        cluster.nodes[0].vmms(),
+        1,
+        "the source still has memory that is needed"
+    );
+    let node1 = cluster.nodes[0].record.name.clone();
+    assert!(
+        !crate::drain::is_empty(&cluster.scheduler, &node1),
+        "so the node is not empty"
+    );
+
+    cluster.nodes[0].end_post_copy();
+    let (result, _) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Completed);
+    assert_eq!(cluster.nodes[0].vmms(), 0);
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+    assert!(crate::drain::is_empty(&cluster.scheduler, &node1));
+}
+
+#[tokio::test]
+async fn memory_that_is_gone_with_its_node_fails_the_vm() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = post_copy(&cluster).await;
+    cluster.nodes[1].lose_links();
+    cluster.nodes[0].kill_vmms();
+    let (result, ended) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Failed);
+    let reason = ended.report.expect("a report").reason;
+    assert!(reason.starts_with("memory lost with node node1"), "{reason}");
+    until("nothing runs", || running(&cluster.nodes) == [0, 0]).await;
+    let Phase::Ended(Outcome::Failed { reason }) = &entry.record().phase else {
+        panic!("{:?}", entry.record().phase);
+    };
+    assert!(reason.starts_with("memory lost"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_lost_link_in_post_copy_is_told_and_waited_for() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = post_copy(&cluster).await;
+    cluster.nodes[1].lose_links();
+    cluster.nodes[0].set_silent(true);
+    until("it is told", || {
+        cluster.report();
+        migration.view().link_lost
+    })
+    .await;
+    let shown = view::vm(&cluster.scheduler, &entry);
+    assert_eq!(shown.phase(), VmPhase::Migrating);
+    assert!(shown.message.contains("node1"), "{}", shown.message);
+    assert_eq!(running(&cluster.nodes), [0, 1], "nobody gave it up");
+
+    cluster.nodes[0].set_silent(false);
+    cluster.nodes[0].end_post_copy();
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Completed);
+}
+
+#[tokio::test]
+async fn post_copy_is_resumed_by_the_next_scheduler() {
+    let mut cluster = Cluster::start(2, GIB).await;
+    let (entry, _) = post_copy(&cluster).await;
+    let id = entry.record().id;
+    cluster.restart();
+    let migration = cluster.scheduler.migrations.get(id).expect("taken up");
+    until("its state is known", || migration.view().post_copy).await;
+    assert_eq!(cluster.nodes[0].vmms(), 1);
+    cluster.nodes[0].end_post_copy();
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Completed);
+    assert_eq!(running(&cluster.nodes), [0, 1]);
+}
+
+#[tokio::test]
+async fn a_vm_that_is_stopped_in_post_copy_needs_no_more_memory() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = post_copy(&cluster).await;
+    stop::stop(&cluster.scheduler, &entry).await.expect("stopped");
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Completed);
+    assert!(matches!(
+        entry.record().phase,
+        Phase::Ended(Outcome::Exited { .. })
+    ));
+    until("nothing is left", || {
+        cluster.report();
+        cluster.nodes.iter().all(|node| node.vmms() == 0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_vm_that_is_stopped_in_pre_copy_cancels_its_migration() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = open_migration(&cluster, Script::GoOn).await;
+    stop::remove(&cluster.scheduler, &entry, true)
+        .await
+        .expect("removed");
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Cancelled);
+    assert_eq!(running(&cluster.nodes), [0, 0]);
+    let filter = crate::history::Filter {
+        vm: Some("vm".to_owned()),
+        ..Default::default()
+    };
+    let kept = cluster.scheduler.history.list(&filter, 10);
+    assert_eq!(kept.len(), 1, "the history outlives the VM");
+}
+
+#[tokio::test]
+async fn a_migration_that_is_cancelled_before_it_starts_never_starts() {
+    let cluster = Cluster::start(2, GIB).await;
+    let entry = running_vm(&cluster).await;
+    cluster.nodes[0].set_script(Script::GoOn);
+    let migration = migrate(&cluster, &entry).await;
+    migration.ask(|wish| wish.cancel = true);
+    let (result, ended) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Cancelled, "{ended:?}");
+    assert_eq!(running(&cluster.nodes), [1, 0]);
+    assert_eq!(cluster.nodes[1].vmms(), 0);
+}
+
+#[tokio::test]
+async fn a_second_migration_of_a_vm_is_refused() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = open_migration(&cluster, Script::GoOn).await;
+    let again = migrate::begin_requested(&cluster.scheduler, &entry, None, &MigrationPolicy::default()).await;
+    assert!(matches!(again, Err(migrate::BeginError::AlreadyMigrating { .. })));
+    migration.ask(|wish| wish.cancel = true);
+    outcome(&migration).await;
+}
+
+#[tokio::test]
+async fn a_vm_can_go_to_a_new_vmm_on_its_node() {
+    let cluster = Cluster::start(1, GIB).await;
+    let entry = running_vm(&cluster).await;
+    let own = cluster.nodes[0].record.name.clone();
+    let migration = migrate::begin_requested(
+        &cluster.scheduler,
+        &entry,
+        Some(&own),
+        &MigrationPolicy::default(),
+    )
+    .await
+    .expect("begun");
+    let (result, ended) = outcome(&migration).await;
+    assert_eq!(result, MigrationResult::Completed, "{ended:?}");
+    let record = entry.record();
+    assert_eq!((record.node.as_str(), record.epoch), ("node1", Epoch(2)));
+    assert_eq!((cluster.nodes[0].vmms(), cluster.nodes[0].running()), (1, 1));
 }

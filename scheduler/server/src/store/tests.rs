@@ -1,6 +1,6 @@
 use super::*;
 use crate::record::{BlobRef, Cordon, Outcome, Phase, now_unix_ms};
-use shoal_proto::{MigrationId, vm};
+use shoal_proto::{Epoch, MigrationId, vm};
 
 fn blob() -> BlobRef {
     BlobRef {
@@ -29,6 +29,8 @@ fn vm_record(name: &str) -> VmRecord {
         fenced_through: Epoch(0),
         phase: Phase::Ended(Outcome::Exited { status: Some(3) }),
         message: String::new(),
+        cpu: Some(CpuDigest("ab".repeat(32))),
+        cpu_baseline: true,
     }
 }
 
@@ -42,12 +44,22 @@ fn intent(vm: &VmRecord) -> Intent {
         epoch: Epoch(6),
         reason: "requested".to_owned(),
         started_unix_ms: 1,
+        policy: vm::MigrationPolicy {
+            timeout_ms: Some(7),
+            on_stall: vm::OnStall::Force.into(),
+            ..Default::default()
+        },
     }
 }
 
 fn migration(epoch: u64) -> cluster::Migration {
     let report = vm::MigrationReport {
         downtime_us: 1234,
+        samples: vec![vm::MigrationSample {
+            elapsed_us: epoch,
+            ..Default::default()
+        }],
+        pass_table: vec![vm::MigrationPass::default()],
         ..Default::default()
     };
     cluster::Migration {
@@ -70,7 +82,14 @@ async fn everything_comes_back_as_it_was_written() {
         address: "127.0.0.1:1".to_owned(),
         cpus: 4,
         memory_bytes: 1 << 30,
+        migration_tls: true,
         cordon: Cordon::Draining,
+        cpu: None,
+        cpu_model: "A CPU".to_owned(),
+    };
+    let defaults = cluster::MigrationDefaults {
+        link_bandwidth_bytes_per_second: Some(5 << 20),
+        ..Default::default()
     };
     let event = cluster::Event {
         sequence: 300,
@@ -86,9 +105,10 @@ async fn everything_comes_back_as_it_was_written() {
             Write::PutVm(Arc::new(kept.clone())),
             Write::PutVm(Arc::new(removed.clone())),
             Write::PutIntent(Arc::new(intent.clone())),
-            Write::PutMigration(kept.id, Box::new(migration(2))),
-            Write::PutMigration(kept.id, Box::new(migration(300))),
-            Write::PutMigration(removed.id, Box::new(migration(2))),
+            Write::PutMigration(1, Box::new(migration(2))),
+            Write::PutMigration(2, Box::new(migration(300))),
+            Write::PutMigration(300, Box::new(migration(4))),
+            Write::PutMigrationDefaults(Box::new(defaults)),
             Write::PutNode(node.clone()),
             Write::PutEvent(event.clone()),
             Write::PutEvent(early),
@@ -98,7 +118,8 @@ async fn everything_comes_back_as_it_was_written() {
     store
         .apply(vec![
             Write::DeleteVm(removed.id),
-            Write::DeleteMigration(kept.id, Epoch(2)),
+            Write::DeleteMigration(1),
+            Write::DeleteSamples(2),
             Write::TrimEvents(2),
         ])
         .await
@@ -109,17 +130,60 @@ async fn everything_comes_back_as_it_was_written() {
     let (store, contents) = Store::open(&path).expect("opened again");
     assert_eq!(contents.vms.len(), 1);
     assert_eq!(contents.vms[0], kept);
-    assert_eq!(contents.intents, [intent]);
+    assert_eq!(contents.intents, std::slice::from_ref(&intent));
     assert_eq!(contents.nodes, [node]);
     assert_eq!(contents.events, [event]);
-    assert_eq!(contents.migrations, [(kept.id, migration(300))]);
+    assert_eq!(
+        contents.history,
+        [
+            (2, history::light(migration(300))),
+            (300, history::light(migration(4)))
+        ],
+        "big parts are not read at start"
+    );
+    assert_eq!(contents.sampled, [300]);
+    assert_eq!(contents.migration_defaults, defaults);
+    let whole = store.migration(300).await.expect("readable");
+    assert_eq!(whole, Some(migration(4)));
+    let thinned = store.migration(2).await.expect("readable").expect("there");
+    let report = thinned.report.expect("a report");
+    assert!(report.samples.is_empty() && !report.pass_table.is_empty());
+    assert_eq!(store.migration(1).await.expect("readable"), None);
+
+    let changed = |migration| Intent {
+        reason: "changed".to_owned(),
+        migration,
+        ..intent.clone()
+    };
     store
-        .apply(vec![Write::DeleteIntent(kept.id)])
+        .apply(vec![Write::ReplaceIntent(Arc::new(changed(MigrationId::new())))])
+        .await
+        .expect("written");
+    drop(store);
+    let (store, contents) = Store::open(&path).expect("opened again");
+    assert_eq!(
+        contents.intents,
+        std::slice::from_ref(&intent),
+        "another migration's is not replaced"
+    );
+    let replacement = changed(intent.migration);
+    store
+        .apply(vec![Write::ReplaceIntent(Arc::new(replacement.clone()))])
+        .await
+        .expect("written");
+    drop(store);
+    let (store, contents) = Store::open(&path).expect("opened again");
+    assert_eq!(contents.intents, std::slice::from_ref(&replacement));
+    store
+        .apply(vec![
+            Write::DeleteIntent(kept.id),
+            Write::ReplaceIntent(Arc::new(replacement)),
+        ])
         .await
         .expect("written");
     drop(store);
     let (_, contents) = Store::open(&path).expect("opened again");
-    assert!(contents.intents.is_empty());
+    assert!(contents.intents.is_empty(), "one that is closed stays closed");
 }
 
 #[test]
@@ -137,9 +201,71 @@ fn a_newer_schema_is_refused() {
     drop(store);
     let error = Store::open(&path).expect_err("refused").to_string();
     assert!(
-        error.contains("schema version 2") && error.contains("newer shoal"),
+        error.contains("schema version 3") && error.contains("newer shoal"),
         "{error}"
     );
+}
+
+/// What a scheduler of schema 1 wrote: an intent without a policy, and a history by VM with the VM's name.
+#[test]
+fn a_store_of_the_first_schema_is_taken_over() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("store");
+    let vm = vm_record("old");
+    let other = VmId::new();
+    let old_intent = {
+        let mut json = serde_json::to_value(intent(&vm)).expect("JSON");
+        json.as_object_mut().expect("an object").remove("policy");
+        json.to_string()
+    };
+    {
+        let database = Database::create(&path).expect("created");
+        let transaction = database.begin_write().expect("transaction");
+        let put = |table: Bytes, key: &[u8], value: &[u8]| {
+            let mut table = transaction.open_table(table).expect("a table");
+            table.insert(key, value).expect("written");
+        };
+        let by_vm = Bytes::new("migrations");
+        for (vm, epoch, started_unix_ms) in [(vm.id, 2u64, 30), (vm.id, 3, 50), (other, 2, 40)] {
+            let key = [vm.as_bytes().as_slice(), &epoch.to_be_bytes()].concat();
+            let migration = cluster::Migration {
+                vm: "old".to_owned(),
+                started_unix_ms,
+                ..migration(epoch)
+            };
+            put(by_vm, &key, &migration.encode_to_vec());
+        }
+        put(VMS, vm.id.as_bytes(), &serde_json::to_vec(&vm).expect("JSON"));
+        put(INTENTS, vm.id.as_bytes(), old_intent.as_bytes());
+        for table in [NODES, IMAGES, EVENTS] {
+            transaction.open_table(table).expect("a table");
+        }
+        transaction
+            .open_table(META)
+            .expect("meta")
+            .insert("schema", 1)
+            .expect("written");
+        transaction.commit().expect("committed");
+    }
+    for _ in 0..2 {
+        let (_, contents) = Store::open(&path).expect("opened, and once more afterwards");
+        let history: Vec<_> = contents
+            .history
+            .iter()
+            .map(|(number, m)| (*number, m.vm.clone(), m.vm_name.as_str(), m.started_unix_ms))
+            .collect();
+        let expected = [
+            (0, vm.id, "old", 30),
+            (1, other, "old", 40),
+            (2, vm.id, "old", 50),
+        ];
+        assert_eq!(
+            history,
+            expected.map(|(number, vm, name, at)| (number, vm.to_string(), name, at))
+        );
+        assert_eq!(contents.vms, std::slice::from_ref(&vm));
+        assert_eq!(contents.intents[0].policy, vm::MigrationPolicy::default());
+    }
 }
 
 #[test]

@@ -73,13 +73,17 @@ pub enum Command {
     /// Show a VM's console.
     Logs(commands::logs::LogsArgs),
     /// Move a running VM to another node.
-    Migrate(commands::migrate::MigrateArgs),
+    Migrate(Box<commands::migrate::MigrateArgs>),
+    /// List migrations, show, cancel or change one, set their defaults.
+    Migrations(commands::migrations::MigrationsArgs),
     /// Power a VM off.
     Stop(commands::stop::StopArgs),
     /// Remove a VM that has ended.
     Rm(commands::rm::RmArgs),
     /// Move every VM off a node and keep new ones away.
     Drain(commands::drain::DrainArgs),
+    /// Move every VM of a node to a new VMM on that node, as after an update of it.
+    Upgrade(commands::upgrade::UpgradeArgs),
     /// Let a drained node take VMs again.
     Uncordon(commands::uncordon::UncordonArgs),
     /// Balance the cluster now, or show what would be done.
@@ -88,6 +92,12 @@ pub enum Command {
     Resolve(commands::resolve::ResolveArgs),
     /// Show what the cluster did, and why.
     Events(commands::events::EventsArgs),
+    /// CPU features of nodes and of new VMs.
+    #[command(subcommand)]
+    Cpu(commands::cpu::CpuCommand),
+    /// Make and show the certificates that nodes need to migrate VMs over TLS.
+    #[command(subcommand)]
+    Certs(commands::certs::CertsCommand),
     /// Write a completion script for a shell.
     Completions(commands::completions::CompletionsArgs),
 }
@@ -109,11 +119,28 @@ mod tests {
             "shoal image import images/probe --name p",
             "shoal run linux --name a --cpus 1 --memory 64MiB --node node1 --detach -- sh -c true",
             "shoal migrate a --to node2 --max-downtime 50ms --timeout 2m -o json",
+            "shoal migrate a --bandwidth 100MiB/s --on-stall post-copy --connections 4 --compress zstd --priority 9",
+            "shoal migrate a --verify",
+            "shoal migrate a --verify=sampled --to node1",
+            "shoal migrations --vm a --node node1 --running --limit 10 -o json",
+            "shoal migrations show 1234 --plot life.svg",
+            "shoal migrations cancel a",
+            "shoal migrations set a --bandwidth 10MiB --max-downtime 5ms --timeout 1m --on-stall force --priority 0",
+            "shoal migrations defaults",
+            "shoal migrations defaults set --on-stall throttle --link-bandwidth 1GiB --cluster-bandwidth 0 --reset",
+            "shoal upgrade node1 --parallel 4",
             "shoal ps -o json",
             "shoal logs -f a",
             "shoal rebalance --dry-run",
             "shoal resolve a --keep node1",
+            "shoal cpu baseline",
+            "shoal cpu baseline apply -o json",
             "shoal completions bash",
+            "shoal certs init d --days 30",
+            "shoal certs issue d node1 --out e --days 30",
+            "shoal certs show d/ca.pem -o json",
+            "shoal agent --migration-tls d/node1",
+            "shoal up --no-migration-tls",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
@@ -123,6 +150,11 @@ mod tests {
             "shoal run",
             "shoal run x --memory lots",
             "shoal migrate a --max-downtime 0s",
+            "shoal migrate a --on-stall hope",
+            "shoal migrate a --priority 10",
+            "shoal migrate a --connections 17",
+            "shoal migrations --vm a show b",
+            "shoal migrations set a --verify",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -21,10 +21,15 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
-/// Whole milliseconds for the wire, where 0 means "the default".
+/// Whole milliseconds for the wire.
 #[must_use]
-pub fn millis(duration: Option<Duration>) -> u64 {
-    duration.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A rate as typed: "100MiB" or "100MiB/s"; a second is meant.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    parse_size(text.strip_suffix("/s").unwrap_or(text))
 }
 
 /// A size as shown: "256.0 MiB".
@@ -84,6 +89,8 @@ mod tests {
         assert_eq!(parse_size("256MiB"), Ok(256 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
         assert!(parse_size("much").is_err());
+        assert_eq!(parse_rate("100MiB/s"), Ok(100 << 20));
+        assert_eq!(parse_rate("0"), Ok(0));
         assert_eq!(parse_duration("50ms"), Ok(Duration::from_millis(50)));
         assert!(parse_duration("0s").is_err());
         assert!(parse_duration("soon").is_err());

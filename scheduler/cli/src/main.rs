@@ -5,6 +5,7 @@
 //! - [`client`]: the connection to the cluster API, the only door there is
 //! - [`error`]: every failure, with its exit code and its JSON form
 //! - [`output`], [`view`], [`format`]: tables for people, JSON for scripts
+//! - [`certificates`]: an authority and what it issues, for migrations
 //! - [`image_source`]: reads an image directory or tar
 //! - [`local`]: a whole cluster on this machine (`up` and `down`)
 //!
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod certificates;
 mod client;
 mod commands;
 mod daemon;
@@ -22,6 +24,7 @@ mod format;
 mod image_source;
 mod local;
 mod output;
+mod policy_args;
 mod view;
 
 use std::process::ExitCode;

@@ -1,9 +1,13 @@
 //! What is shown of VMs, nodes, images, migrations and events. The JSON keys are an interface: scripts rely on them.
 
 use serde::Serialize;
-use shoal_proto::{cluster, vm};
+use shoal_proto::cluster;
 
 use crate::format;
+
+mod migration;
+
+pub use migration::{DefaultsView, MigrationDetails, MigrationView, PolicyView, phase};
 
 /// A VM, for `ps`, `run`, `stop` and `inspect`.
 #[derive(Debug, Serialize)]
@@ -154,91 +158,6 @@ impl From<&cluster::Image> for ImageView {
             cmdline: image.cmdline.clone(),
             age_seconds: format::seconds_since(image.created_unix_ms),
         }
-    }
-}
-
-/// A migration that has ended, for `migrate`, `inspect` and `rebalance`.
-#[derive(Debug, Serialize)]
-pub struct MigrationView {
-    /// UUID.
-    pub id: String,
-    /// Which VM.
-    pub vm: String,
-    /// Source node.
-    pub from: String,
-    /// Destination node.
-    pub to: String,
-    /// completed, failed, cancelled, in-doubt; running if it has not ended.
-    pub result: &'static str,
-    /// Why it ended as it did; if there is nothing to say, why it was asked for.
-    pub reason: String,
-    /// Why it was asked for.
-    pub requested_because: String,
-    /// vCPU stop to vCPU run.
-    pub downtime_ms: f64,
-    /// Part of it: stopping the vCPUs.
-    pub downtime_stop_ms: f64,
-    /// Part of it: the last pages.
-    pub downtime_pages_ms: f64,
-    /// Part of it: CPU and device state.
-    pub downtime_state_ms: f64,
-    /// Part of it: commit and start.
-    pub downtime_start_ms: f64,
-    /// First byte to done.
-    pub total_ms: f64,
-    /// Over memory, the last one included.
-    pub passes: u32,
-    /// On the wire.
-    pub bytes_sent: u64,
-    /// With their content.
-    pub pages_sent: u64,
-    /// As runs of zeros.
-    pub zero_pages: u64,
-    /// The destination's.
-    pub epoch: u64,
-    /// When it began.
-    pub started: String,
-}
-
-impl From<&cluster::Migration> for MigrationView {
-    fn from(migration: &cluster::Migration) -> Self {
-        let report = migration.report.clone().unwrap_or_default();
-        Self {
-            id: migration.id.clone(),
-            vm: migration.vm.clone(),
-            from: migration.from_node.clone(),
-            to: migration.to_node.clone(),
-            result: migration_result(migration.report.as_ref()),
-            reason: if report.reason.is_empty() {
-                migration.reason.clone()
-            } else {
-                report.reason
-            },
-            requested_because: migration.reason.clone(),
-            downtime_ms: format::milliseconds(report.downtime_us),
-            downtime_stop_ms: format::milliseconds(report.downtime_stop_us),
-            downtime_pages_ms: format::milliseconds(report.downtime_pages_us),
-            downtime_state_ms: format::milliseconds(report.downtime_state_us),
-            downtime_start_ms: format::milliseconds(report.downtime_start_us),
-            total_ms: format::milliseconds(report.total_us),
-            passes: report.passes,
-            bytes_sent: report.bytes_sent,
-            pages_sent: report.pages_sent,
-            zero_pages: report.zero_pages,
-            epoch: migration.epoch,
-            started: format::time(migration.started_unix_ms),
-        }
-    }
-}
-
-fn migration_result(report: Option<&vm::MigrationReport>) -> &'static str {
-    use vm::MigrationResult;
-    match report.map(vm::MigrationReport::result) {
-        None => "running",
-        Some(MigrationResult::Completed) => "completed",
-        Some(MigrationResult::Cancelled) => "cancelled",
-        Some(MigrationResult::InDoubt) => "in-doubt",
-        Some(MigrationResult::Failed | MigrationResult::Unspecified) => "failed",
     }
 }
 

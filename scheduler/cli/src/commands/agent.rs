@@ -40,6 +40,9 @@ pub struct AgentArgs {
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
     pub insecure: bool,
+    /// Migrate over TLS only, with the ca.pem, cert.pem and key.pem in this directory (see `shoal certs`).
+    #[arg(long, value_name = "DIR")]
+    pub migration_tls: Option<PathBuf>,
 }
 
 /// Serves until SIGTERM or Ctrl-C. VMs go on without it, and the next agent adopts them.
@@ -59,6 +62,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         cpus: args.cpus,
         vmm_binary: daemon::vmm_binary(args.vmm_binary)?,
         insecure: args.insecure,
+        migration_tls: args.migration_tls,
         shutdown: daemon::shutdown()?,
     };
     shoal_agent::serve(config)

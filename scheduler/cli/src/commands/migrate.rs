@@ -1,17 +1,16 @@
 //! `shoal migrate VM`
 
-use std::time::Duration;
-
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use shoal_proto::cluster::{MigrateVmRequest, Migration};
-use shoal_proto::vm::{MigrationPhase, MigrationProgress};
+use shoal_proto::vm::{MigrationPhase, MigrationPolicy, MigrationProgress};
 
 use crate::client::{Client, Context, until_interrupted};
+use crate::commands::migrations::figures;
 use crate::error::CliError;
 use crate::format;
-use crate::format::{millis, parse_duration};
-use crate::view::MigrationView;
+use crate::policy_args::PolicyArgs;
+use crate::view::{MigrationView, phase};
 
 /// Arguments of `migrate`.
 #[derive(Debug, Args)]
@@ -21,12 +20,8 @@ pub struct MigrateArgs {
     /// To this node; otherwise where it fits best.
     #[arg(long, value_name = "NODE")]
     pub to: Option<String>,
-    /// The longest pause to accept, such as 50ms.
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub max_downtime: Option<Duration>,
-    /// Give up after this long, such as 2m.
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
+    #[command(flatten)]
+    policy: PolicyArgs,
 }
 
 /// Moves a running VM and reports how it went. Ctrl-C stops watching, not the migration.
@@ -35,12 +30,11 @@ pub async fn run(context: &Context, args: MigrateArgs) -> Result<(), CliError> {
     let request = MigrateVmRequest {
         vm: args.vm.clone(),
         to_node: args.to.unwrap_or_default(),
-        max_downtime_ms: millis(args.max_downtime),
-        timeout_ms: millis(args.timeout),
+        policy: Some(MigrationPolicy::from(&args.policy)),
     };
     let Some(outcome) = until_interrupted(watch(context, &mut client, request)).await? else {
         context.output.note(&format!(
-            "\nthe migration goes on: `shoal inspect {}` tells how it ended",
+            "\nthe migration goes on: `shoal migrations --vm {}` tells how it ended",
             args.vm
         ));
         return Ok(());
@@ -125,36 +119,45 @@ fn message(progress: &MigrationProgress) -> String {
         .saturating_mul(1000)
         .checked_div(progress.elapsed_ms)
         .unwrap_or(0);
-    let rate = if progress.rate_bytes_per_second > 0 {
-        progress.rate_bytes_per_second
-    } else {
-        average
+    let rate = match progress.rate_bytes_per_second {
+        0 => average,
+        measured => measured,
     };
-    let sent = format!(
-        "{} sent, {}/s",
-        format::size(progress.bytes_sent),
-        format::size(rate)
-    );
-    if progress.predicted_downtime_us == 0 {
-        return sent;
+    let mut parts = vec![
+        format!("{} sent", format::size(progress.bytes_sent)),
+        format!("{} left", format::size(progress.remaining_bytes)),
+        format!("{}/s", format::size(rate)),
+    ];
+    if progress.dirty_rate_bytes_per_second > 0 {
+        parts.push(format!(
+            "guest dirties {}/s",
+            format::size(progress.dirty_rate_bytes_per_second)
+        ));
     }
-    format!(
-        "{sent}, guest dirties {}/s, predicted downtime {}",
-        format::size(progress.dirty_rate_bytes_per_second),
-        format::micros(progress.predicted_downtime_us),
-    )
-}
-
-fn phase(phase: MigrationPhase) -> &'static str {
-    match phase {
-        MigrationPhase::Unspecified | MigrationPhase::Negotiate => "negotiate",
-        MigrationPhase::PreCopy => "pre-copy",
-        MigrationPhase::Pause => "pause",
-        MigrationPhase::FinalPages => "final pages",
-        MigrationPhase::State => "state",
-        MigrationPhase::Commit => "commit",
-        MigrationPhase::Done => "done",
+    if progress.predicted_downtime_us > 0 && progress.phase() != MigrationPhase::PostCopy {
+        let predicted = format::micros(progress.predicted_downtime_us);
+        parts.push(format!("predicted downtime {predicted}"));
     }
+    if progress.throttle_percent > 0 {
+        parts.push(format!("guest throttled by {} %", progress.throttle_percent));
+    }
+    if progress.connections > 1 {
+        parts.push(format!("{} connections", progress.connections));
+    }
+    if progress.compression_ratio > 0.0 && progress.compression_ratio < 0.995 {
+        parts.push(format!(
+            "compressed to {:.0} %",
+            progress.compression_ratio * 100.0
+        ));
+    }
+    if progress.faults > 0 {
+        let worst = format::micros(progress.worst_fault_us);
+        parts.push(format!("{} faults, worst {worst}", progress.faults));
+    }
+    if progress.link_lost {
+        parts.push("LINK LOST, the VM waits".to_owned());
+    }
+    parts.join(", ")
 }
 
 fn report(m: &MigrationView) -> String {
@@ -164,22 +167,37 @@ fn report(m: &MigrationView) -> String {
             m.vm, m.result, m.total_ms
         );
     }
-    format!(
-        "{} moved from {} to {} in {:.0} ms\n  \
-         downtime  {:.1} ms (stop {:.1}, pages {:.1}, state {:.1}, start {:.1})\n  \
-         sent      {} in {} passes: {} pages with content, {} zero",
-        m.vm,
-        m.from,
-        m.to,
-        m.total_ms,
-        m.downtime_ms,
-        m.downtime_stop_ms,
-        m.downtime_pages_ms,
-        m.downtime_state_ms,
-        m.downtime_start_ms,
-        format::size(m.bytes_sent),
-        m.passes,
-        m.pages_sent,
-        m.zero_pages,
-    )
+    let lines = figures(m).join("\n  ");
+    format!("{} moved from {} to {}\n  {lines}", m.vm, m.from, m.to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_live_line_says_what_there_is_to_say() {
+        let mut progress = MigrationProgress {
+            bytes_sent: 64 << 20,
+            remaining_bytes: 8 << 20,
+            rate_bytes_per_second: 1 << 30,
+            compression_ratio: 1.0,
+            ..MigrationProgress::default()
+        };
+        assert_eq!(message(&progress), "64.0 MiB sent, 8.0 MiB left, 1.0 GiB/s");
+        progress.phase = MigrationPhase::PostCopy.into();
+        progress.dirty_rate_bytes_per_second = 1 << 20;
+        progress.predicted_downtime_us = 9;
+        progress.throttle_percent = 30;
+        progress.connections = 4;
+        progress.compression_ratio = 0.45;
+        progress.faults = 3;
+        progress.worst_fault_us = 900;
+        progress.link_lost = true;
+        assert_eq!(
+            message(&progress),
+            "64.0 MiB sent, 8.0 MiB left, 1.0 GiB/s, guest dirties 1.0 MiB/s, guest throttled by 30 %, \
+             4 connections, compressed to 45 %, 3 faults, worst 900 us, LINK LOST, the VM waits"
+        );
+    }
 }

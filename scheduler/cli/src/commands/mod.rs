@@ -1,7 +1,9 @@
 //! One file per command. Each has its arguments and a `run` that does it.
 
 pub mod agent;
+pub mod certs;
 pub mod completions;
+pub mod cpu;
 pub mod down;
 pub mod drain;
 pub mod events;
@@ -9,6 +11,7 @@ pub mod image;
 pub mod inspect;
 pub mod logs;
 pub mod migrate;
+pub mod migrations;
 pub mod nodes;
 pub mod ps;
 pub mod rebalance;
@@ -19,6 +22,7 @@ pub mod scheduler;
 pub mod stop;
 pub mod uncordon;
 pub mod up;
+pub mod upgrade;
 
 use std::process::ExitCode;
 
@@ -58,14 +62,18 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Nodes(args) => nodes::run(context, args).await,
         Command::Inspect(args) => inspect::run(context, args).await,
         Command::Logs(args) => logs::run(context, args).await,
-        Command::Migrate(args) => migrate::run(context, args).await,
+        Command::Migrate(args) => migrate::run(context, *args).await,
+        Command::Migrations(args) => migrations::run(context, args).await,
         Command::Stop(args) => stop::run(context, args).await,
         Command::Rm(args) => rm::run(context, args).await,
         Command::Drain(args) => drain::run(context, args).await,
+        Command::Upgrade(args) => upgrade::run(context, args).await,
         Command::Uncordon(args) => uncordon::run(context, args).await,
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,
         Command::Events(args) => events::run(context, args).await,
+        Command::Cpu(command) => cpu::run(context, command).await,
+        Command::Certs(command) => certs::run(context, command),
         Command::Completions(args) => completions::run(context, &args),
     }?;
     Ok(ExitCode::SUCCESS)

@@ -26,6 +26,9 @@ pub struct SchedulerArgs {
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
     pub insecure: bool,
+    /// Serve metrics for Prometheus at http://ADDRESS/metrics; otherwise nowhere.
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<SocketAddr>,
     /// Move nothing unless asked to.
     #[arg(long)]
     pub manual: bool,
@@ -53,6 +56,7 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         insecure: args.insecure,
         state_dir,
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
+        metrics: args.metrics,
         policy,
         automatic: !args.manual,
         shutdown: daemon::shutdown()?,

@@ -57,6 +57,9 @@ pub struct UpArgs {
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
     pub insecure: bool,
+    /// Migrate over plain TCP, not over TLS with certificates made for this cluster.
+    #[arg(long)]
+    pub no_migration_tls: bool,
     /// Move nothing unless asked to.
     #[arg(long)]
     pub manual: bool,
@@ -159,6 +162,7 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
         node_cpus: args.node_cpus.unwrap_or((cpus / args.nodes).max(1)),
         insecure: args.insecure,
         manual: args.manual,
+        migration_tls: !args.no_migration_tls,
         vmm_binary: daemon::vmm_binary(args.vmm_binary.clone())?,
     })
 }

@@ -8,9 +8,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use shoal_agent::ProcessIdentity;
+use shoal_proto::NodeName;
 use shoal_proto::cluster::{ListNodesRequest, NodeState};
 use tokio::time::{Instant, sleep};
 
+use crate::certificates::{self, Authority};
 use crate::client::{Client, connect};
 use crate::daemon;
 use crate::error::CliError;
@@ -20,6 +22,10 @@ use crate::local::record::{UpProcess, UpRecord, file_error};
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks.
 const POLL: Duration = Duration::from_millis(50);
+/// Of the authority that `up` makes.
+const AUTHORITY_DAYS: u32 = 3650;
+/// Of the nodes' certificates, which every `up` makes anew.
+const NODE_DAYS: u32 = 365;
 /// How much of a log is shown when its daemon ends early.
 const LOG_TAIL: usize = 2_000;
 
@@ -40,6 +46,8 @@ pub struct LocalConfig {
     pub insecure: bool,
     /// See `--manual`.
     pub manual: bool,
+    /// See `--no-migration-tls`.
+    pub migration_tls: bool,
     /// See `--vmm-binary`.
     pub vmm_binary: PathBuf,
 }
@@ -68,8 +76,9 @@ impl LocalCluster {
         };
         cluster.start_scheduler()?;
         let client = cluster.scheduler_ready().await?;
+        let authority = cluster.authority()?;
         for number in 1..=cluster.config.nodes {
-            cluster.start_node(&format!("node{number}"))?;
+            cluster.start_node(&format!("node{number}"), authority.as_ref())?;
         }
         cluster.nodes_ready(client.clone()).await?;
         Ok((cluster, client))
@@ -101,14 +110,40 @@ impl LocalCluster {
         self.spawn("scheduler", command, &config.state_dir.join("scheduler"))
     }
 
-    fn start_node(&mut self, name: &str) -> Result<(), CliError> {
+    /// The cluster's own, kept from one start to the next.
+    fn authority(&self) -> Result<Option<Authority>, CliError> {
+        if !self.config.migration_tls {
+            return Ok(None);
+        }
+        let dir = self.certificates_dir();
+        let authority = if dir.join(certificates::CA).exists() {
+            Authority::open(&dir)?
+        } else {
+            Authority::create(&dir, AUTHORITY_DAYS)?
+        };
+        Ok(Some(authority))
+    }
+
+    fn certificates_dir(&self) -> PathBuf {
+        self.config.state_dir.join("certs")
+    }
+
+    fn start_node(&mut self, name: &str, authority: Option<&Authority>) -> Result<(), CliError> {
         let config = self.config.clone();
+        let certificates = self.certificates_dir().join(name);
         let mut command = self.daemon("agent")?;
         command
             .args(["--name", name, "--listen", "127.0.0.1:0"])
             .args(["--endpoint", &self.record.endpoint])
             .args(["--memory", &config.node_memory.to_string()])
             .args(["--cpus", &config.node_cpus.to_string()]);
+        if let Some(authority) = authority {
+            let node: NodeName = name
+                .parse()
+                .map_err(|error| CliError::Failed(format!("cannot name a node: {error}")))?;
+            authority.issue(&node, NODE_DAYS, &certificates)?;
+            command.arg("--migration-tls").arg(&certificates);
+        }
         self.spawn(name, command, &config.state_dir.join(name))
     }
 

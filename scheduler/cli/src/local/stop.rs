@@ -154,7 +154,7 @@ fn remove_state(state_dir: &Path) -> Result<(), CliError> {
         remove(&directory)?;
         remove(&directory.with_extension("log"))?;
     }
-    for name in ["scheduler", "scheduler.log", "up.json", "lock"] {
+    for name in ["certs", "scheduler", "scheduler.log", "up.json", "lock"] {
         remove(&state_dir.join(name))?;
     }
     match fs::remove_dir(state_dir) {

@@ -1,7 +1,12 @@
 //! What is measured, as it goes into the JSON file.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use serde_json::Value;
+
+use crate::gap::Gaps;
+use crate::millis;
 
 /// Everything.
 #[derive(Debug, Serialize)]
@@ -20,6 +25,40 @@ pub struct Report {
     pub startup: Pair<Startup>,
     /// Moving.
     pub cases: Vec<CaseReport>,
+}
+
+/// What `cargo xtask bench migrate` measures.
+#[derive(Debug, Serialize)]
+pub struct MigrateReport {
+    /// Where and with what.
+    pub machine: Machine,
+    /// Limit on downtime that all sides were given.
+    pub max_downtime_ms: u64,
+    /// Whether free memory was left as it was.
+    pub cold: bool,
+    /// Most runs of a case.
+    pub runs: u32,
+    /// What the machine can do at best.
+    pub references: References,
+    /// One TCP stream over the slow link, in bytes per second.
+    pub link: Option<f64>,
+    /// Moving.
+    pub cases: Vec<CaseReport>,
+    /// What was not measured, and why.
+    pub skipped: Vec<String>,
+    /// How the figures stand against what they are to be.
+    pub goals: Vec<Goal>,
+}
+
+/// What a figure is to be, and what it is.
+#[derive(Debug, Serialize)]
+pub struct Goal {
+    /// The goal.
+    pub goal: String,
+    /// What was measured.
+    pub measured: String,
+    /// `None`: not measured.
+    pub met: Option<bool>,
 }
 
 /// Shoal, and QEMU if it was asked for and is there.
@@ -46,6 +85,8 @@ pub struct Machine {
     pub load_average: f64,
     /// First line of `qemu-system-x86_64 --version`.
     pub qemu: Option<String>,
+    /// The same of `cloud-hypervisor`.
+    pub cloud_hypervisor: Option<String>,
 }
 
 /// Rates of the machine, in bytes per second.
@@ -63,6 +104,8 @@ pub struct References {
     pub tcp_fresh: f64,
     /// The same with one CPU busy, as a guest that never sleeps keeps it.
     pub tcp_fresh_beside_busy_cpu: f64,
+    /// As `tcp`, over TLS 1.3.
+    pub tls: f64,
 }
 
 /// From the start of a process.
@@ -83,11 +126,17 @@ pub struct CaseReport {
     pub name: &'static str,
     /// In words.
     pub title: &'static str,
+    /// What it is part of.
+    pub group: &'static str,
     /// The probe's options.
     pub cmdline: &'static str,
+    /// Bytes of memory that it filled.
+    pub filled: u64,
     /// Who did how well.
     #[serde(flatten)]
     pub sides: Pair<Side>,
+    /// Cloud Hypervisor, where it is there.
+    pub cloud_hypervisor: Option<Side>,
 }
 
 /// All runs of one case by one VMM.
@@ -122,6 +171,10 @@ pub struct Run {
     /// What is compared.
     #[serde(flatten)]
     pub figures: Figures,
+    /// What the VMM did not do although it was asked to.
+    pub not_as_asked: Vec<String>,
+    /// What only this VMM tells, in words.
+    pub details: Vec<String>,
     /// What the VMM itself reports.
     pub own_report: Value,
 }
@@ -135,6 +188,12 @@ pub struct Figures {
     pub downtime_ms: f64,
     /// Worst gap that the guest saw from the start until 2 s after the end.
     pub gap_ms: f64,
+    /// Of these, before the pause.
+    pub gap_source_ms: f64,
+    /// The pause, as the guest saw it.
+    pub gap_pause_ms: f64,
+    /// After it.
+    pub gap_destination_ms: f64,
     /// Worst gap that it saw in the 3 s before.
     pub gap_before_ms: f64,
     /// On the wire.
@@ -150,6 +209,30 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// With gaps alone; what nobody tells is not a number.
+    pub fn of(gaps: &Gaps) -> Self {
+        let told = |gap: Option<Duration>| gap.map_or(f64::NAN, millis);
+        Self {
+            total_ms: f64::NAN,
+            downtime_ms: f64::NAN,
+            gap_ms: millis(gaps.during),
+            gap_source_ms: told(gaps.source),
+            gap_pause_ms: told(gaps.pause),
+            gap_destination_ms: told(gaps.destination),
+            gap_before_ms: millis(gaps.before),
+            bytes: f64::NAN,
+            passes: f64::NAN,
+            cpu_source_s: f64::NAN,
+            cpu_destination_s: f64::NAN,
+            destination_beyond_guest_bytes: f64::NAN,
+        }
+    }
+
+    /// Of both ends.
+    pub fn cpu_s(&self) -> f64 {
+        self.cpu_source_s + self.cpu_destination_s
+    }
+
     fn medians(runs: &[Run]) -> Self {
         let of = |figure: fn(&Self) -> f64| {
             median(&runs.iter().map(|run| figure(&run.figures)).collect::<Vec<_>>())
@@ -158,6 +241,9 @@ impl Figures {
             total_ms: of(|figures| figures.total_ms),
             downtime_ms: of(|figures| figures.downtime_ms),
             gap_ms: of(|figures| figures.gap_ms),
+            gap_source_ms: of(|figures| figures.gap_source_ms),
+            gap_pause_ms: of(|figures| figures.gap_pause_ms),
+            gap_destination_ms: of(|figures| figures.gap_destination_ms),
             gap_before_ms: of(|figures| figures.gap_before_ms),
             bytes: of(|figures| figures.bytes),
             passes: of(|figures| figures.passes),
@@ -168,9 +254,9 @@ impl Figures {
     }
 }
 
-/// The middle one, or the mean of the middle two; NaN of nothing.
+/// The middle one, or the mean of the middle two, of those that are told; NaN of nothing.
 pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
+    let mut sorted: Vec<f64> = values.iter().copied().filter(|value| !value.is_nan()).collect();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
     match sorted.as_slice() {
@@ -188,6 +274,7 @@ mod tests {
     fn medians() {
         assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
         assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+        assert!((median(&[4.0, f64::NAN, 2.0, 3.0]) - 3.0).abs() < 1e-9);
         assert!(median(&[]).is_nan());
     }
 }

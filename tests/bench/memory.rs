@@ -5,10 +5,10 @@
 //! whatever VMM touches it. So before a migration as much memory as the destination needs is touched, and it is set free
 //! right before the migration begins.
 
+use std::fs;
+
 use anyhow::{Context as _, Result};
 use memmap2::{Advice, MmapMut};
-
-use crate::case::MEMORY;
 
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -29,16 +29,24 @@ pub struct Warm {
 }
 
 impl Warm {
-    /// Touches a little more than a guest has; `None` if that is not wanted.
+    /// Touches a little more than a guest of so many bytes has.
     ///
     /// # Errors
     /// If there is not enough.
-    pub fn up(wanted: bool) -> Result<Option<Self>> {
-        if !wanted {
-            return Ok(None);
-        }
-        let mut memory = fresh(usize::try_from(MEMORY + MEMORY / 8)?)?;
+    pub fn up(guest: u64) -> Result<Self> {
+        let mut memory = fresh(usize::try_from(guest + guest / 8)?)?;
         memory.fill(1);
-        Ok(Some(Self { _memory: memory }))
+        Ok(Self { _memory: memory })
     }
+}
+
+/// Memory that the machine could give away now.
+///
+/// # Errors
+/// If /proc/meminfo does not say.
+pub fn available() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_ascii_whitespace().next());
+    Ok(kib.context("no MemAvailable in /proc/meminfo")?.parse::<u64>()? << 10)
 }

@@ -9,6 +9,8 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
 use crate::figures::{References, median};
 use crate::memory;
@@ -48,6 +50,7 @@ pub fn measure() -> Result<References> {
     let busy = BusyCpu::start();
     let tcp_fresh_beside_busy_cpu = repeat(|| send(&source, BUFFER))?;
     drop(busy);
+    let tls = repeat(|| send_tls(&source))?;
     Ok(References {
         memcpy_touched,
         memcpy_fresh,
@@ -55,6 +58,7 @@ pub fn measure() -> Result<References> {
         tcp,
         tcp_fresh,
         tcp_fresh_beside_busy_cpu,
+        tls,
     })
 }
 
@@ -80,6 +84,42 @@ fn send(data: &[u8], room: usize) -> Result<()> {
         for index in 0..data.len() / CHUNK {
             let start = index * CHUNK % room;
             receiver.read_exact(&mut target[start..start + CHUNK])?;
+        }
+        black_box(&mut target);
+        sending.join().ok().context("the sender panicked")??;
+        Ok(())
+    })
+}
+
+/// The same over TLS 1.3, into one buffer.
+fn send_tls(data: &[u8]) -> Result<()> {
+    const NAME: &str = "reference";
+    let own = rcgen::generate_simple_self_signed([NAME.to_owned()])?;
+    let mut roots = RootCertStore::empty();
+    roots.add(own.cert.der().clone())?;
+    let key = PrivatePkcs8KeyDer::from(own.signing_key.serialize_der());
+    let client = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let server = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![own.cert.der().clone()], key.into())?;
+    let listener = TcpListener::bind("127.0.0.1:0").context("no loopback network")?;
+    let sender = TcpStream::connect(listener.local_addr()?)?;
+    let (receiver, _) = listener.accept()?;
+    let session = ClientConnection::new(Arc::new(client), NAME.try_into()?)?;
+    let mut sender = StreamOwned::new(session, sender);
+    let mut receiver = StreamOwned::new(ServerConnection::new(Arc::new(server))?, receiver);
+    thread::scope(|scope| {
+        // The sender stays open until all has arrived: it never reads the session tickets, and closing would reset.
+        let sender = &mut sender;
+        let sending = scope.spawn(move || {
+            data.chunks(CHUNK).try_for_each(|chunk| sender.write_all(chunk))?;
+            sender.flush()
+        });
+        let mut target = memory::fresh(CHUNK)?;
+        for _ in 0..data.len() / CHUNK {
+            receiver.read_exact(&mut target[..CHUNK])?;
         }
         black_box(&mut target);
         sending.join().ok().context("the sender panicked")??;

@@ -46,7 +46,7 @@ pub async fn shoal() -> Result<Startup> {
 pub fn qemu() -> Result<Startup> {
     Ok(Startup {
         first_byte_ms: repeat(STARTS, || {
-            first_byte(qemu::command("fill=0").args(["-serial", "stdio"]))
+            first_byte(qemu::command(&[], MEMORY, "fill=0").args(["-serial", "stdio"]))
         })?,
         first_byte_by_api_ms: Vec::new(),
         memory_beyond_guest_bytes: repeat(MEMORY_READINGS, qemu::memory)?,
@@ -102,5 +102,5 @@ async fn memory() -> Result<f64> {
     let beat = vmm.follow_console(|text| !guest::heartbeats(text).is_empty());
     timeout(PATIENCE, beat).await.context("no heartbeat")?;
     vmm.client.get_status(GetStatusRequest {}).await?;
-    memory_beyond_guest(vmm.pid(), MEMORY)
+    memory_beyond_guest(vmm.pid())
 }

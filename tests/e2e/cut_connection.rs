@@ -3,7 +3,7 @@
 use shoal_proto::vm::{AbortIncomingRequest, MigrationReport, MigrationResult, ResumeRequest, VmState};
 use shoal_tests::guest;
 use shoal_tests::machine::Machine;
-use shoal_tests::proxy::CuttingProxy;
+use shoal_tests::proxy::{Proxy, Towards, Trouble};
 use shoal_tests::vmm::{MIGRATION, Vmm, probe_spec};
 use tokio::time::{Duration, timeout};
 
@@ -53,7 +53,7 @@ async fn move_with_cut(cut_after: u64) -> (u64, MigrationReport) {
     let prepared = destination
         .prepare_incoming(probe_spec(VM, 2, MEMORY, PROBE))
         .await;
-    let proxy = CuttingProxy::start(prepared, cut_after);
+    let proxy = Proxy::start(prepared, Trouble::CutAfter(cut_after));
 
     let max_downtime = Duration::from_millis(500);
     let report = source.migrate(proxy.address(), 2, max_downtime, |_| {}).await;
@@ -96,10 +96,10 @@ async fn move_with_cut(cut_after: u64) -> (u64, MigrationReport) {
         assert!(!destination.has_run(), "cut after {cut_after}: both sides ran");
         &mut source
     };
-    assert_eq!(runner.state().await, VmState::Running, "cut after {cut_after}");
+    runner.wait_for_state(VmState::Running).await;
     heartbeats_after(runner, seen, 0).await;
     guest::assert_unharmed(&runner.console().await);
-    (proxy.passed(), report)
+    (proxy.passed(Towards::Destination), report)
 }
 
 /// Whether Commit came first. A destination whose process is gone never got it, unless it left its mark.

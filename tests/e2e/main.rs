@@ -2,13 +2,18 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod clock;
 mod cluster_life;
 mod commands;
+mod cpu_baseline;
 mod cut_connection;
 mod daemon_faults;
 mod linux;
+mod memory_backing;
 mod moves;
 mod overload;
+mod postcopy;
+mod previous_protocol;
 mod real_hosts;
 mod refusals;
 mod vmm_faults;

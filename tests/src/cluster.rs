@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use shoal_agent::ProcessIdentity;
 use shoal_proto::cluster::MigrateVmRequest;
-use shoal_proto::vm::{GetStatusRequest, VmState};
+use shoal_proto::vm::{GetStatusRequest, MigrationPolicy, OnStall, VmState};
 
 use crate::guest::tail;
 use crate::machine::Machine;
@@ -206,8 +206,12 @@ impl Cluster {
         let request = MigrateVmRequest {
             vm: vm.into(),
             to_node: to.into(),
-            max_downtime_ms: 1,
-            timeout_ms,
+            policy: Some(MigrationPolicy {
+                max_downtime_ms: Some(1),
+                timeout_ms: Some(timeout_ms),
+                on_stall: OnStall::Cancel.into(),
+                ..MigrationPolicy::default()
+            }),
         };
         WatchedMigration::start(self.shoal.endpoint(), request)
     }
@@ -257,9 +261,20 @@ impl Cluster {
 
     /// Starts a daemon again as `up` had started it, and puts it on record so that `down` finds it.
     pub fn start_daemon(&mut self, name: &str) {
+        self.start_daemon_with(name, &[]);
+    }
+
+    /// The same with more arguments, which replace those that it was started with.
+    pub fn start_daemon_with(&mut self, name: &str, more: &[(&str, &str)]) {
         let mut record = self.record();
-        let args: Vec<String> =
+        let mut args: Vec<String> =
             serde_json::from_value(process_named(&record, name)["args"].clone()).expect("arguments");
+        for (option, value) in more {
+            if let Some(at) = args.iter().position(|arg| arg == option) {
+                args.drain(at..at + 2);
+            }
+            args.extend([(*option).to_owned(), (*value).to_owned()]);
+        }
         let log = self.state_dir().join(format!("{name}.log"));
         let log = fs::File::options().append(true).open(log).expect("its log");
         let child = Command::new(paths::program("shoal"))

@@ -19,6 +19,27 @@ pub struct Heartbeat {
     pub filled: u64,
     /// Checks of pages since boot, before each write and by the scan of all that is filled.
     pub checked: u64,
+    /// The longest pauses that the guest saw since the last heartbeat, in order, as far as they are worth telling.
+    pub gaps: Vec<Gap>,
+}
+
+/// A pause that the guest saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// Its end, since boot, by the guest's clock.
+    pub end_us: u64,
+    /// Its length.
+    pub length_us: u64,
+}
+
+impl Gap {
+    fn parse(text: &str) -> Option<Self> {
+        let (end, length) = text.split_once(':')?;
+        Some(Self {
+            end_us: end.parse().ok()?,
+            length_us: length.parse().ok()?,
+        })
+    }
 }
 
 impl Heartbeat {
@@ -27,6 +48,7 @@ impl Heartbeat {
         if words.next() != Some("hb") {
             return None;
         }
+        let gaps = words.clone().find_map(|word| word.strip_prefix("gaps="));
         let fields: BTreeMap<&str, u64> = words
             .filter_map(|word| word.split_once('='))
             .filter_map(|(key, n)| Some((key, n.parse().ok()?)))
@@ -40,6 +62,7 @@ impl Heartbeat {
             corrupt: get("corrupt")?,
             filled: get("filled").unwrap_or(0),
             checked: get("checked").unwrap_or(0),
+            gaps: gaps.map_or(vec![], |gaps| gaps.split(',').filter_map(Gap::parse).collect()),
         })
     }
 }
@@ -125,13 +148,16 @@ mod tests {
     use super::*;
 
     const GOOD: &str = "probe: up\r\nhb n=1 uptime_ms=1000 max_gap_us=40 dirtied=7 corrupt=0 filled=4096\r\n\
-                        hb n=2 uptime_ms=2000 max_gap_us=41 dirtied=9 corrupt=0 filled=8192\r\nhb n=3 upt";
+                        hb n=2 uptime_ms=2000 max_gap_us=41 dirtied=9 corrupt=0 filled=8192 gaps=1500000:250,1600000:300\r\nhb n=3 upt";
 
     #[test]
     fn complete_heartbeats_are_read() {
         let beats = heartbeats(GOOD);
         assert_eq!(beats.len(), 2);
         assert_eq!((beats[1].n, beats[1].max_gap_us, beats[1].filled), (2, 41, 8192));
+        assert_eq!(beats[0].gaps, []);
+        let lengths: Vec<_> = beats[1].gaps.iter().map(|gap| gap.length_us).collect();
+        assert_eq!((lengths, beats[1].gaps[0].end_us), (vec![250, 300], 1_500_000));
         assert_unharmed(GOOD);
         assert_eq!(counts("boot\ncount 0\ncount 1\r\ncount"), [0, 1]);
     }

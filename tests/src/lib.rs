@@ -5,8 +5,11 @@
 //! - [`shoal`]: the `shoal` command
 //! - [`migration`]: a migration that is watched while it runs
 //! - [`vmm`]: VMMs driven directly, without a cluster
+//! - [`certificates`]: an authority and certificates for the two ends of a migration
+//! - [`pair`]: two of them with a migration in between, and who runs the VM afterwards
 //! - [`guest`]: what guests print, and checks for holes and repeats
-//! - [`proxy`]: a TCP connection that can be cut
+//! - [`proxy`]: TCP connections that can be cut, silenced, damaged and recorded
+//! - [`protocol1`]: a source that speaks migration protocol 1, from a recording
 //! - [`netns`]: hosts of their own, joined by links of a given speed
 //! - [`wait`]: conditions with a deadline
 //!
@@ -18,12 +21,15 @@
     reason = "a test harness panics where a test would"
 )]
 
+pub mod certificates;
 pub mod cluster;
 pub mod guest;
 pub mod machine;
 pub mod migration;
 pub mod netns;
+pub mod pair;
 pub mod paths;
+pub mod protocol1;
 pub mod proxy;
 pub mod shoal;
 pub mod vmm;

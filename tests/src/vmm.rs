@@ -11,10 +11,12 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use shoal_proto::vm::vmm_client::VmmClient;
 use shoal_proto::vm::{
-    BootRequest, GetStatusRequest, MigrationProgress, MigrationReport, PrepareIncomingRequest,
-    ReadConsoleRequest, StartMigrationRequest, VmSpec, VmState, WatchMigrationRequest,
+    BootRequest, GetStatusRequest, MigrationPolicy, MigrationProgress, MigrationReport,
+    PrepareIncomingRequest, ReadConsoleRequest, StartMigrationRequest, VmSpec, VmState, VmStatus,
+    WatchMigrationRequest,
 };
 use tokio::net::UnixStream;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::paths;
@@ -23,6 +25,7 @@ use crate::paths;
 pub const MIGRATION: &str = "6d1d3f60-9d0e-4a6e-8f3b-3f6d7f3f0a01";
 const TOKEN: &str = "a secret of this migration";
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A VMM process with a directory of its own; killed in the end.
 #[derive(Debug)]
@@ -36,11 +39,19 @@ pub struct Vmm {
 impl Vmm {
     /// Starts one.
     pub async fn start() -> Self {
+        Self::start_under(&[]).await
+    }
+
+    /// Starts one with `words` before the command, such as `ip netns exec NAME`; they must end in an exec.
+    pub async fn start_under(words: &[String]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let socket = directory.path().join("vmm.sock");
         let listener = UnixListener::bind(&socket).expect("a socket");
         let log = File::create(directory.path().join("vmm.log")).expect("a log");
-        let child = Command::new(paths::program("shoal-vmm"))
+        let program = paths::program("shoal-vmm").into_os_string();
+        let mut words = words.iter().map(Into::into).chain([program]);
+        let child = Command::new(words.next().expect("at least the program"))
+            .args(words)
             .args(["--api-fd", "0"])
             .current_dir(directory.path())
             .stdin(Stdio::from(OwnedFd::from(listener)))
@@ -62,6 +73,12 @@ impl Vmm {
         self.child.id()
     }
 
+    /// A directory of its own, gone with it.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// True once vCPUs have run in it.
     #[must_use]
     pub fn has_run(&self) -> bool {
@@ -76,6 +93,41 @@ impl Vmm {
             .expect("a status")
             .into_inner()
             .state()
+    }
+
+    /// Its status now; `None` once the process has gone.
+    pub async fn status(&mut self) -> Option<VmStatus> {
+        let answer = self.client.get_status(GetStatusRequest {});
+        let answer = tokio::time::timeout(PATIENCE, answer).await;
+        answer
+            .expect("a VMM that answers")
+            .ok()
+            .map(tonic::Response::into_inner)
+    }
+
+    /// Waits until it is in this state.
+    pub async fn wait_for_state(&mut self, state: VmState) {
+        let what = format!("waited for {}", state.as_str_name());
+        self.wait_for_status(&what, |status| status.state() == state)
+            .await;
+    }
+
+    /// Waits for a status; panics, saying what was waited for, after a while.
+    pub async fn wait_for_status(&mut self, what: &str, wanted: impl Fn(&VmStatus) -> bool) {
+        let answer = self.client.watch_status(GetStatusRequest {}).await;
+        let mut stream = answer.expect("the status").into_inner();
+        let found = async {
+            let mut last = None;
+            while let Ok(Some(status)) = stream.message().await {
+                if wanted(&status) {
+                    return Ok(());
+                }
+                last = Some(status);
+            }
+            Err(last)
+        };
+        let found = tokio::time::timeout(PATIENCE, found).await;
+        assert!(matches!(found, Ok(Ok(()))), "{what}, in vain: {found:?}");
     }
 
     /// Boots a VM in it.
@@ -113,15 +165,16 @@ impl Vmm {
 
     /// Makes it the destination of [`MIGRATION`]. Answers where it listens.
     pub async fn prepare_incoming(&mut self, spec: VmSpec) -> SocketAddr {
-        let request = PrepareIncomingRequest {
-            spec: Some(spec),
-            migration_id: MIGRATION.into(),
-            token: TOKEN.into(),
-            listen_address: "127.0.0.1:0".into(),
-            commit_timeout_ms: 30_000,
-        };
-        let answer = self.client.prepare_incoming(request).await.expect("prepared");
-        answer.into_inner().address.parse().expect("an address")
+        let address = self.prepare(incoming(spec)).await.expect("prepared");
+        address.parse().expect("an address")
+    }
+
+    /// Makes it a destination. Answers where it listens.
+    ///
+    /// # Errors
+    /// The VMM's.
+    pub async fn prepare(&mut self, request: PrepareIncomingRequest) -> Result<String, Status> {
+        Ok(self.client.prepare_incoming(request).await?.into_inner().address)
     }
 
     /// Migrates its VM to where `epoch` was prepared, and watches.
@@ -130,30 +183,22 @@ impl Vmm {
         to: SocketAddr,
         epoch: u64,
         max_downtime: Duration,
-        mut seen: impl FnMut(&MigrationProgress),
+        seen: impl FnMut(&MigrationProgress),
     ) -> MigrationReport {
-        let millis = |duration: Duration| u64::try_from(duration.as_millis()).expect("a sane duration");
-        let request = StartMigrationRequest {
-            migration_id: MIGRATION.into(),
-            token: TOKEN.into(),
-            destination_address: to.to_string(),
-            destination_epoch: epoch,
-            max_downtime_ms: millis(max_downtime),
-            timeout_ms: millis(MIGRATION_TIMEOUT),
-        };
-        self.client.start_migration(request).await.expect("started");
-        let request = WatchMigrationRequest {
-            migration_id: MIGRATION.into(),
-        };
-        let answer = self.client.watch_migration(request).await;
-        let mut stream = answer.expect("watched").into_inner();
-        while let Some(progress) = stream.message().await.expect("progress") {
-            seen(&progress);
-            if let Some(report) = progress.report {
-                return report;
-            }
-        }
-        panic!("the stream of progress ended without a report");
+        let request = outgoing(to.to_string(), epoch, max_downtime);
+        self.migrate_with(request, seen).await.expect("a report")
+    }
+
+    /// Migrates its VM as asked, and watches.
+    ///
+    /// # Errors
+    /// The VMM's; a migration that fails has a report.
+    pub async fn migrate_with(
+        &mut self,
+        request: StartMigrationRequest,
+        seen: impl FnMut(&MigrationProgress),
+    ) -> Result<MigrationReport, Status> {
+        migrate(&mut self.client, request, seen).await
     }
 
     /// Ends the process, as a crash would.
@@ -184,6 +229,28 @@ impl Drop for Vmm {
     }
 }
 
+/// Migrates the VM of a VMM as asked, and watches.
+///
+/// # Errors
+/// The VMM's; a migration that fails has a report.
+pub async fn migrate(
+    client: &mut VmmClient<Channel>,
+    request: StartMigrationRequest,
+    mut seen: impl FnMut(&MigrationProgress),
+) -> Result<MigrationReport, Status> {
+    let migration_id = request.migration_id.clone();
+    client.start_migration(request).await?;
+    let request = WatchMigrationRequest { migration_id };
+    let mut stream = client.watch_migration(request).await?.into_inner();
+    while let Some(progress) = stream.message().await? {
+        seen(&progress);
+        if let Some(report) = progress.report {
+            return Ok(report);
+        }
+    }
+    Err(Status::unknown("the stream of progress ended without a report"))
+}
+
 /// Connects to a VMM's socket.
 ///
 /// # Errors
@@ -197,6 +264,37 @@ pub async fn connect(socket: &Path) -> Result<VmmClient<Channel>, tonic::transpo
         }))
         .await?;
     Ok(VmmClient::new(channel))
+}
+
+/// What makes a VMM the destination of [`MIGRATION`], on loopback and in plain text.
+#[must_use]
+pub fn incoming(spec: VmSpec) -> PrepareIncomingRequest {
+    PrepareIncomingRequest {
+        spec: Some(spec),
+        migration_id: MIGRATION.into(),
+        token: TOKEN.into(),
+        listen_address: "127.0.0.1:0".into(),
+        commit_timeout_ms: 30_000,
+        tls: None,
+    }
+}
+
+/// What starts [`MIGRATION`] to where `epoch` was prepared, with all else as a VMM has it by default.
+#[must_use]
+pub fn outgoing(to: String, epoch: u64, max_downtime: Duration) -> StartMigrationRequest {
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).expect("a sane duration");
+    StartMigrationRequest {
+        migration_id: MIGRATION.into(),
+        token: TOKEN.into(),
+        destination_address: to,
+        destination_epoch: epoch,
+        policy: Some(MigrationPolicy {
+            max_downtime_ms: Some(millis(max_downtime)),
+            timeout_ms: Some(millis(MIGRATION_TIMEOUT)),
+            ..MigrationPolicy::default()
+        }),
+        tls: None,
+    }
 }
 
 /// The spec of a probe VM.

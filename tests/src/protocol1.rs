@@ -1,0 +1,350 @@
+//! A source that speaks migration protocol 1, kept as it was: it plays a recorded migration to a destination of today.
+//!
+//! Nothing here is shared with `shoal-vmm`, on purpose. What a recording holds and how it was made:
+//! `tests/fixtures/migration-v1/README.md`.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+use prost::Message;
+use uuid::Uuid;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+const PREAMBLE_LEN: usize = 16;
+const HEADER_LEN: usize = 16;
+const CRC: std::ops::Range<usize> = 12..16;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const HELLO: u8 = 1;
+const HELLO_ACK: u8 = 2;
+const PASS_END: u8 = 4;
+const PASS_ACK: u8 = 5;
+const STATE: u8 = 6;
+const READY: u8 = 7;
+const COMMIT: u8 = 8;
+const RUNNING: u8 = 9;
+const ABORT: u8 = 10;
+
+const STATE_HEADER_LEN: usize = 16;
+const SECTION_HEADER_LEN: usize = 12;
+const SECTION_VCPU: u16 = 1;
+
+/// The first message of a source of protocol 1.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hello {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub migration_id: Vec<u8>,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub token: String,
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub vm_id: Vec<u8>,
+    /// To run at.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// Guest RAM in bytes.
+    #[prost(uint64, tag = "5")]
+    pub memory_bytes: u64,
+    /// vCPUs.
+    #[prost(uint32, tag = "6")]
+    pub cpus: u32,
+    /// The guest's.
+    #[prost(uint32, tag = "7")]
+    pub tsc_khz: u32,
+    /// `struct kvm_cpuid_entry2`, one after another.
+    #[prost(bytes = "vec", tag = "8")]
+    pub cpuid: Vec<u8>,
+    /// Whose values are in the state.
+    #[prost(uint32, repeated, tag = "9")]
+    pub msr_indices: Vec<u32>,
+    /// In the state.
+    #[prost(string, repeated, tag = "10")]
+    pub devices: Vec<String>,
+    /// The source's KVM emulated ring 0.
+    #[prost(bool, tag = "11")]
+    pub software_kvm: bool,
+}
+
+impl Hello {
+    /// The migration, as the API writes it.
+    #[must_use]
+    pub fn migration(&self) -> String {
+        Uuid::from_slice(&self.migration_id)
+            .expect("16 bytes")
+            .to_string()
+    }
+
+    /// The VM, as the API writes it.
+    #[must_use]
+    pub fn vm(&self) -> String {
+        Uuid::from_slice(&self.vm_id).expect("16 bytes").to_string()
+    }
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Abort {
+    #[prost(string, tag = "1")]
+    reason: String,
+}
+
+/// Of the vCPU's section only what is looked at; [`keep_msrs`] leaves the rest as it is.
+#[derive(Clone, PartialEq, prost::Message)]
+struct MsrEntry {
+    #[prost(uint32, tag = "1")]
+    index: u32,
+    #[prost(fixed64, tag = "2")]
+    data: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct VcpuSection {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    regs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    sregs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    xsave: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "4")]
+    xcrs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    lapic: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "6")]
+    debug_regs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "7")]
+    events: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    mp_state: Vec<Vec<u8>>,
+    #[prost(message, repeated, tag = "9")]
+    msrs: Vec<MsrEntry>,
+}
+
+#[derive(Debug, Clone)]
+struct Frame {
+    kind: u8,
+    payload: Vec<u8>,
+}
+
+/// A recorded migration.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    preamble: Vec<u8>,
+    frames: Vec<Frame>,
+}
+
+/// Where the recording is kept.
+#[must_use]
+pub fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/migration-v1/stream.zst")
+}
+
+impl Recorded {
+    /// The recording in the repository.
+    #[must_use]
+    pub fn load() -> Self {
+        let compressed = std::fs::read(fixture()).expect("the recording");
+        Self::parse(&zstd::decode_all(compressed.as_slice()).expect("zstd"))
+    }
+
+    /// Takes a stream apart and checks it.
+    #[must_use]
+    pub fn parse(stream: &[u8]) -> Self {
+        let (preamble, mut rest) = stream.split_at(PREAMBLE_LEN);
+        assert_eq!(&preamble[..10], b"SHOALMIG\x01\x00", "a stream of protocol 1");
+        let mut frames = Vec::new();
+        while !rest.is_empty() {
+            let (header, after) = rest.split_at(HEADER_LEN);
+            let length = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
+            let (payload, after) = after.split_at(usize::try_from(length).expect("64 bits"));
+            let number = u32::try_from(frames.len()).expect("few");
+            let whole = encode(header[0], number, payload);
+            assert!(whole.starts_with(header), "frame {number} is damaged");
+            frames.push(Frame {
+                kind: header[0],
+                payload: payload.to_vec(),
+            });
+            rest = after;
+        }
+        assert_eq!(frames.first().map(|frame| frame.kind), Some(HELLO));
+        assert_eq!(frames.last().map(|frame| frame.kind), Some(COMMIT));
+        Self {
+            preamble: preamble.to_vec(),
+            frames,
+        }
+    }
+
+    /// What it was about.
+    #[must_use]
+    pub fn hello(&self) -> Hello {
+        Hello::decode(self.frames[0].payload.as_slice()).expect("a Hello")
+    }
+
+    /// Makes the recording fit this host: a source on another CPU would have been refused before its first page.
+    pub fn fit_to_this_host(&mut self) {
+        let kvm = Kvm::new().expect("/dev/kvm");
+        let mut hello = self.hello();
+        hello.cpuid = common_cpuid(&hello.cpuid, &kvm);
+        let vcpu = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).expect("a vCPU");
+        hello.tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+        let known = kvm.get_msr_index_list().expect("MSRs").as_slice().to_vec();
+        if !hello.msr_indices.iter().all(|index| known.contains(index)) {
+            hello.msr_indices.retain(|index| known.contains(index));
+            for frame in self.frames.iter_mut().filter(|frame| frame.kind == STATE) {
+                frame.payload = keep_msrs(&frame.payload, &known);
+            }
+        }
+        self.frames[0].payload = hello.encode_to_vec();
+    }
+
+    /// Plays it to a destination and answers what a source must hear.
+    ///
+    /// # Errors
+    /// In words, what came instead.
+    pub fn play(&self, to: SocketAddr) -> Result<(), String> {
+        let mut stream = TcpStream::connect(to).map_err(|error| error.to_string())?;
+        let tune = stream
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
+            .and_then(|()| stream.set_nodelay(true));
+        tune.map_err(|error| error.to_string())?;
+        let mut heard = 0;
+        let mut expect = |stream: &mut TcpStream, kind: u8, about: &[u8]| {
+            let answer = receive(stream, heard)?;
+            heard += 1;
+            match answer {
+                Frame { kind: found, payload } if found == kind && payload == about => Ok(()),
+                Frame { kind: ABORT, payload } => Err(format!("refused: {:?}", Abort::decode(&*payload))),
+                other => Err(format!("expected kind {kind} with {about:?}, got {other:?}")),
+            }
+        };
+        stream
+            .write_all(&self.preamble)
+            .map_err(|error| error.to_string())?;
+        for (number, frame) in (0..).zip(&self.frames) {
+            let sent = stream.write_all(&encode(frame.kind, number, &frame.payload));
+            // Where an answer is due, what the destination said is worth more than that it closed.
+            let sent = sent.map_err(|error| format!("frame {number}: {error}"));
+            match frame.kind {
+                HELLO => expect(&mut stream, HELLO_ACK, &[8, 1])?,
+                PASS_END => expect(&mut stream, PASS_ACK, &frame.payload)?,
+                STATE => expect(&mut stream, READY, &self.step())?,
+                COMMIT => expect(&mut stream, RUNNING, &self.step())?,
+                _ => sent?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The payload of Ready, Commit and Running.
+    fn step(&self) -> Vec<u8> {
+        self.frames.last().expect("Commit").payload.clone()
+    }
+}
+
+fn encode(kind: u8, number: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; HEADER_LEN];
+    bytes[0] = kind;
+    bytes[4..8].copy_from_slice(
+        &u32::try_from(payload.len())
+            .expect("within the limit")
+            .to_le_bytes(),
+    );
+    bytes[8..12].copy_from_slice(&number.to_le_bytes());
+    bytes.extend_from_slice(payload);
+    let crc = crc32c::crc32c(&bytes);
+    bytes[CRC].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+fn receive(stream: &mut TcpStream, number: u32) -> Result<Frame, String> {
+    let mut header = [0; HEADER_LEN];
+    stream
+        .read_exact(&mut header)
+        .map_err(|error| error.to_string())?;
+    let length = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
+    let length = usize::try_from(length).ok().filter(|&length| length <= 4096);
+    let mut payload = vec![0; length.ok_or("an answer that is too long")?];
+    stream
+        .read_exact(&mut payload)
+        .map_err(|error| error.to_string())?;
+    if encode(header[0], number, &payload).starts_with(&header) {
+        Ok(Frame {
+            kind: header[0],
+            payload,
+        })
+    } else {
+        Err(format!("answer {number} is damaged: {header:?}"))
+    }
+}
+
+/// The recorded table with only what this host has as well. The vendor and the widths are this host's.
+fn common_cpuid(recorded: &[u8], kvm: &Kvm) -> Vec<u8> {
+    let host = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .expect("KVM's CPUID");
+    // What the VMM adds to KVM's answer: TSC deadline timer, hypervisor present.
+    const ADDED_TO_LEAF_1_ECX: u32 = 1 << 24 | 1 << 31;
+    let mut bytes = Vec::new();
+    for entry in recorded.chunks_exact(size_of::<kvm_cpuid_entry2>()) {
+        let mut entry = kvm_cpuid_entry2::read_from_bytes(entry).expect("an entry");
+        let same = |other: &&kvm_cpuid_entry2| (other.function, other.index) == (entry.function, entry.index);
+        let host = host.as_slice().iter().find(same).copied().unwrap_or_default();
+        match (entry.function, entry.index) {
+            (0, _) => (entry.ebx, entry.ecx, entry.edx) = (host.ebx, host.ecx, host.edx),
+            (1, _) => {
+                entry.ecx &= host.ecx | ADDED_TO_LEAF_1_ECX;
+                entry.edx &= host.edx;
+            }
+            (7, 0..=2) | (0xd, 0 | 1) => {
+                // Leaf 7.0 EAX is the last subleaf, and smaller on either side.
+                entry.eax = if (entry.function, entry.index) == (7, 0) {
+                    entry.eax.min(host.eax)
+                } else {
+                    entry.eax & host.eax
+                };
+                if entry.function == 7 {
+                    entry.ebx &= host.ebx;
+                    entry.ecx &= host.ecx;
+                    entry.edx &= host.edx;
+                }
+            }
+            (0x8000_0008, _) => (entry.eax, entry.ebx) = (host.eax, entry.ebx & host.ebx),
+            (0x4000_0001, _) => entry.eax &= host.eax,
+            (0x8000_0001 | 0x8000_0007, _) => {
+                entry.ecx &= host.ecx;
+                entry.edx &= host.edx;
+            }
+            _ => {}
+        }
+        bytes.extend_from_slice(entry.as_bytes());
+    }
+    bytes
+}
+
+/// The state without the MSRs that are not `known`.
+fn keep_msrs(state: &[u8], known: &[u32]) -> Vec<u8> {
+    let (header, mut rest) = state.split_at(STATE_HEADER_LEN);
+    let mut kept = header.to_vec();
+    while !rest.is_empty() {
+        let (section, after) = rest.split_at(SECTION_HEADER_LEN);
+        let length = u32::from_le_bytes(section[8..12].try_into().expect("4 bytes"));
+        let (payload, after) = after.split_at(usize::try_from(length).expect("64 bits"));
+        let payload = if section[..2] == SECTION_VCPU.to_le_bytes() {
+            let mut vcpu = VcpuSection::decode(payload).expect("a vCPU");
+            vcpu.msrs.retain(|msr| known.contains(&msr.index));
+            vcpu.encode_to_vec()
+        } else {
+            payload.to_vec()
+        };
+        kept.extend_from_slice(&section[..8]);
+        kept.extend_from_slice(&u32::try_from(payload.len()).expect("small").to_le_bytes());
+        kept.extend_from_slice(&payload);
+        rest = after;
+    }
+    kept
+}

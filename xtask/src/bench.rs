@@ -8,6 +8,9 @@ use crate::build::{cargo, program, programs};
 use crate::context::{Context, run, step};
 use crate::images::{self, Image};
 
+/// The word that asks for migrations of every kind.
+const MIGRATE: &str = "migrate";
+
 /// Builds what is measured and measures it. `options` are those of the measuring program.
 ///
 /// # Errors
@@ -19,9 +22,12 @@ pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
         let package = ["--package", "shoal-tests", "--bin", "shoal-bench"];
         run(cargo(context).args(["build", "--release"]).args(package))
     })?;
-    let results = context.target_dir("bench")?.join("bench.json");
+    let migrate = options.first().is_some_and(|word| word == MIGRATE);
+    let (command, options) = options.split_at(usize::from(migrate));
+    let name = if migrate { "migrate.json" } else { "bench.json" };
     run(Command::new(program(context, "shoal-bench"))
+        .args(command)
         .arg("--out")
-        .arg(results)
+        .arg(context.target_dir("bench")?.join(name))
         .args(options))
 }

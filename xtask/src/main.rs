@@ -47,9 +47,9 @@ enum Command {
         #[arg(long)]
         lints: bool,
     },
-    /// Measure start, memory and migration, beside QEMU if it is installed
+    /// Measure start, memory and migration, beside QEMU if it is installed; `bench migrate`: migrations of every kind
     Bench {
-        /// Options of the benchmark: --runs N, --case NAME, --no-qemu, --max-downtime-ms N
+        /// `migrate`, and options: --runs N, --case NAME, --quick, --no-qemu, --max-downtime-ms N, --cold, --out PATH
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },

@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_regs};
 use kvm_ioctls::Kvm;
 use prost::Message;
 use uuid::Uuid;
@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 const HELLO: u8 = 1;
 const HELLO_ACK: u8 = 2;
+const PAGES: u8 = 3;
 const PASS_END: u8 = 4;
 const PASS_ACK: u8 = 5;
 const STATE: u8 = 6;
@@ -32,6 +33,10 @@ const ABORT: u8 = 10;
 const STATE_HEADER_LEN: usize = 16;
 const SECTION_HEADER_LEN: usize = 12;
 const SECTION_VCPU: u16 = 1;
+const PAGE: usize = 4096;
+const MSR_TSC: u32 = 0x10;
+/// What a guest has noted of its TSC is from a while ago or for a while ahead; less than 10 s at any frequency there is.
+const TSC_NOTED_WITHIN: u64 = 10_000_000_000;
 
 /// The first message of a source of protocol 1.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -93,7 +98,7 @@ struct Abort {
     reason: String,
 }
 
-/// Of the vCPU's section only what is looked at; [`keep_msrs`] leaves the rest as it is.
+/// Of the vCPU's section only what is looked at; [`with_vcpu`] leaves the rest as it is.
 #[derive(Clone, PartialEq, prost::Message)]
 struct MsrEntry {
     #[prost(uint32, tag = "1")]
@@ -189,16 +194,72 @@ impl Recorded {
         let kvm = Kvm::new().expect("/dev/kvm");
         let mut hello = self.hello();
         hello.cpuid = common_cpuid(&hello.cpuid, &kvm);
-        let vcpu = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).expect("a vCPU");
+        let vm = kvm.create_vm().expect("a VM");
+        let vcpu = vm.create_vcpu(0).expect("a vCPU");
         hello.tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
         let known = kvm.get_msr_index_list().expect("MSRs").as_slice().to_vec();
         if !hello.msr_indices.iter().all(|index| known.contains(index)) {
             hello.msr_indices.retain(|index| known.contains(index));
-            for frame in self.frames.iter_mut().filter(|frame| frame.kind == STATE) {
-                frame.payload = keep_msrs(&frame.payload, &known);
-            }
+            self.edit_vcpu(|vcpu| vcpu.msrs.retain(|msr| known.contains(&msr.index)));
         }
         self.frames[0].payload = hello.encode_to_vec();
+        // Setting it is what makes KVM look whether the TSC can be told.
+        vm.set_clock(&kvm_clock_data::default()).expect("a clock");
+        let clock = vm.get_clock().expect("a clock");
+        assert_ne!(clock.flags & KVM_CLOCK_HOST_TSC, 0, "KVM tells the host's TSC");
+        self.move_to_tsc(clock.host_tsc);
+    }
+
+    /// Makes everything that the guest has noted of its TSC the same time before, or after, `tsc` as it was of the TSC when
+    /// it was recorded. KVM without hardware virtualization gives guests the host's own TSC, and a guest from a host that
+    /// had been up for longer would wait for as long.
+    fn move_to_tsc(&mut self, tsc: u64) {
+        let mut recorded = 0;
+        self.edit_vcpu(|vcpu| {
+            recorded = vcpu
+                .msrs
+                .iter()
+                .find(|msr| msr.index == MSR_TSC)
+                .map_or(0, |msr| msr.data);
+        });
+        assert_ne!(recorded, 0, "the recording has a TSC");
+        let moved = |word: u64| {
+            let near = word.abs_diff(recorded) < TSC_NOTED_WITHIN;
+            near.then(|| word.wrapping_sub(recorded).wrapping_add(tsc))
+        };
+        let move_words = |bytes: &mut [u8]| {
+            for word in bytes.chunks_exact_mut(8) {
+                if let Some(moved) = moved(u64::from_le_bytes((&*word).try_into().expect("8 bytes"))) {
+                    word.copy_from_slice(&moved.to_le_bytes());
+                }
+            }
+        };
+        self.edit_vcpu(|vcpu| {
+            for msr in vcpu.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+                msr.data = tsc;
+            }
+            for bytes in &mut vcpu.regs {
+                move_words(bytes);
+                // Stopped right after RDTSC, whose answer is in EDX:EAX.
+                let mut regs = kvm_regs::read_from_bytes(bytes).expect("registers");
+                if let Some(moved) = moved(regs.rdx << 32 | regs.rax) {
+                    (regs.rax, regs.rdx) = (moved & u64::from(u32::MAX), moved >> 32);
+                    bytes.copy_from_slice(regs.as_bytes());
+                }
+            }
+        });
+        for frame in self.frames.iter_mut().filter(|frame| frame.kind == PAGES) {
+            // Pages are the last of the frame, so that many bytes from its end on they begin.
+            let pages = frame.payload.len() / PAGE * PAGE;
+            let start = frame.payload.len() - pages;
+            move_words(&mut frame.payload[start..]);
+        }
+    }
+
+    fn edit_vcpu(&mut self, mut edit: impl FnMut(&mut VcpuSection)) {
+        for frame in self.frames.iter_mut().filter(|frame| frame.kind == STATE) {
+            frame.payload = with_vcpu(&frame.payload, &mut edit);
+        }
     }
 
     /// Plays it to a destination and answers what a source must hear.
@@ -326,25 +387,25 @@ fn common_cpuid(recorded: &[u8], kvm: &Kvm) -> Vec<u8> {
     bytes
 }
 
-/// The state without the MSRs that are not `known`.
-fn keep_msrs(state: &[u8], known: &[u32]) -> Vec<u8> {
+/// The state with its vCPU as `edit` leaves it.
+fn with_vcpu(state: &[u8], edit: &mut impl FnMut(&mut VcpuSection)) -> Vec<u8> {
     let (header, mut rest) = state.split_at(STATE_HEADER_LEN);
-    let mut kept = header.to_vec();
+    let mut edited = header.to_vec();
     while !rest.is_empty() {
         let (section, after) = rest.split_at(SECTION_HEADER_LEN);
         let length = u32::from_le_bytes(section[8..12].try_into().expect("4 bytes"));
         let (payload, after) = after.split_at(usize::try_from(length).expect("64 bits"));
         let payload = if section[..2] == SECTION_VCPU.to_le_bytes() {
             let mut vcpu = VcpuSection::decode(payload).expect("a vCPU");
-            vcpu.msrs.retain(|msr| known.contains(&msr.index));
+            edit(&mut vcpu);
             vcpu.encode_to_vec()
         } else {
             payload.to_vec()
         };
-        kept.extend_from_slice(&section[..8]);
-        kept.extend_from_slice(&u32::try_from(payload.len()).expect("small").to_le_bytes());
-        kept.extend_from_slice(&payload);
+        edited.extend_from_slice(&section[..8]);
+        edited.extend_from_slice(&u32::try_from(payload.len()).expect("small").to_le_bytes());
+        edited.extend_from_slice(&payload);
         rest = after;
     }
-    kept
+    edited
 }

@@ -9,7 +9,7 @@ use shoal_proto::{Epoch, NodeName, cluster};
 
 use super::decide::{Destination, Known, Source, Step, Then, Waiting, decide, destination_view, source_view};
 use super::migrate::AttemptError;
-use super::{Backoff, finish};
+use super::{Backoff, finish, guest_gap};
 use crate::agent::{Agent, AgentError};
 use crate::events::{Kind, NewEvent};
 use crate::history;
@@ -393,6 +393,7 @@ impl Settlement {
             }
         }
         self.forget(&intent.from, intent.from_epoch);
+        guest_gap::note_later(&self.scheduler, intent);
         self.open.update(|view| view.outcome = Some(migration));
     }
 

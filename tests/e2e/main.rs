@@ -4,18 +4,24 @@
 mod api;
 mod clock;
 mod cluster_life;
+mod cluster_postcopy;
+mod cluster_tls;
 mod commands;
 mod cpu_baseline;
 mod cut_connection;
 mod daemon_faults;
 mod linux;
 mod memory_backing;
+mod metrics;
+mod migration_control;
+mod migration_history;
 mod moves;
 mod overload;
 mod postcopy;
 mod previous_protocol;
 mod real_hosts;
 mod refusals;
+mod upgrade;
 mod vmm_faults;
 
 /// A probe that writes faster than any limit of 1 ms on downtime allows to catch up with: a migration of it with that

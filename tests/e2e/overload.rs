@@ -24,6 +24,7 @@ fn vms_are_moved_before_their_node_runs_out_of_memory() {
             node_memory: "1GiB",
             node_cpus: 32,
             automatic: true,
+            ..Shape::default()
         },
     );
     for name in VMS {

@@ -29,6 +29,8 @@ pub struct Shape {
     pub node_cpus: u32,
     /// Whether the scheduler moves VMs on its own.
     pub automatic: bool,
+    /// More arguments for `shoal up`.
+    pub up: &'static [&'static str],
 }
 
 impl Default for Shape {
@@ -38,6 +40,7 @@ impl Default for Shape {
             node_memory: "2GiB",
             node_cpus: 2,
             automatic: false,
+            up: &[],
         }
     }
 }
@@ -92,6 +95,7 @@ impl Cluster {
         if !shape.automatic {
             args.push("--manual".into());
         }
+        args.extend(shape.up.iter().map(|&arg| arg.to_owned()));
         cluster.shoal.ok(&args);
         cluster
     }
@@ -266,15 +270,30 @@ impl Cluster {
 
     /// The same with more arguments, which replace those that it was started with.
     pub fn start_daemon_with(&mut self, name: &str, more: &[(&str, &str)]) {
-        let mut record = self.record();
-        let mut args: Vec<String> =
-            serde_json::from_value(process_named(&record, name)["args"].clone()).expect("arguments");
+        let mut args = self.args_of(name);
         for (option, value) in more {
-            if let Some(at) = args.iter().position(|arg| arg == option) {
-                args.drain(at..at + 2);
-            }
+            take_option(&mut args, option);
             args.extend([(*option).to_owned(), (*value).to_owned()]);
         }
+        self.start_daemon_as(name, &args);
+    }
+
+    /// The same without an option that has a value.
+    pub fn start_daemon_without(&mut self, name: &str, option: &str) {
+        let mut args = self.args_of(name);
+        assert!(
+            take_option(&mut args, option),
+            "{name} was not started with {option}"
+        );
+        self.start_daemon_as(name, &args);
+    }
+
+    fn args_of(&self, name: &str) -> Vec<String> {
+        serde_json::from_value(process_named(&self.record(), name)["args"].clone()).expect("arguments")
+    }
+
+    fn start_daemon_as(&mut self, name: &str, args: &[String]) {
+        let mut record = self.record();
         let log = self.state_dir().join(format!("{name}.log"));
         let log = fs::File::options().append(true).open(log).expect("its log");
         let child = Command::new(paths::program("shoal"))
@@ -454,6 +473,12 @@ fn process_named<'a>(record: &'a Value, name: &str) -> &'a Value {
         .iter()
         .find(|process| process["name"] == name)
         .unwrap_or_else(|| panic!("no {name} in {record}"))
+}
+
+/// Takes an option with its value away; whether it was there.
+fn take_option(args: &mut Vec<String>, option: &str) -> bool {
+    let at = args.iter().position(|arg| arg == option);
+    at.is_some_and(|at| args.drain(at..at + 2).count() == 2)
 }
 
 /// The bytes that a probe with these arguments fills.

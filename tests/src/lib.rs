@@ -4,6 +4,7 @@
 //! - [`cluster`]: a cluster of its own for each test, made by `shoal up`; how to kill and restart its parts
 //! - [`shoal`]: the `shoal` command
 //! - [`migration`]: a migration that is watched while it runs
+//! - [`moving`]: a migration that was begun with the `shoal` command, and is looked at with it
 //! - [`vmm`]: VMMs driven directly, without a cluster
 //! - [`certificates`]: an authority and certificates for the two ends of a migration
 //! - [`pair`]: two of them with a migration in between, and who runs the VM afterwards
@@ -26,6 +27,7 @@ pub mod cluster;
 pub mod guest;
 pub mod machine;
 pub mod migration;
+pub mod moving;
 pub mod netns;
 pub mod pair;
 pub mod paths;

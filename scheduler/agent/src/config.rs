@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 
 use shoal_proto::NodeName;
+use shoal_proto::vm::MemoryBacking;
 
 /// Resolves when the agent should end. Its VMMs go on running.
 pub type Shutdown = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -33,6 +34,8 @@ pub struct AgentConfig {
     pub insecure: bool,
     /// Holds `ca.pem`, `cert.pem` and `key.pem` for migrations over TLS. `None`: they go over plain TCP.
     pub migration_tls: Option<PathBuf>,
+    /// What guest memory is made of; another VMM of the node can take over shared memory without a copy.
+    pub memory_backing: MemoryBacking,
     /// Ends the agent.
     pub shutdown: Shutdown,
 }
@@ -50,6 +53,7 @@ impl fmt::Debug for AgentConfig {
             .field("vmm_binary", &self.vmm_binary)
             .field("insecure", &self.insecure)
             .field("migration_tls", &self.migration_tls)
+            .field("memory_backing", &self.memory_backing)
             .finish_non_exhaustive()
     }
 }
@@ -135,6 +139,7 @@ mod tests {
             vmm_binary: "/proc/self/exe".into(),
             insecure: false,
             migration_tls: None,
+            memory_backing: MemoryBacking::Auto,
             shutdown: Box::pin(std::future::pending()),
         }
     }

@@ -38,6 +38,8 @@ pub(crate) struct Node {
     pub(crate) reachable_ip: IpAddr,
     /// For migrations over TLS.
     pub(crate) certificates: Option<MigrationCertificates>,
+    /// What guest memory is made of.
+    pub(crate) memory_backing: vm::MemoryBacking,
     pub(crate) registry: Registry,
     pub(crate) uplink: Uplink,
     pub(crate) epochs: EpochStore,
@@ -70,6 +72,7 @@ impl Node {
             migration_ip: config.listen.ip(),
             reachable_ip: config.reachable_ip(),
             certificates,
+            memory_backing: config.memory_backing,
             registry,
             uplink: Uplink::default(),
             epochs: EpochStore::open(state_dir.join("epochs"))?,

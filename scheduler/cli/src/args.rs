@@ -139,7 +139,8 @@ mod tests {
             "shoal certs init d --days 30",
             "shoal certs issue d node1 --out e --days 30",
             "shoal certs show d/ca.pem -o json",
-            "shoal agent --migration-tls d/node1",
+            "shoal agent --migration-tls d/node1 --memory-backing shared",
+            "shoal up --memory-backing anonymous",
             "shoal up --no-migration-tls",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");

@@ -149,6 +149,8 @@ pub struct NodeView {
     pub pressure_memory: f64,
     /// PSI CPU "some avg10", percent. Shown, not yet decided on.
     pub pressure_cpu: f64,
+    /// It has a certificate for migrations, and takes and sends VMs over TLS only; otherwise in plaintext only.
+    pub migration_tls: bool,
     /// Of which classes of VMs its CPU lacks features, and which, for people to read. Others can run here.
     pub cpu_lacks: CpuLacks,
 }
@@ -169,6 +171,7 @@ impl NodeView {
             load_exported: 0.0,
             pressure_memory: 0.0,
             pressure_cpu: 0.0,
+            migration_tls: false,
             cpu_lacks: Arc::from([]),
         }
     }

@@ -75,7 +75,7 @@ pub enum MigrateError {
         /// Its state.
         state: NodeState,
     },
-    /// The node asked for has no room, or another CPU.
+    /// The node asked for has no room, another CPU, or no way to speak to the VM's node.
     #[error("VM {vm} does not fit on {node}: {reason}")]
     NoRoom {
         /// The VM's name.
@@ -309,6 +309,14 @@ impl Newcomer {
         if let Some(lacking) = self.cpu_class.as_ref().and_then(|class| node.view.lacks(class)) {
             return Err(RejectReason::CpuFeatures {
                 lacking: lacking.clone(),
+            });
+        }
+        if let Some(from) = self.from.map(|from| cluster.nodes[from].view)
+            && from.migration_tls != node.view.migration_tls
+        {
+            return Err(RejectReason::Tls {
+                from: from.name.clone(),
+                from_lacks: !from.migration_tls,
             });
         }
         let limit = node.memory * policy.overcommit;

@@ -29,6 +29,13 @@ pub enum RejectReason {
         /// Which.
         lacking: Arc<str>,
     },
+    /// One of the two nodes migrates over TLS only, and the other has no certificate for that.
+    Tls {
+        /// Where the VM is.
+        from: NodeName,
+        /// Whether that is the one that lacks a certificate.
+        from_lacks: bool,
+    },
     /// The declared memory of its VMs would pass its memory times the overcommit.
     Committed {
         /// Declared by the VMs there.
@@ -78,6 +85,14 @@ impl fmt::Display for RejectReason {
             Self::NotReady(state) => write!(f, "it is {state}"),
             Self::TooFewCpus { needed, has } => write!(f, "it has {has} CPUs, the VM asks for {needed}"),
             Self::CpuFeatures { lacking } => write!(f, "its CPU lacks {lacking}, which the VM has"),
+            Self::Tls { from, from_lacks } if *from_lacks => write!(
+                f,
+                "it takes VMs over TLS only, and {from} has no certificate for migrations: start the agent of {from} with --migration-tls (`shoal certs issue` makes the files)"
+            ),
+            Self::Tls { from, .. } => write!(
+                f,
+                "it has no certificate for migrations, and {from} sends VMs over TLS only: start its agent with --migration-tls (`shoal certs issue` makes the files)"
+            ),
             Self::Committed {
                 declared,
                 needed,

@@ -245,3 +245,41 @@ fn a_vm_never_goes_where_its_cpu_features_are_not() {
     let read = text::parse(&text).expect("its own text").snapshot;
     assert_eq!((read.nodes, read.vms), (snapshot.nodes, snapshot.vms));
 }
+
+#[test]
+fn a_vm_never_goes_where_one_node_has_a_certificate_and_the_other_has_none() {
+    let mut snapshot = cluster();
+    let tls = |snapshot: &mut ClusterSnapshot, name: &str, has: bool| {
+        let mut nodes = snapshot.nodes.iter_mut();
+        let node = nodes.find(|node| node.name.as_str() == name);
+        node.expect("there").migration_tls = has;
+    };
+    let home = snapshot.vms.iter().find(|vm| vm.name == "small").expect("there");
+    let home = home.node.as_str().to_owned();
+    assert!(migrate(&snapshot, "small", Some("node4")).is_ok());
+
+    tls(&mut snapshot, &home, true);
+    let lacks = format!("it has no certificate for migrations, and {home} sends VMs over TLS only");
+    let asked = migrate(&snapshot, "small", Some("node4")).expect_err("one of two");
+    assert!(asked.contains(&lacks), "{asked}");
+    let chosen = migrate(&snapshot, "small", None).expect_err("nowhere else");
+    assert!(chosen.contains(&format!("node4: {lacks}")), "{chosen}");
+
+    tls(&mut snapshot, "node4", true);
+    assert!(migrate(&snapshot, "small", Some("node4")).is_ok());
+    let text = text::print(&snapshot, &Policy::default());
+    let read = text::parse(&text).expect("its own text").snapshot;
+    assert_eq!(read.nodes, snapshot.nodes);
+
+    tls(&mut snapshot, &home, false);
+    let asked = migrate(&snapshot, "small", Some("node4")).expect_err("one of two");
+    let takes = format!("it takes VMs over TLS only, and {home} has no certificate for migrations");
+    assert!(asked.contains(&takes), "{asked}");
+    let request = LaunchRequest {
+        cpus: 1,
+        memory: Bytes::mib(64),
+        node: Some(NodeName::new("node4")),
+        cpu_class: None,
+    };
+    assert!(place_launch(&snapshot, &Policy::default(), &request).is_ok());
+}

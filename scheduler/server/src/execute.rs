@@ -3,6 +3,7 @@
 
 pub mod decide;
 pub mod finish;
+pub mod guest_gap;
 pub mod launch;
 pub mod migrate;
 pub mod settle;

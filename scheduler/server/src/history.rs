@@ -115,6 +115,15 @@ impl History {
         writes
     }
 
+    /// Completes a migration by what its guest missed; the write keeps the store in step. None if it is kept no more.
+    pub fn set_guest_gap(&self, id: &str, us: u64) -> Option<Write> {
+        let mut inner = self.lock();
+        let number = *inner.by_id.get(id)?;
+        let migration = inner.entries.get_mut(&number)?;
+        set_guest_gap(Arc::make_mut(migration), us);
+        Some(Write::SetGuestGap(number, us))
+    }
+
     /// Latest first.
     pub fn list(&self, filter: &Filter, limit: usize) -> Vec<Arc<cluster::Migration>> {
         let inner = self.lock();
@@ -197,6 +206,13 @@ impl Inner {
     }
 }
 
+/// Puts into a report what the guest missed.
+pub fn set_guest_gap(migration: &mut cluster::Migration, us: u64) {
+    if let Some(report) = &mut migration.report {
+        report.guest_gap_us = Some(us);
+    }
+}
+
 /// Without what makes a report big.
 pub fn light(mut migration: cluster::Migration) -> cluster::Migration {
     if let Some(report) = &mut migration.report {
@@ -257,6 +273,19 @@ mod tests {
             report.samples.is_empty() && report.pass_table.is_empty(),
             "memory holds no big parts"
         );
+    }
+
+    #[test]
+    fn what_a_guest_missed_is_added_later() {
+        let history = History::default();
+        let migration = migration("a", "web");
+        history.add(&migration);
+        let write = history.set_guest_gap(&migration.id, 1500);
+        assert!(matches!(write, Some(Write::SetGuestGap(0, 1500))), "{write:?}");
+        let listed = history.list(&Filter::default(), 1);
+        let report = listed[0].report.as_ref().expect("a report");
+        assert_eq!(report.guest_gap_us, Some(1500));
+        assert!(history.set_guest_gap("no such", 1).is_none());
     }
 
     #[test]

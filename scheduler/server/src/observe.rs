@@ -176,6 +176,7 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         load_exported: observed.load_exported.value(),
         pressure_memory: observed.pressure.memory,
         pressure_cpu: observed.pressure.cpu,
+        migration_tls: record.migration_tls,
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }

@@ -96,6 +96,8 @@ pub enum Write {
     DeleteIntent(VmId),
     /// Adds an ended migration to the history, at this number.
     PutMigration(u64, Box<cluster::Migration>),
+    /// Adds to a migration in the history, if it is still there, what its guest missed, in microseconds.
+    SetGuestGap(u64, u64),
     /// Drops one from the history.
     DeleteMigration(u64),
     /// Drops the samples of one.
@@ -401,6 +403,23 @@ impl Store {
                     ..Default::default()
                 };
                 put(SAMPLES, &number.to_be_bytes(), samples.encode_to_vec())
+            }
+            Write::SetGuestGap(number, us) => {
+                let key = number.to_be_bytes();
+                let mut table = transaction
+                    .open_table(HISTORY)
+                    .map_err(|e| database_error(path, e))?;
+                let found = table
+                    .get(key.as_slice())
+                    .map_err(|e| database_error(path, e))?
+                    .and_then(|stored| cluster::Migration::decode(stored.value()).ok());
+                if let Some(mut migration) = found {
+                    history::set_guest_gap(&mut migration, *us);
+                    table
+                        .insert(key.as_slice(), migration.encode_to_vec().as_slice())
+                        .map_err(|e| database_error(path, e))?;
+                }
+                Ok(())
             }
             Write::DeleteMigration(number) => {
                 let key = number.to_be_bytes();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use shoal_proto::{NodeName, VmId, VmName, cluster};
 use tokio::sync::{OwnedMutexGuard, watch};
 
+use crate::history;
 use crate::record::{Phase, VmRecord, now_unix_ms};
 
 /// Migrations remembered for each VM; the history keeps more.
@@ -69,6 +70,14 @@ impl VmEntry {
         history.push_back(migration);
         if history.len() > KEPT_MIGRATIONS {
             history.pop_front();
+        }
+    }
+
+    /// Completes one that is remembered by what the guest missed, in microseconds.
+    pub fn set_guest_gap(&self, id: &str, us: u64) {
+        let mut history = self.history();
+        if let Some(migration) = history.iter_mut().find(|migration| migration.id == id) {
+            history::set_guest_gap(migration, us);
         }
     }
 

@@ -31,7 +31,7 @@ pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<
     node.epochs.claim(key).await?;
     let vm = Arc::new(node.spawn_vmm(key, &workload.record(None))?);
     let boot = BootRequest {
-        spec: Some(workload.vm_spec(Some(&kernel), initrd.as_deref())),
+        spec: Some(workload.vm_spec(node.memory_backing, Some(&kernel), initrd.as_deref())),
     };
     let mut client = vm.client();
     match vm.call(BOOT_LIMIT, client.boot(boot)).await {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use shoal_proto::node::{Blob, WorkloadSpec};
-use shoal_proto::vm::VmSpec;
+use shoal_proto::vm::{MemoryBacking, VmSpec};
 use shoal_proto::{MigrationId, VmName};
 
 use super::Refusal;
@@ -48,7 +48,12 @@ impl Workload {
     }
 
     /// The VMM's spec; a VM that is loaded by a migration needs no files.
-    pub(super) fn vm_spec(self, kernel: Option<&Path>, initrd: Option<&Path>) -> VmSpec {
+    pub(super) fn vm_spec(
+        self,
+        memory_backing: MemoryBacking,
+        kernel: Option<&Path>,
+        initrd: Option<&Path>,
+    ) -> VmSpec {
         let text = |path: Option<&Path>| {
             path.map(|path| path.to_string_lossy().into_owned())
                 .unwrap_or_default()
@@ -63,8 +68,8 @@ impl Workload {
             initrd_path: text(initrd),
             cmdline: self.spec.cmdline,
             cmdline_software_kvm: self.spec.cmdline_software_kvm,
+            memory_backing: memory_backing.into(),
             cpu_baseline: self.spec.cpu_baseline,
-            ..VmSpec::default()
         }
     }
 }

@@ -41,6 +41,7 @@ impl Disk {
             vmm_binary: self.vmm.clone(),
             insecure: false,
             migration_tls: None,
+            memory_backing: shoal_proto::vm::MemoryBacking::Auto,
             shutdown: Box::pin(std::future::pending()),
         }
     }

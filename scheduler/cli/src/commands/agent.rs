@@ -4,9 +4,9 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use shoal_agent::AgentConfig;
-use shoal_proto::NodeName;
+use shoal_proto::{NodeName, vm};
 
 use crate::client::Context;
 use crate::daemon;
@@ -43,6 +43,31 @@ pub struct AgentArgs {
     /// Migrate over TLS only, with the ca.pem, cert.pem and key.pem in this directory (see `shoal certs`).
     #[arg(long, value_name = "DIR")]
     pub migration_tls: Option<PathBuf>,
+    /// What guest memory is made of. A new VMM on the node takes over shared memory without a copy (`shoal upgrade`); auto:
+    /// shared where the host gives it huge pages.
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    pub memory_backing: MemoryBacking,
+}
+
+/// What guest memory is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MemoryBacking {
+    /// Shared where the host gives it huge pages, otherwise anonymous.
+    Auto,
+    /// Memory of the VMM alone.
+    Anonymous,
+    /// A memory file.
+    Shared,
+}
+
+impl From<MemoryBacking> for vm::MemoryBacking {
+    fn from(backing: MemoryBacking) -> Self {
+        match backing {
+            MemoryBacking::Auto => Self::Auto,
+            MemoryBacking::Anonymous => Self::Anonymous,
+            MemoryBacking::Shared => Self::Shared,
+        }
+    }
 }
 
 /// Serves until SIGTERM or Ctrl-C. VMs go on without it, and the next agent adopts them.
@@ -63,6 +88,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         vmm_binary: daemon::vmm_binary(args.vmm_binary)?,
         insecure: args.insecure,
         migration_tls: args.migration_tls,
+        memory_backing: args.memory_backing.into(),
         shutdown: daemon::shutdown()?,
     };
     shoal_agent::serve(config)

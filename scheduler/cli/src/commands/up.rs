@@ -11,6 +11,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::client::{Client, Context};
+use crate::commands::agent::MemoryBacking;
 use crate::commands::image::import;
 use crate::daemon;
 use crate::error::CliError;
@@ -60,6 +61,9 @@ pub struct UpArgs {
     /// Migrate over plain TCP, not over TLS with certificates made for this cluster.
     #[arg(long)]
     pub no_migration_tls: bool,
+    /// What guest memory is made of: as for `shoal agent`.
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    pub memory_backing: MemoryBacking,
     /// Move nothing unless asked to.
     #[arg(long)]
     pub manual: bool,
@@ -163,6 +167,7 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
         insecure: args.insecure,
         manual: args.manual,
         migration_tls: !args.no_migration_tls,
+        memory_backing: args.memory_backing,
         vmm_binary: daemon::vmm_binary(args.vmm_binary.clone())?,
     })
 }

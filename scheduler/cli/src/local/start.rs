@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use clap::ValueEnum as _;
 use shoal_agent::ProcessIdentity;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::{ListNodesRequest, NodeState};
@@ -14,6 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::certificates::{self, Authority};
 use crate::client::{Client, connect};
+use crate::commands::agent::MemoryBacking;
 use crate::daemon;
 use crate::error::CliError;
 use crate::local::record::{UpProcess, UpRecord, file_error};
@@ -48,6 +50,8 @@ pub struct LocalConfig {
     pub manual: bool,
     /// See `--no-migration-tls`.
     pub migration_tls: bool,
+    /// See `--memory-backing`.
+    pub memory_backing: MemoryBacking,
     /// See `--vmm-binary`.
     pub vmm_binary: PathBuf,
 }
@@ -137,6 +141,9 @@ impl LocalCluster {
             .args(["--endpoint", &self.record.endpoint])
             .args(["--memory", &config.node_memory.to_string()])
             .args(["--cpus", &config.node_cpus.to_string()]);
+        if let Some(backing) = config.memory_backing.to_possible_value() {
+            command.args(["--memory-backing", backing.get_name()]);
+        }
         if let Some(authority) = authority {
             let node: NodeName = name
                 .parse()

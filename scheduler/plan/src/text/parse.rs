@@ -183,6 +183,7 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.number("exported", &mut node.load_exported)?;
     fields.number("pressure_memory", &mut node.pressure_memory)?;
     fields.number("pressure_cpu", &mut node.pressure_cpu)?;
+    fields.set("migration_tls", "yes or no", parse_yes, &mut node.migration_tls)?;
     let lacks = "CLASS:FEATURES, separated by ;";
     fields.set("cpu_lacks", lacks, parse_cpu_lacks, &mut node.cpu_lacks)?;
     if node.memory_available > node.memory {
@@ -256,6 +257,14 @@ fn parse_count(text: &str) -> Option<usize> {
 
 fn parse_cpus(text: &str) -> Option<u32> {
     text.parse().ok()
+}
+
+fn parse_yes(text: &str) -> Option<bool> {
+    match text {
+        "yes" => Some(true),
+        "no" => Some(false),
+        _ => None,
+    }
 }
 
 fn parse_cpu_lacks(text: &str) -> Option<CpuLacks> {

@@ -96,6 +96,9 @@ fn print_node(node: &NodeView) -> String {
     line.number("exported", node.load_exported, node.load_local);
     line.number("pressure_memory", node.pressure_memory, 0.0);
     line.number("pressure_cpu", node.pressure_cpu, 0.0);
+    if node.migration_tls {
+        line.field("migration_tls", "yes");
+    }
     if !node.cpu_lacks.is_empty() {
         let lacks = node
             .cpu_lacks

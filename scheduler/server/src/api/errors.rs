@@ -75,10 +75,9 @@ pub fn launch(error: LaunchError) -> Status {
 pub fn begin(error: BeginError) -> Status {
     let text = error.to_string();
     match error {
-        BeginError::AlreadyMigrating { .. }
-        | BeginError::NotRunning { .. }
-        | BeginError::OnlyOneHasTls { .. }
-        | BeginError::Busy(_) => Status::failed_precondition(text),
+        BeginError::AlreadyMigrating { .. } | BeginError::NotRunning { .. } | BeginError::Busy(_) => {
+            Status::failed_precondition(text)
+        }
         BeginError::Refused(refusal) => match refusal {
             MigrateError::UnknownVm(_) | MigrateError::UnknownNode(_) => Status::not_found(text),
             MigrateError::SameNode { .. } => Status::invalid_argument(text),

@@ -39,16 +39,6 @@ pub enum BeginError {
     /// Something else is done with the VM; only for planned moves, which do not wait.
     #[error("VM {0} is busy")]
     Busy(String),
-    /// One side would have to speak in plaintext to the other, or would be refused.
-    #[error(
-        "node {without} has no certificate for migrations, node {with} requires one: start the agent of {without} with --migration-tls (`shoal certs issue` makes the files)"
-    )]
-    OnlyOneHasTls {
-        /// The one that lacks it.
-        without: NodeName,
-        /// The one that has it.
-        with: NodeName,
-    },
     /// The planner refuses.
     #[error(transparent)]
     Refused(#[from] plan::MigrateError),
@@ -161,23 +151,6 @@ fn node_name(name: &plan::NodeName) -> Result<NodeName, plan::MigrateError> {
         .map_err(|_| plan::MigrateError::UnknownNode(name.clone()))
 }
 
-/// Never in plaintext by accident: both nodes have certificates, or neither.
-fn check_certificates(scheduler: &Scheduler, from: &NodeName, to: &NodeName) -> Result<(), BeginError> {
-    let has_one = |node: &NodeName| {
-        let entry = scheduler.nodes.get(node);
-        entry.is_some_and(|entry| entry.record().migration_tls)
-    };
-    let (without, with) = match (has_one(from), has_one(to)) {
-        (false, true) => (from, to),
-        (true, false) => (to, from),
-        _ => return Ok(()),
-    };
-    Err(BeginError::OnlyOneHasTls {
-        without: without.clone(),
-        with: with.clone(),
-    })
-}
-
 /// Stores the intent with the next epoch, then lets the migration run on its own.
 async fn open(
     scheduler: &Shared,
@@ -186,7 +159,6 @@ async fn open(
     record: &VmRecord,
     decision: Decision,
 ) -> Result<Arc<OpenMigration>, BeginError> {
-    check_certificates(scheduler, &record.node, &decision.to)?;
     let epoch = record.last_epoch.next();
     let intent = Arc::new(Intent {
         vm: record.id,

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_proto::vm::{MigrationPolicy, MigrationReport, MigrationResult};
+use shoal_proto::vm::{MigrationPhase, MigrationPolicy, MigrationReport, MigrationResult};
 use shoal_proto::{Epoch, NodeName, cluster};
 
 use super::decide::{Destination, Known, Source, Step, Then, Waiting, decide, destination_view, source_view};
 use super::migrate::AttemptError;
-use super::{Backoff, finish};
+use super::{Backoff, finish, guest_gap};
 use crate::agent::{Agent, AgentError};
 use crate::events::{Kind, NewEvent};
 use crate::history;
@@ -46,6 +46,8 @@ pub struct Settlement {
     cancelled: bool,
     /// What the destination said last.
     destination: Destination,
+    /// The source has said that the VM runs at its destination.
+    ran_by_source: bool,
     /// The destination's VMM process had died when that was last asked.
     destination_died: bool,
     /// What both said last, and since when.
@@ -67,6 +69,7 @@ impl Settlement {
             start_refused: false,
             cancelled: false,
             destination: Destination::Silent,
+            ran_by_source: false,
             destination_died: false,
             said: (Source::Silent, Destination::Silent),
             since,
@@ -232,7 +235,14 @@ impl Settlement {
             }
             tokio::select! {
                 message = stream.message() => match message.map_err(|status| agent.error(status))? {
-                    Some(progress) => self.take_progress(progress),
+                    Some(progress) => {
+                        let post_copy = progress.phase() == MigrationPhase::PostCopy;
+                        self.take_progress(progress);
+                        // The destination owns it from now on, which is to be recorded at once.
+                        if post_copy && !self.owned() && !std::mem::replace(&mut self.ran_by_source, true) {
+                            return Ok(());
+                        }
+                    }
                     None => return Ok(()),
                 },
                 changed = wishes.changed() => {
@@ -393,6 +403,7 @@ impl Settlement {
             }
         }
         self.forget(&intent.from, intent.from_epoch);
+        guest_gap::note_later(&self.scheduler, intent);
         self.open.update(|view| view.outcome = Some(migration));
     }
 

@@ -7,8 +7,9 @@ use shoal_proto::{Epoch, cluster};
 use super::launch::{self, LaunchError};
 use super::migrate;
 use super::stop;
+use crate::control::{self, Wanted};
 use crate::migrations::OpenMigration;
-use crate::record::{Outcome, Phase};
+use crate::record::{Cordon, Outcome, Phase};
 use crate::testing::{Cluster, FakeNode, Script, until};
 use crate::view;
 use crate::vms::VmEntry;
@@ -52,6 +53,16 @@ async fn outcome(migration: &OpenMigration) -> (MigrationResult, cluster::Migrat
 async fn migrated(cluster: &Cluster, entry: &Arc<VmEntry>) -> (MigrationResult, cluster::Migration) {
     let migration = migrate(cluster, entry).await;
     outcome(&migration).await
+}
+
+/// What the planner would do now if the first node were to be emptied.
+async fn drain_plan(cluster: &Cluster) -> shoal_plan::Plan {
+    let first = &cluster.nodes[0].record.name;
+    let entry = cluster.scheduler.nodes.get(first).expect("registered");
+    entry.set_cordon(Cordon::Draining);
+    let plan = control::plan(&cluster.scheduler, Wanted::Drains).await;
+    entry.set_cordon(Cordon::Open);
+    plan
 }
 
 async fn doubt(migration: &OpenMigration) {
@@ -117,13 +128,16 @@ async fn a_migration_does_not_begin_where_only_one_node_has_a_certificate() {
             .await
             .expect_err("refused")
             .to_string();
-        let names = ["node1", "node2"];
-        let says = format!(
-            "node {} has no certificate for migrations, node {} requires one",
-            names[1 - with],
-            names[with]
+        let says = [
+            "it has no certificate for migrations, and node1 sends VMs over TLS only",
+            "it takes VMs over TLS only, and node1 has no certificate for migrations",
+        ];
+        assert!(error.contains(&format!("node2: {}", says[with])), "{error}");
+        let drain = drain_plan(&cluster).await;
+        assert!(
+            drain.actions.is_empty() && drain.notes.iter().any(|note| note.text.contains(says[with])),
+            "{drain:?}"
         );
-        assert!(error.starts_with(&says), "{error}");
         assert_eq!(entry.record().last_epoch, Epoch(1), "no epoch is used up");
         cluster.nodes[1 - with].set_migration_tls(&cluster.scheduler, true);
         let (result, _) = migrated(&cluster, &entry).await;

@@ -120,6 +120,8 @@ async fn everything_comes_back_as_it_was_written() {
             Write::DeleteVm(removed.id),
             Write::DeleteMigration(1),
             Write::DeleteSamples(2),
+            Write::SetGuestGap(300, 1500),
+            Write::SetGuestGap(1, 1500),
             Write::TrimEvents(2),
         ])
         .await
@@ -133,18 +135,20 @@ async fn everything_comes_back_as_it_was_written() {
     assert_eq!(contents.intents, std::slice::from_ref(&intent));
     assert_eq!(contents.nodes, [node]);
     assert_eq!(contents.events, [event]);
+    let mut gone_on = migration(4);
+    history::set_guest_gap(&mut gone_on, 1500);
     assert_eq!(
         contents.history,
         [
             (2, history::light(migration(300))),
-            (300, history::light(migration(4)))
+            (300, history::light(gone_on.clone()))
         ],
         "big parts are not read at start"
     );
     assert_eq!(contents.sampled, [300]);
     assert_eq!(contents.migration_defaults, defaults);
     let whole = store.migration(300).await.expect("readable");
-    assert_eq!(whole, Some(migration(4)));
+    assert_eq!(whole, Some(gone_on));
     let thinned = store.migration(2).await.expect("readable").expect("there");
     let report = thinned.report.expect("a report");
     assert!(report.samples.is_empty() && !report.pass_table.is_empty());

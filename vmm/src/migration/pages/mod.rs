@@ -12,7 +12,7 @@ pub mod v1;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use receive::PageReceiver;
-pub use send::{PageSender, Resent};
+pub use send::{NextFrame, PageSender, Resent};
 
 use crate::memory::GuestMemory;
 use crate::spec::PAGE_SIZE;

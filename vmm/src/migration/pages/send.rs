@@ -28,6 +28,17 @@ pub enum Resent {
     Yes,
 }
 
+/// A frame that is about to go out, and what was done before it.
+#[derive(Debug, Clone, Copy)]
+pub struct NextFrame {
+    /// Bytes of guest memory in it, but for pages of zeros.
+    pub page_bytes: usize,
+    /// Pages so far, those in it included.
+    pub counts: PageCounts,
+    /// Bytes on the wire so far, on this connection.
+    pub sent: u64,
+}
+
 /// Gathers pages into frames and sends them over one connection. Buffers are made once and reused.
 pub struct PageSender<'a> {
     memory: &'a GuestMemory,
@@ -109,7 +120,7 @@ impl<'a> PageSender<'a> {
     }
 
     /// Sends the pages of `region` whose bits are set in `words`, bit 0 being page `first`. Before each frame goes out
-    /// `before_frame` is told how many bytes it has, and may end it. Call [`PageSender::flush`] at the end of a pass.
+    /// `before_frame` is told what it has, and may end it. Call [`PageSender::flush`] at the end of a pass.
     ///
     /// # Errors
     /// When the connection fails, or what `before_frame` says.
@@ -120,7 +131,7 @@ impl<'a> PageSender<'a> {
         first: u64,
         words: &[u64],
         resent: Resent,
-        before_frame: &mut impl FnMut(usize, PageCounts) -> Result<(), E>,
+        before_frame: &mut impl FnMut(NextFrame) -> Result<(), E>,
     ) -> Result<(), E> {
         self.resent = resent;
         for (start, pages) in dirty::runs(words) {
@@ -140,7 +151,7 @@ impl<'a> PageSender<'a> {
         gpa: GuestAddress,
         host: *mut u8,
         pages: u64,
-        before_frame: &mut impl FnMut(usize, PageCounts) -> Result<(), E>,
+        before_frame: &mut impl FnMut(NextFrame) -> Result<(), E>,
     ) -> Result<(), E> {
         for page in 0..usize::try_from(pages).expect("guest memory fits a 64-bit address space") {
             if self.frame.is_full(if self.staging {
@@ -214,13 +225,17 @@ impl<'a> PageSender<'a> {
     pub fn flush<S: GuestStream, E: From<WireError>>(
         &mut self,
         connection: &mut Connection<S>,
-        before_frame: &mut impl FnMut(usize, PageCounts) -> Result<(), E>,
+        before_frame: &mut impl FnMut(NextFrame) -> Result<(), E>,
     ) -> Result<(), E> {
         if self.frame.runs.is_empty() {
             return Ok(());
         }
         let page_bytes = self.frame.checksums.len() * PAGE;
-        before_frame(page_bytes, self.counts)?;
+        before_frame(NextFrame {
+            page_bytes,
+            counts: self.counts,
+            sent: connection.bytes_sent(),
+        })?;
         let sent = Instant::now();
         let before = connection.bytes_sent();
         if self.staging && page_bytes > 0 {

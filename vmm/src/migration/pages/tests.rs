@@ -44,7 +44,7 @@ impl Pair {
     ) -> Result<(PageCounts, Vec<u64>), WireError> {
         let mut out = Connection::new(Cursor::new(vec![]));
         let region = self.source.regions()[0];
-        let mut go_on = |_, _| Ok::<_, WireError>(());
+        let mut go_on = |_| Ok::<_, WireError>(());
         sender.send(&mut out, &region, 0, words, resent, &mut go_on)?;
         sender.flush(&mut out, &mut go_on)?;
         let mut bytes = out.stream().get_ref().clone();

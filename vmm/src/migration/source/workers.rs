@@ -13,7 +13,7 @@ use crate::dirty::{Bitmap, DirtyLog};
 use crate::memory::{GuestMemory, Region};
 use crate::migration::codec::{CodecCounts, DeltaCache};
 use crate::migration::controls::Controls;
-use crate::migration::pages::{PageCounts, PageSender, Resent};
+use crate::migration::pages::{NextFrame, PageCounts, PageSender, Resent};
 use crate::migration::sched;
 use crate::migration::transport::Transport;
 use crate::migration::wire::{Connection, Empty, FrameKind, KEEP_ALIVE, Pass, PassAck, WireError};
@@ -172,6 +172,7 @@ impl Workers {
                 context,
                 kept_alive: Instant::now(),
                 reported: PageCounts::default(),
+                told: Told::default(),
                 codec: Arc::clone(&codec),
             };
             let (sender, hand_back) = (sender.clone(), hand_back.clone());
@@ -262,6 +263,7 @@ struct Worker<'a> {
     context: Context<'a>,
     kept_alive: Instant,
     reported: PageCounts,
+    told: Told,
     codec: Arc<Mutex<Vec<CodecCounts>>>,
 }
 
@@ -307,6 +309,12 @@ impl Worker<'_> {
     }
 
     fn pass(&mut self, pass: &PassPlan) -> Result<PassShare, SourceError> {
+        let share = self.send_pass(pass);
+        self.tell();
+        share
+    }
+
+    fn send_pass(&mut self, pass: &PassPlan) -> Result<PassShare, SourceError> {
         // Read once: a paused guest waits for all workers there are.
         while pass.kind == PassKind::First && self.index >= self.context.shared.active.load(Ordering::Relaxed)
         {
@@ -320,8 +328,9 @@ impl Worker<'_> {
         while let Some(chunk) = pass.next() {
             self.chunk(pass, chunk)?;
         }
-        let mut before_frame = before_frame(self.context, pass.kind);
+        let mut before_frame = before_frame(self.context, pass.kind, &mut self.told);
         self.sender.flush(&mut self.connection, &mut before_frame)?;
+        drop(before_frame);
         self.end_pass(pass)
     }
 
@@ -339,7 +348,6 @@ impl Worker<'_> {
     fn chunk(&mut self, pass: &PassPlan, chunk: &Chunk) -> Result<(), SourceError> {
         Self::go_on(&self.context)?;
         let Chunk { region, first, pages } = *chunk;
-        let before = (self.sender.counts().pages(), self.connection.bytes_sent());
         let (words, resent) = match pass.kind {
             PassKind::First => (self.backed(chunk)?, Resent::No),
             PassKind::Later | PassKind::Last => {
@@ -351,7 +359,7 @@ impl Worker<'_> {
                 (words, Resent::Yes)
             }
         };
-        let mut before_frame = before_frame(self.context, pass.kind);
+        let mut before_frame = before_frame(self.context, pass.kind, &mut self.told);
         self.sender.send(
             &mut self.connection,
             &region,
@@ -360,15 +368,15 @@ impl Worker<'_> {
             resent,
             &mut before_frame,
         )?;
-        let shared = self.context.shared;
-        shared
-            .handled
-            .fetch_add(self.sender.counts().pages() - before.0, Ordering::Relaxed);
-        shared
-            .bytes
-            .fetch_add(self.connection.bytes_sent() - before.1, Ordering::Relaxed);
-        self.keep_alive()?;
-        Ok(())
+        drop(before_frame);
+        self.tell();
+        self.keep_alive()
+    }
+
+    /// Has what was done so far counted.
+    fn tell(&mut self) {
+        let (pages, bytes) = (self.sender.counts().pages(), self.connection.bytes_sent());
+        self.told.tell(self.context.shared, pages, bytes);
     }
 
     /// Arms tracking for a chunk before it is looked at, so that a page touched afterwards is found by the next pass.
@@ -391,7 +399,6 @@ impl Worker<'_> {
 
     fn end_pass(&mut self, pass: &PassPlan) -> Result<PassShare, SourceError> {
         let counts = self.sender.counts();
-        let before = self.connection.bytes_sent();
         let end = Pass {
             pass: pass.number,
             pages: counts.raw,
@@ -418,10 +425,6 @@ impl Worker<'_> {
             self.sender.forget(&ack.damaged);
             share.damaged = ack.damaged;
         }
-        self.context
-            .shared
-            .bytes
-            .fetch_add(self.connection.bytes_sent() - before, Ordering::Relaxed);
         self.codec.lock().unwrap_or_else(PoisonError::into_inner)[self.index] = self.sender.encoded();
         Ok(share)
     }
@@ -429,16 +432,35 @@ impl Worker<'_> {
 
 const WAIT_FOR_TURN: Duration = Duration::from_millis(1);
 
+/// What of a worker's doings is in the shared figures. They grow frame by frame: on a slow link a chunk takes seconds.
+#[derive(Debug, Default)]
+struct Told {
+    pages: u64,
+    bytes: u64,
+}
+
+impl Told {
+    /// Adds what is new.
+    fn tell(&mut self, shared: &Shared, pages: u64, bytes: u64) {
+        shared.handled.fetch_add(pages - self.pages, Ordering::Relaxed);
+        shared.bytes.fetch_add(bytes - self.bytes, Ordering::Relaxed);
+        *self = Self { pages, bytes };
+    }
+}
+
 /// The pause is not held to the bandwidth: it would only last longer.
-fn before_frame(
-    context: Context<'_>,
+fn before_frame<'a>(
+    context: Context<'a>,
     kind: PassKind,
-) -> impl FnMut(usize, PageCounts) -> Result<(), SourceError> {
-    move |bytes, _| {
+    told: &'a mut Told,
+) -> impl FnMut(NextFrame) -> Result<(), SourceError> + use<'a> {
+    move |next| {
         Worker::go_on(&context)?;
+        told.tell(context.shared, next.counts.pages(), next.sent);
         if kind == PassKind::Last {
             return Ok(());
         }
-        context.controls.pacer().take(bytes, || Worker::go_on(&context))
+        let pacer = context.controls.pacer();
+        pacer.take(next.page_bytes, || Worker::go_on(&context))
     }
 }

@@ -73,6 +73,7 @@ fn panels(samples: &[MigrationSample]) -> Vec<Panel> {
             .map(|sample| (seconds(sample.elapsed_us), value(sample)))
             .collect()
     };
+    let rate = points(|s| mib(s.rate_bytes_per_second));
     let line = |name, color, value| Line {
         name,
         color,
@@ -83,7 +84,11 @@ fn panels(samples: &[MigrationSample]) -> Vec<Panel> {
             unit: "MiB/s",
             least_top: 1.0,
             lines: vec![
-                line("rate", "#1565c0", |s| mib(s.rate_bytes_per_second)),
+                Line {
+                    name: "rate",
+                    color: "#1565c0",
+                    points: smoothed(&rate),
+                },
                 line("dirty rate", "#ef6c00", |s| mib(s.dirty_rate_bytes_per_second)),
             ],
         },
@@ -98,6 +103,40 @@ fn panels(samples: &[MigrationSample]) -> Vec<Panel> {
             lines: vec![line("throttle", "#6a1b9a", |s| f64::from(s.throttle_percent))],
         },
     ]
+}
+
+/// Rates over a hundredth of the whole instead of from one sample to the next: pages go out in bursts, and a sample that
+/// falls between two of them says nothing. Each value is of the time since the one before.
+fn smoothed(rates: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mut sent = 0.0;
+    let sums: Vec<f64> = (0..rates.len())
+        .map(|at| {
+            let since = at.checked_sub(1).map_or(rates[at].0, |before| rates[before].0);
+            sent += rates[at].1 * (rates[at].0 - since);
+            sent
+        })
+        .collect();
+    let half = rates.last().map_or(0.0, |last| last.0) / 200.0;
+    let (mut first, mut last) = (0, 0);
+    (0..rates.len())
+        .map(|at| {
+            let now = rates[at].0;
+            while now - rates[first].0 > half {
+                first += 1;
+            }
+            while last + 1 < rates.len() && rates[last + 1].0 - now <= half {
+                last += 1;
+            }
+            let before = if first == at { at.saturating_sub(1) } else { first };
+            let took = rates[last].0 - rates[before].0;
+            let rate = if took > 0.0 {
+                (sums[last] - sums[before]) / took
+            } else {
+                rates[at].1
+            };
+            (now, rate)
+        })
+        .collect()
 }
 
 /// Stretches of one phase. The phases of the pause are marked apart.
@@ -256,6 +295,25 @@ mod tests {
             assert!(svg.contains(part), "no {part} in {svg}");
         }
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+
+    #[test]
+    fn bursts_are_evened_out_and_what_was_sent_stays_the_same() {
+        let bursts: Vec<(f64, f64)> = (0..500u32)
+            .map(|at| (f64::from(at), f64::from(at % 2) * 20.0))
+            .collect();
+        let even = smoothed(&bursts);
+        assert_eq!(even.len(), bursts.len());
+        for &(at, rate) in &even[5..495] {
+            assert!((8.0..=12.0).contains(&rate), "{rate} at {at}");
+        }
+        let steady = smoothed(&[(0.0, 7.0), (1.0, 7.0), (4.0, 7.0)]);
+        assert!(
+            steady.iter().all(|&(_, rate)| (rate - 7.0).abs() < 1e-9),
+            "{steady:?}"
+        );
+        assert_eq!(smoothed(&[(0.0, 3.0)]), [(0.0, 3.0)]);
+        assert_eq!(smoothed(&[]), []);
     }
 
     #[test]

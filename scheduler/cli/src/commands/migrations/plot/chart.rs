@@ -14,6 +14,9 @@ const LEAST_MARK: f64 = 2.5;
 /// A band narrower than this has no room for its name.
 const LABEL_ROOM: f64 = 58.0;
 
+/// Room for the name of a line.
+const LEGEND: f64 = 100.0;
+
 /// One picture. Times are in seconds.
 #[derive(Debug)]
 pub struct Chart {
@@ -167,7 +170,6 @@ impl Chart {
         let (x, middle) = (18.0, top + PANEL / 2.0);
         let turned = format!(r#" transform="rotate(-90 {x} {middle:.1})""#);
         text(out, x, middle, "middle", "#37474f", panel.unit, &turned)?;
-        let mut legend = LEFT + 8.0;
         for line in &panel.lines {
             let points: Vec<String> = line
                 .points
@@ -180,7 +182,22 @@ impl Chart {
                 line.color,
                 points.join(" ")
             )?;
-            let at = top + 14.0;
+        }
+        Self::write_legend(out, panel, top)
+    }
+
+    /// Over the lines, on a ground that lets them shine through.
+    fn write_legend(out: &mut String, panel: &Panel, top: f64) -> std::fmt::Result {
+        let width: f64 = panel.lines.iter().map(|_| LEGEND).sum();
+        writeln!(
+            out,
+            r##"<rect x="{:.1}" y="{:.1}" width="{width:.1}" height="18" fill="#ffffff" fill-opacity="0.75"/>"##,
+            LEFT + 4.0,
+            top + 1.0
+        )?;
+        let mut legend = LEFT + 8.0;
+        let at = top + 14.0;
+        for line in &panel.lines {
             writeln!(
                 out,
                 r#"<rect x="{legend:.1}" y="{:.1}" width="14" height="4" fill="{}"/>"#,
@@ -188,7 +205,7 @@ impl Chart {
                 line.color
             )?;
             text(out, legend + 20.0, at, "start", "#000000", line.name, "")?;
-            legend += 130.0;
+            legend += LEGEND;
         }
         Ok(())
     }

@@ -4,8 +4,8 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::build::{cargo, program, programs};
-use crate::context::{Context, run, step};
+use crate::build::{program, programs};
+use crate::context::{Context, run};
 use crate::images::{self, Image};
 
 /// The word that asks for migrations of every kind.
@@ -18,10 +18,6 @@ const MIGRATE: &str = "migrate";
 pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
     images::build(context, Image::Probe)?;
-    step("building shoal-bench", || {
-        let package = ["--package", "shoal-tests", "--bin", "shoal-bench"];
-        run(cargo(context).args(["build", "--release"]).args(package))
-    })?;
     let migrate = options.first().is_some_and(|word| word == MIGRATE);
     let (command, options) = options.split_at(usize::from(migrate));
     let name = if migrate { "migrate.json" } else { "bench.json" };

@@ -17,20 +17,26 @@ pub fn cargo(context: &Context) -> Command {
     command
 }
 
-/// Builds `shoal` and `shoal-vmm`.
+/// Builds `shoal`, `shoal-vmm` and the other programs of the workspace.
+///
+/// Always the whole workspace, here and for the tests: cargo builds a dependency again for every other set of features that
+/// a choice of packages asks of it.
 ///
 /// # Errors
 /// If they do not build.
 pub fn programs(context: &Context) -> Result<()> {
     step("building shoal and shoal-vmm", || {
-        run(cargo(context).args([
-            "build",
-            "--release",
-            "--package",
-            "shoal-cli",
-            "--package",
-            "shoal-vmm",
-        ]))
+        run(cargo(context).args(["build", "--release", "--workspace", "--bins"]))
+    })
+}
+
+/// The same and all tests.
+///
+/// # Errors
+/// If they do not build.
+pub fn programs_and_tests(context: &Context) -> Result<()> {
+    step("building programs and tests", || {
+        run(cargo(context).args(["build", "--release", "--workspace", "--all-targets"]))
     })
 }
 

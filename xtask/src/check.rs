@@ -25,7 +25,7 @@ pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
         return Ok(());
     }
     step("unit tests", || {
-        run(cargo(context).args(["test", "--workspace", "--exclude", "shoal-tests"]))?;
+        run(cargo(context).args(["test", "--workspace"]))?;
         images::test_guest_programs(context, None)
     })
 }

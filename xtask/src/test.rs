@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::build::{cargo, programs};
+use crate::build::{cargo, programs_and_tests};
 use crate::context::{Context, run, step};
 use crate::{images, packages};
 
@@ -12,11 +12,11 @@ use crate::{images, packages};
 /// If something cannot be built or a test fails.
 pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
     packages::ensure_all()?;
-    programs(context)?;
+    programs_and_tests(context)?;
     images::build_all(context)?;
     step("unit tests", || {
         let mut command = cargo(context);
-        command.args(["test", "--release", "--workspace", "--exclude", "shoal-tests"]);
+        command.args(["test", "--release", "--workspace"]);
         run(command.args(filter))?;
         images::test_guest_programs(context, filter)
     })?;
@@ -24,7 +24,7 @@ pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
         let mut command = cargo(context);
         // They use the whole machine, so one at a time; their lock would see to it, but this shows which one runs.
         command
-            .args(["test", "--release", "--package", "shoal-tests", "--"])
+            .args(["test", "--release", "--workspace", "--test", "e2e", "--"])
             .args(filter);
         run(command.arg("--test-threads=1"))
     })

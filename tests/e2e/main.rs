@@ -8,6 +8,7 @@ mod commands;
 mod cpu_baseline;
 mod cut_connection;
 mod daemon_faults;
+mod fault_table;
 mod linux;
 mod memory_backing;
 mod moves;
@@ -16,6 +17,7 @@ mod postcopy;
 mod previous_protocol;
 mod real_hosts;
 mod refusals;
+mod soak;
 mod vmm_faults;
 
 /// A probe that writes faster than any limit of 1 ms on downtime allows to catch up with: a migration of it with that

@@ -10,6 +10,7 @@ mod commands;
 mod cpu_baseline;
 mod cut_connection;
 mod daemon_faults;
+mod fault_table;
 mod linux;
 mod memory_backing;
 mod metrics;
@@ -21,6 +22,7 @@ mod postcopy;
 mod previous_protocol;
 mod real_hosts;
 mod refusals;
+mod soak;
 mod upgrade;
 mod vmm_faults;
 

@@ -243,6 +243,18 @@ impl Cluster {
         })
     }
 
+    /// Names and pids of the daemons.
+    #[must_use]
+    pub fn daemons(&self) -> Vec<(String, u32)> {
+        let record = self.record();
+        let processes = record["processes"].as_array().expect("a list");
+        let daemon = |process: &Value| {
+            let pid = u32::try_from(process["pid"].as_u64()?).ok()?;
+            Some((process["name"].as_str()?.to_owned(), pid))
+        };
+        processes.iter().filter_map(daemon).collect()
+    }
+
     /// Ends a daemon ("scheduler" or a node's name) as a crash would.
     pub fn kill_daemon(&mut self, name: &str) {
         let record = self.record();

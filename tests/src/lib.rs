@@ -12,6 +12,8 @@
 //! - [`proxy`]: TCP connections that can be cut, silenced, damaged and recorded
 //! - [`protocol1`]: a source that speaks migration protocol 1, from a recording
 //! - [`netns`]: hosts of their own, joined by links of a given speed
+//! - [`process`]: what a process holds, so that nothing is left
+//! - [`soak`]: many migrations in a row
 //! - [`wait`]: conditions with a deadline
 //!
 //! The programs and images are those that `cargo xtask test` has built beside the tests. Where there is no `/dev/kvm` a
@@ -31,8 +33,10 @@ pub mod moving;
 pub mod netns;
 pub mod pair;
 pub mod paths;
+pub mod process;
 pub mod protocol1;
 pub mod proxy;
 pub mod shoal;
+pub mod soak;
 pub mod vmm;
 pub mod wait;

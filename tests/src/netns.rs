@@ -41,10 +41,7 @@ impl Network {
         ip(&["-n", &namespace, "link", "set", "eth0", "up"]);
         ip(&["-n", &namespace, "link", "set", "lo", "up"]);
         for (namespace, device) in [(&switch, host), (&namespace, "eth0")] {
-            let limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"];
-            run(Command::new("tc")
-                .args(["-n", namespace, "qdisc", "add", "dev", device])
-                .args(limit));
+            limit(namespace, device, "add", rate);
         }
     }
 
@@ -64,6 +61,13 @@ impl Network {
     #[must_use]
     pub fn on(&self, host: &str) -> Vec<String> {
         ["ip".into(), "netns".into(), "exec".into(), self.namespace(host)].to_vec()
+    }
+
+    /// Makes a host's link slower or faster, both ways; `rate` as tc says it.
+    pub fn set_rate(&self, host: &str, rate: &str) {
+        for (namespace, device) in [(self.namespace("switch"), host), (self.namespace(host), "eth0")] {
+            limit(&namespace, device, "replace", rate);
+        }
     }
 
     /// Cuts a host's link.
@@ -100,6 +104,13 @@ impl Drop for Network {
             );
         }
     }
+}
+
+fn limit(namespace: &str, device: &str, verb: &str, rate: &str) {
+    let limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"];
+    run(Command::new("tc")
+        .args(["-n", namespace, "qdisc", verb, "dev", device])
+        .args(limit));
 }
 
 fn ip(args: &[&str]) {

@@ -1,23 +1,28 @@
 //! Two VMMs, one migration between them, and the question who runs the VM afterwards, settled as a scheduler would.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use shoal_proto::vm::{
-    AbortIncomingRequest, GetStatusRequest, MigrationReport, MigrationResult, ResumeRequest,
-    StartMigrationRequest, VmSpec, VmState, VmStatus,
+    AbortIncomingRequest, GetStatusRequest, MemoryBacking, MigrationReport, MigrationResult,
+    PrepareIncomingRequest, ResumeRequest, StartMigrationRequest, VmSpec, VmState, VmStatus,
 };
 use tokio::time::timeout;
 
 use crate::guest;
-use crate::vmm::{MIGRATION, Vmm, probe_spec};
+use crate::vmm::{self, MIGRATION, Vmm, incoming, probe_spec};
 
 const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a02";
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than a destination waits for a source that does not come.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A VMM that has not answered by then does not answer.
+const ANSWER: Duration = Duration::from_secs(10);
 /// The probe looks at all of its memory once in four of its seconds.
 const BEATS_TO_SEE_ALL_MEMORY: u64 = 5;
 /// A guest that runs prints at least one line in this time.
 const SILENCE_OF_A_STOPPED_GUEST: Duration = Duration::from_millis(2500);
+const POLL: Duration = Duration::from_millis(20);
 
 /// What the two are like.
 #[derive(Debug, Clone, Default)]
@@ -26,12 +31,25 @@ pub struct Setup {
     pub source_under: Vec<String>,
     /// Words before the destination's.
     pub destination_under: Vec<String>,
+    /// Where the destination's directory is to be; anywhere if unset.
+    pub destination_below: Option<PathBuf>,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// What it is made of.
+    pub backing: MemoryBacking,
     /// The probe's options.
     pub probe: String,
     /// Bytes that its heartbeats must say are filled before it is moved.
     pub fill: u64,
+}
+
+/// One of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Where the VM ran first.
+    Source,
+    /// Where it is to run.
+    Destination,
 }
 
 /// Who runs the VM.
@@ -59,8 +77,13 @@ impl Pair {
     /// Starts both and waits until the probe has filled its memory.
     pub async fn start(setup: Setup) -> Self {
         let mut source = Vmm::start_under(&setup.source_under).await;
-        let destination = Vmm::start_under(&setup.destination_under).await;
-        source.boot(probe_spec(VM, 1, setup.memory, &setup.probe)).await;
+        let directory = match &setup.destination_below {
+            Some(parent) => tempfile::tempdir_in(parent),
+            None => tempfile::tempdir(),
+        };
+        let directory = directory.expect("a temporary directory");
+        let destination = Vmm::start_in(directory, &setup.destination_under).await;
+        source.boot(spec(&setup, 1)).await;
         let filled = |text: &str| {
             let beats = guest::heartbeats(text);
             beats.last().is_some_and(|beat| beat.filled >= setup.fill)
@@ -77,7 +100,16 @@ impl Pair {
     /// The spec that the destination is prepared with.
     #[must_use]
     pub fn incoming_spec(&self) -> VmSpec {
-        probe_spec(VM, 2, self.setup.memory, &self.setup.probe)
+        spec(&self.setup, 2)
+    }
+
+    /// One of the two.
+    #[must_use]
+    pub fn side(&mut self, side: Side) -> &mut Vmm {
+        match side {
+            Side::Source => &mut self.source,
+            Side::Destination => &mut self.destination,
+        }
     }
 
     /// Makes the destination wait on loopback.
@@ -86,31 +118,71 @@ impl Pair {
         self.destination.prepare_incoming(spec).await
     }
 
-    /// Migrates, and waits for the source's report; or, where the source says nothing any more, until the destination has
-    /// given up or taken over. `None` without a report.
-    pub async fn migrate(&mut self, request: StartMigrationRequest) -> Option<MigrationReport> {
-        let destination = async {
-            let seen = self.destination.client.watch_status(GetStatusRequest {}).await;
-            let Ok(seen) = seen else { return };
-            let mut seen = seen.into_inner();
-            while let Ok(Some(status)) = seen.message().await {
-                if matches!(status.state(), VmState::Failed | VmState::Running) {
-                    return;
-                }
-            }
+    /// Makes the destination wait as `change` says. Answers where.
+    pub async fn prepare_with(&mut self, change: impl FnOnce(&mut PrepareIncomingRequest)) -> String {
+        let mut request = incoming(self.incoming_spec());
+        change(&mut request);
+        self.destination.prepare(request).await.expect("prepared")
+    }
+
+    /// Migrates, and waits for the source's report and, without one, until the destination has given up or taken over.
+    /// `None` without a report.
+    pub async fn migrate(&self, request: StartMigrationRequest) -> Option<MigrationReport> {
+        let mut client = self.source.client.clone();
+        let source = async {
+            let mut report = vmm::migrate(&mut client, request, |_| {}).await.ok()?;
+            // For plots; a test that fails prints the rest.
+            report.samples.clear();
+            Some(report)
         };
-        let source = async { self.source.migrate_with(request, |_| {}).await.ok() };
         tokio::pin!(source);
         let both = async {
             tokio::select! {
-                report = &mut source => report,
+                report = &mut source => {
+                    if report.is_none() {
+                        // It may have Commit, and not yet have come to it.
+                        drop(timeout(2 * PEER_TIMEOUT, self.end_at_destination()).await);
+                    }
+                    report
+                }
                 // The source may say something still, within the time it gives a silent peer.
-                () = destination => timeout(2 * PEER_TIMEOUT, &mut source).await.unwrap_or_default(),
+                () = self.end_at_destination() => timeout(2 * PEER_TIMEOUT, &mut source).await.unwrap_or_default(),
             }
         };
         timeout(PATIENCE, both)
             .await
             .expect("an end of the migration at either side")
+    }
+
+    /// Waits until the destination has given up, has taken over, or is gone.
+    async fn end_at_destination(&self) {
+        let mut client = self.destination.client.clone();
+        let Ok(seen) = client.watch_status(GetStatusRequest {}).await else {
+            // Gone; the source notices that by itself.
+            return std::future::pending().await;
+        };
+        let mut seen = seen.into_inner();
+        while let Ok(Some(status)) = seen.message().await {
+            let there = status.state() == VmState::Running && status.missing_bytes == 0;
+            if there || status.state() == VmState::Failed {
+                return;
+            }
+        }
+    }
+
+    /// Waits until a fault has struck there.
+    pub async fn struck(&self, side: Side) {
+        let vmm = match side {
+            Side::Source => &self.source,
+            Side::Destination => &self.destination,
+        };
+        let fault = async {
+            while vmm.faults_struck() == 0 {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let struck = timeout(PATIENCE, fault).await;
+        assert!(struck.is_ok(), "no fault strikes at the {side:?}");
     }
 
     /// Settles what the migration has left open, by what both sides say, and answers who is to run the VM.
@@ -146,15 +218,18 @@ impl Pair {
         Runner::Source
     }
 
-    /// Whether Commit came first. A destination that is gone never got it, unless it left its mark.
-    async fn has_committed(&mut self) -> bool {
+    /// Whether Commit came first. A destination that is gone never got it, unless it left its mark; one that does not
+    /// answer is ended first.
+    pub async fn has_committed(&mut self) -> bool {
         let request = AbortIncomingRequest {
             migration_id: MIGRATION.into(),
         };
-        match self.destination.client.abort_incoming(request).await {
-            Ok(answer) => answer.into_inner().committed,
-            Err(_) => self.destination.has_run(),
+        match timeout(ANSWER, self.destination.client.abort_incoming(request)).await {
+            Ok(Ok(answer)) => return answer.into_inner().committed,
+            Ok(Err(_)) => {}
+            Err(_) => self.destination.kill(),
         }
+        self.destination.has_run()
     }
 
     /// Checks that `runner`, and nobody else, runs the VM, and that the guest is unharmed; or that nobody does, and that it
@@ -178,8 +253,28 @@ impl Pair {
                 .is_some_and(|beat| beat.n >= at + BEATS_TO_SEE_ALL_MEMORY)
         };
         let console = timeout(PATIENCE, runs.follow_console(enough)).await;
-        guest::assert_unharmed(&console.expect("the guest goes on"));
-        assert_stopped(before.as_ref(), other.status().await.as_ref());
+        let console = console.unwrap_or_else(|_| panic!("the guest does not go on: {runner:?}"));
+        guest::assert_unharmed(&console);
+        let after = other.status().await;
+        if runner == Runner::Source {
+            // Its console may still be loaded with all else, for nothing.
+            assert!(!other.has_run(), "vCPUs have run at the destination");
+            let runs = after
+                .as_ref()
+                .is_some_and(|status| status.state() == VmState::Running);
+            assert!(!runs, "it runs twice: {after:?}");
+        } else {
+            assert_stopped(before.as_ref(), after.as_ref());
+        }
+    }
+
+    /// Checks that the guest stands still at a VMM that answers.
+    pub async fn check_stands_still(&mut self, side: Side) -> VmStatus {
+        let before = self.side(side).status().await;
+        tokio::time::sleep(SILENCE_OF_A_STOPPED_GUEST).await;
+        let after = self.side(side).status().await;
+        assert_stopped(before.as_ref(), after.as_ref());
+        after.expect("it answers")
     }
 
     async fn check_nobody(&mut self) {
@@ -196,6 +291,13 @@ impl Pair {
                 assert!(told && !status.status_message.is_empty(), "not clear: {status:?}");
             }
         }
+    }
+}
+
+fn spec(setup: &Setup, epoch: u64) -> VmSpec {
+    VmSpec {
+        memory_backing: setup.backing.into(),
+        ..probe_spec(VM, epoch, setup.memory, &setup.probe)
     }
 }
 

@@ -25,8 +25,21 @@ pub enum Trouble {
     CutAfter(u64),
     /// Nothing more goes either way once so many bytes went to the destination; nothing is closed.
     SilenceAfter(u64),
+    /// Nothing more goes that way; the other way all is as before, and nothing is closed.
+    SilenceTowards(Towards),
     /// One bit of this byte is flipped.
     Corrupt(Towards, u64),
+}
+
+impl Trouble {
+    /// Whether what would go that way is held back, after so many bytes.
+    fn silences(self, towards: Towards, passed: u64) -> bool {
+        match self {
+            Trouble::SilenceAfter(limit) => passed >= limit,
+            Trouble::SilenceTowards(way) => way == towards,
+            Trouble::None | Trouble::CutAfter(_) | Trouble::Corrupt(..) => false,
+        }
+    }
 }
 
 /// What went through one connection.
@@ -119,6 +132,26 @@ impl Proxy {
         let mut state = self.shared.lock();
         state.trouble = Trouble::CutAfter(0);
         state.close_all();
+    }
+
+    /// From now on nothing goes that way on the connections that there are; new ones too, until [`Proxy::heal`].
+    pub fn silence(&self, towards: Towards) {
+        self.shared.lock().trouble = Trouble::SilenceTowards(towards);
+    }
+
+    /// From now on nothing goes either way; new connections too, until [`Proxy::heal`].
+    pub fn silence_both(&self) {
+        self.shared.lock().trouble = Trouble::SilenceAfter(0);
+    }
+
+    /// Flips one bit of the next byte that goes that way.
+    pub fn corrupt_next(&self, towards: Towards) {
+        let mut state = self.shared.lock();
+        let at = match towards {
+            Towards::Destination => state.to_destination,
+            Towards::Source => state.to_source,
+        };
+        state.trouble = Trouble::Corrupt(towards, at);
     }
 
     /// What went through so far, by connection, in the order in which they were made.
@@ -222,7 +255,7 @@ fn pass(bytes: &mut [u8], towards: Towards, number: Option<usize>, shared: &Shar
         Trouble::CutAfter(limit) if towards == Towards::Destination => {
             allowed = length.min(limit.saturating_sub(start));
         }
-        Trouble::SilenceAfter(limit) if state.to_destination.max(start) >= limit => {
+        trouble if trouble.silences(towards, state.to_destination.max(start)) => {
             let ended = |state: &mut State| !state.ended;
             drop(shared.ended.wait_while(state, ended).expect("no panic elsewhere"));
             return None;

@@ -12,8 +12,8 @@ use hyper_util::rt::TokioIo;
 use shoal_proto::vm::vmm_client::VmmClient;
 use shoal_proto::vm::{
     BootRequest, GetStatusRequest, MigrationPolicy, MigrationProgress, MigrationReport,
-    PrepareIncomingRequest, ReadConsoleRequest, StartMigrationRequest, VmSpec, VmState, VmStatus,
-    WatchMigrationRequest,
+    PrepareIncomingRequest, QuitRequest, ReadConsoleRequest, StartMigrationRequest, VmSpec, VmState,
+    VmStatus, WatchMigrationRequest,
 };
 use tokio::net::UnixStream;
 use tonic::Status;
@@ -26,6 +26,7 @@ pub const MIGRATION: &str = "6d1d3f60-9d0e-4a6e-8f3b-3f6d7f3f0a01";
 const TOKEN: &str = "a secret of this migration";
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(10);
 
 /// A VMM process with a directory of its own; killed in the end.
 #[derive(Debug)]
@@ -44,7 +45,11 @@ impl Vmm {
 
     /// Starts one with `words` before the command, such as `ip netns exec NAME`; they must end in an exec.
     pub async fn start_under(words: &[String]) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self::start_in(tempfile::tempdir().expect("a temporary directory"), words).await
+    }
+
+    /// Starts one in a directory of its own that is given.
+    pub async fn start_in(directory: tempfile::TempDir, words: &[String]) -> Self {
         let socket = directory.path().join("vmm.sock");
         let listener = UnixListener::bind(&socket).expect("a socket");
         let log = File::create(directory.path().join("vmm.log")).expect("a log");
@@ -207,9 +212,28 @@ impl Vmm {
         self.child.wait().expect("reaped");
     }
 
+    /// Has the process end by itself, as an agent does; panics if it does not.
+    pub async fn quit(&mut self) {
+        // The answer may be cut off by the end.
+        drop(self.client.quit(QuitRequest {}).await);
+        let end = async {
+            while !self.has_ended() {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let ended = tokio::time::timeout(PATIENCE, end).await;
+        assert!(ended.is_ok(), "VMM {} does not end when told to", self.pid());
+    }
+
     /// Whether the process has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("a child").is_some()
+    }
+
+    /// How many faults that it was armed with have struck.
+    #[must_use]
+    pub fn faults_struck(&self) -> usize {
+        self.log().matches("FAULT: ").count()
     }
 
     /// The log, for a test that fails.

@@ -88,6 +88,8 @@ fn main() -> ExitCode {
         .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // A line that cannot be written is lost. To complain of it on stderr, which is where it went, would panic.
+        .log_internal_errors(false)
         .init();
     if let Err(error) = fault::arm_from_environment() {
         return fail(USAGE_ERROR, &error.to_string());

@@ -22,6 +22,8 @@ pub fn log_to_stderr() {
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
             .with_ansi(false)
+            // A line that cannot be written is lost. To complain of it on stderr, which is where it went, would panic.
+            .log_internal_errors(false)
             .try_init(),
     );
 }

@@ -218,11 +218,13 @@ impl Destination<'_> {
                     self.state(control, &vm, &saved, last_running, linked.as_ref())
                 })
                 .and_then(|()| self.await_commit(control, &vm));
+            // Before the connections are closed, at which receivers fail that had not: that would pass for the cause.
+            let cause = arrivals.failure();
             if outcome.is_err() || linked.is_none() {
                 // The receivers end with their connections; in post-copy they have ended, and it needs them.
                 closers.iter().for_each(Closer::close);
             }
-            outcome.map_err(|error| arrivals.failure().unwrap_or(error))
+            outcome.map_err(|error| cause.unwrap_or(error))
         });
         if let (Err(error), Some(linked)) = (&outcome, &linked) {
             linked.post_copy.stop(&error.to_string());

@@ -733,6 +733,7 @@ impl Source<'_> {
         if !matches!(mode, Verify::Sampled | Verify::Full) {
             return Ok(());
         }
+        crate::fault::point("source.verify")?;
         let began = Instant::now();
         let seed = self
             .request

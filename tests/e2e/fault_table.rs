@@ -1,0 +1,93 @@
+//! Faults by name at every phase on both sides, and faults of the link, of the disk and of memory: whatever strikes,
+//! exactly one VM runs afterwards, unharmed; or nobody does, and whoever is left says why.
+
+mod hosts;
+mod row;
+mod rows;
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use shoal_tests::machine::{Machine, say};
+use shoal_tests::process;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use rows::{POINTS, rows};
+
+/// Pairs at once. Each row is a pair of its own, and most of them wait for time-outs; but guests take turns on the CPUs.
+const AT_ONCE: usize = 8;
+/// Descriptors that tests hold which wait for their turn in the same process.
+const OF_OTHER_TESTS: usize = 8;
+
+#[test]
+fn every_point_is_in_the_table() {
+    let known = BTreeSet::from(shoal_vmm::fault::POINTS);
+    let tested: BTreeSet<&str> = POINTS.iter().map(|point| point.name).collect();
+    assert_eq!(tested, known);
+    let names: BTreeSet<String> = rows().iter().map(rows::Row::name).collect();
+    assert_eq!(names.len(), rows().len(), "no row is there twice");
+}
+
+#[test]
+fn wherever_a_fault_strikes_exactly_one_vm_runs_or_it_is_said_why_none_does() {
+    let Some(_machine) = Machine::with_kvm("faults at every phase") else {
+        return;
+    };
+    let only = std::env::var("SHOAL_FAULT_ROWS").unwrap_or_default();
+    let rows = rows().into_iter().filter(|row| row.name().contains(&only));
+    run_all(rows.map(|row| {
+        let outcome: Outcome = Box::pin(row::run(row));
+        (row.name(), outcome)
+    }));
+}
+
+/// A row that is run; it panics where it does not end as it should.
+type Outcome = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Runs rows, several at once, and then says which of them failed and why; and that nothing is left of them.
+fn run_all(rows: impl Iterator<Item = (String, Outcome)>) {
+    let before = process::descriptors(std::process::id());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let failed: Vec<String> = runtime.block_on(async {
+        let permits = Arc::new(Semaphore::new(AT_ONCE));
+        let mut tasks = JoinSet::new();
+        for (name, row) in rows {
+            let permits = Arc::clone(&permits);
+            tasks.spawn(async move {
+                let permit = permits.acquire_owned().await;
+                // A task of its own, so that a panic is known by the row's name.
+                let ended = tokio::spawn(row).await;
+                drop(permit);
+                let why = panicked_with(ended.err()?);
+                say(&format!("FAILED {name}: {why}"));
+                Some(format!("{name}: {why}"))
+            });
+        }
+        tasks.join_all().await.into_iter().flatten().collect()
+    });
+    drop(runtime);
+    let (count, failed) = (failed.len(), failed.join("\n"));
+    assert!(failed.is_empty(), "{count} rows failed:\n{failed}");
+    assert_eq!(
+        process::children("shoal-vmm"),
+        Vec::<u32>::new(),
+        "processes are left"
+    );
+    let after = process::descriptors(std::process::id());
+    assert!(
+        after <= before + OF_OTHER_TESTS,
+        "{after} descriptors, {before} before"
+    );
+}
+
+fn panicked_with(error: tokio::task::JoinError) -> String {
+    let panic = error.into_panic();
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()))
+        .unwrap_or_else(|| "a panic without words".into())
+}

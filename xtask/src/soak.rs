@@ -1,0 +1,23 @@
+//! `cargo xtask soak`: migrations in a row, of every kind, and what they left.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::build::{cargo, program, programs};
+use crate::context::{Context, run, step};
+use crate::images::{self, Image};
+
+/// Builds what it needs and runs it. `options` are those of the soaking program.
+///
+/// # Errors
+/// If something cannot be built, a guest is harmed or something is left behind.
+pub fn run_soak(context: &Context, options: &[String]) -> Result<()> {
+    programs(context)?;
+    images::build(context, Image::Probe)?;
+    step("building shoal-soak", || {
+        let package = ["--package", "shoal-tests", "--bin", "shoal-soak"];
+        run(cargo(context).args(["build", "--release"]).args(package))
+    })?;
+    run(Command::new(program(context, "shoal-soak")).args(options))
+}

@@ -152,7 +152,7 @@ fn data_connection(compression: Compression) -> Vec<Frame> {
     let mut out = Connection::new(fuzz::Sink::default());
     let mut sender = PageSender::new(&memory, compression, Arc::new(DeltaCache::new(1 << 20)));
     let region = memory.regions()[0];
-    let mut go_on = |_, _| Ok::<_, WireError>(());
+    let mut go_on = |_| Ok::<_, WireError>(());
     for resent in [Resent::No, Resent::Yes] {
         sender
             .send(&mut out, &region, 0, &[u64::MAX; 2], resent, &mut go_on)

@@ -291,10 +291,13 @@ pub const MORE: &[Row] = &[
     },
 ];
 
+/// What a point says of one action.
+type EndOf = fn(&Point) -> Ends;
+
 /// All rows, those that wait longest first.
 pub fn rows() -> Vec<Row> {
     let mut rows = vec![];
-    let actions: [(&'static str, fn(&Point) -> Ends); 4] = [
+    let actions: [(&'static str, EndOf); 4] = [
         ("hang", |point| point.hang),
         ("kill", |point| point.kill),
         ("error", |point| point.error),

@@ -65,12 +65,12 @@ pub fn run(machine: Machine, options: Options) -> Summary {
     summary
 }
 
-fn progress(where_: &str, number: u32, of: u32, summary: &Summary) {
+fn progress(place: &str, number: u32, of: u32, summary: &Summary) {
     if number.is_multiple_of(PROGRESS_EVERY) || number == of {
         let results = ["completed", "failed", "cancelled", "in doubt"].map(|result| {
             let count = summary.counted(&format!("result {result}"));
             format!("{count} {result}")
         });
-        say(&format!("{where_}: {number} of {of}: {}", results.join(", ")));
+        say(&format!("{place}: {number} of {of}: {}", results.join(", ")));
     }
 }

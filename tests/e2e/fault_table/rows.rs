@@ -248,10 +248,10 @@ pub const MORE: &[Row] = &[
     link(Cut, "destination.state", STAYS),
     link(Silence, "destination.state", STAYS),
     link(BACK, "destination.state", STAYS),
-    // Commit is lost: Ready has come, and the source has yet to read it.
-    link(Cut, "source.ready", RESUMED),
-    link(Silence, "source.ready", RESUMED),
-    link(TO, "source.ready", RESUMED),
+    // Commit is lost: Ready has come, and the source has yet to read it. On a busy host Ready may be late, and is lost.
+    link(Cut, "source.ready", &[End::Resumed, End::Stays]),
+    link(Silence, "source.ready", &[End::Resumed, End::Stays]),
+    link(TO, "source.ready", &[End::Resumed, End::Stays]),
     // Running is lost.
     link(Cut, "destination.running", RUNS_THERE),
     link(Silence, "destination.running", RUNS_THERE),

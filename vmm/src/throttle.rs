@@ -9,29 +9,44 @@ use std::time::{Duration, Instant};
 use crate::vcpu::{Brake, Braking};
 use crate::vm::Vm;
 
-/// Largest share of vCPU time that is taken.
-pub const MAX_PERCENT: u32 = 99;
-/// The longest period, and so nearly the longest time that the guest stands still at once.
+/// Largest share of vCPU time that is taken. In the hundredth part of a pass of seconds a guest still writes tens of MiB, so
+/// a share of 99 % would leave it ahead of a slow link for ever.
+pub const MAX_PERMILLE: u32 = 998;
+/// The longest period up to a share of 99 %, and so nearly the longest time that the guest stands still at once; above, it
+/// is what a run of [`LEAST_RUN`] makes it.
 const LONGEST_PERIOD: Duration = Duration::from_millis(10);
 const SHORTEST_PERIOD: Duration = Duration::from_millis(4);
 /// What a guest gets at once, where the period allows it: stopping a vCPU costs 0.12 ms.
 const RUN_AT_ONCE: Duration = Duration::from_micros(500);
+/// A guest that is released for less does nothing but stop again.
+const LEAST_RUN: Duration = Duration::from_micros(100);
+/// A host that has no CPU for the thread that throttles lets the guest run for too long. It is held for longer then, up to
+/// this much.
+const LONGEST_MAKING_UP: Duration = Duration::from_millis(50);
 /// A pass must be by a third shorter than the one before.
 const PASS_RATIO: f64 = 2.0 / 3.0;
 
 /// How long the guest runs, and is then held, in each period.
-fn period(percent: u32) -> (Duration, Duration) {
-    let run_share = f64::from(100 - percent.min(MAX_PERCENT)) / 100.0;
+fn period(permille: u32) -> (Duration, Duration) {
+    let run_share = f64::from(1000 - permille.min(MAX_PERMILLE)) / 1000.0;
     let whole = RUN_AT_ONCE
         .div_f64(run_share)
-        .clamp(SHORTEST_PERIOD, LONGEST_PERIOD);
+        .clamp(SHORTEST_PERIOD, LONGEST_PERIOD)
+        .max(LEAST_RUN.div_f64(run_share));
     let run = whole.mul_f64(run_share);
     (run, whole - run)
 }
 
+/// How much longer the guest is held after it `ran` for longer than the `run` of its period.
+fn made_up(ran: Duration, run: Duration, hold: Duration) -> Duration {
+    let owed = hold.as_secs_f64() / run.as_secs_f64().max(1e-9);
+    let longer = ran.saturating_sub(run).as_secs_f64() * owed;
+    Duration::from_secs_f64(longer.min(LONGEST_MAKING_UP.as_secs_f64()))
+}
+
 #[derive(Debug, Default)]
 struct Setting {
-    percent: u32,
+    permille: u32,
     quit: bool,
 }
 
@@ -48,11 +63,11 @@ impl Shared {
 
     /// Waits so long, or until the setting changes.
     fn wait<'a>(&self, setting: MutexGuard<'a, Setting>, time: Duration) -> MutexGuard<'a, Setting> {
-        let (percent, deadline) = (setting.percent, Instant::now() + time);
+        let (permille, deadline) = (setting.permille, Instant::now() + time);
         let mut setting = setting;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || setting.quit || setting.percent != percent {
+            if left.is_zero() || setting.quit || setting.permille != permille {
                 return setting;
             }
             let woken = self.changed.wait_timeout(setting, left);
@@ -92,16 +107,16 @@ impl Throttle {
         })
     }
 
-    /// Takes this share of vCPU time from now on, at most [`MAX_PERCENT`].
-    pub fn set(&self, percent: u32) {
-        self.shared.lock().percent = percent.min(MAX_PERCENT);
+    /// Takes this share of vCPU time from now on, at most [`MAX_PERMILLE`].
+    pub fn set(&self, permille: u32) {
+        self.shared.lock().permille = permille.min(MAX_PERMILLE);
         self.shared.changed.notify_all();
     }
 
     /// The share that is taken now.
     #[must_use]
-    pub fn percent(&self) -> u32 {
-        self.shared.lock().percent
+    pub fn permille(&self) -> u32 {
+        self.shared.lock().permille
     }
 
     /// vCPU time taken so far, of all vCPUs together.
@@ -146,24 +161,28 @@ impl Drop for Release<'_> {
 fn throttle(shared: &Shared, brakes: &[Brake]) {
     let _release = Release(brakes);
     let mut setting = shared.lock();
+    let mut owed = Duration::ZERO;
     while !setting.quit {
-        if setting.percent == 0 {
+        if setting.permille == 0 {
+            owed = Duration::ZERO;
             setting = shared
                 .changed
                 .wait(setting)
                 .unwrap_or_else(PoisonError::into_inner);
             continue;
         }
-        let (run, hold) = period(setting.percent);
+        let (run, hold) = period(setting.permille);
         drop(setting);
         brakes.iter().for_each(Brake::hold);
-        setting = shared.wait(shared.lock(), hold);
+        setting = shared.wait(shared.lock(), hold + owed);
         drop(setting);
+        let released = Instant::now();
         brakes.iter().for_each(Brake::release);
         setting = shared.lock();
         if !setting.quit {
             setting = shared.wait(setting, run);
         }
+        owed = made_up(released.elapsed(), run, hold);
     }
 }
 
@@ -175,7 +194,7 @@ pub struct Measured {
     /// Bytes per second that were sent.
     pub link_rate: f64,
     /// Share of vCPU time that was taken meanwhile.
-    pub percent: u32,
+    pub permille: u32,
     /// What the pause may spend on pages: the longest pause less its fixed cost.
     pub budget: Duration,
     /// A pass takes at least so long, however little it sends.
@@ -183,14 +202,14 @@ pub struct Measured {
 }
 
 /// The smallest share of vCPU time to take so that each pass is at most two thirds of the one before, and what the
-/// shortest pass leaves dirty fits the pause. 0 where that is so already; never above [`MAX_PERCENT`].
+/// shortest pass leaves dirty fits the pause. 0 where that is so already; never above [`MAX_PERMILLE`].
 ///
 /// A guest is taken to write in proportion to the time it runs. One that writes the same pages again and again seems to
 /// write less than it does; then the next pass finds more to take, as each measurement is scaled by the share in force.
 #[must_use]
 pub fn needed(measured: &Measured) -> u32 {
     let rate = |rate: f64| if rate.is_finite() { rate.max(0.0) } else { 0.0 };
-    let in_force = f64::from(measured.percent.min(MAX_PERCENT)) / 100.0;
+    let in_force = f64::from(measured.permille.min(MAX_PERMILLE)) / 1000.0;
     let unthrottled = rate(measured.dirty_rate) / (1.0 - in_force);
     let shortest_pass = measured.shortest_pass.as_secs_f64();
     let fits = if shortest_pass > 0.0 {
@@ -202,10 +221,10 @@ pub fn needed(measured: &Measured) -> u32 {
     if unthrottled <= bearable {
         return 0;
     }
-    let percent = (1.0 - bearable / unthrottled) * 100.0;
-    (1..MAX_PERCENT)
-        .find(|share| f64::from(*share) >= percent)
-        .unwrap_or(MAX_PERCENT)
+    let permille = (1.0 - bearable / unthrottled) * 1000.0;
+    (1..MAX_PERMILLE)
+        .find(|share| f64::from(*share) >= permille)
+        .unwrap_or(MAX_PERMILLE)
 }
 
 #[cfg(test)]

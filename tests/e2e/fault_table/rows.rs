@@ -127,6 +127,8 @@ const STAYS: Ends = &[End::Stays];
 const MOVES: Ends = &[End::Moves];
 const RESUMED: Ends = &[End::Resumed];
 const RUNS_THERE: Ends = &[End::RunsThere];
+/// The source is in doubt at once: who asks the destination before it has read Commit ends it there.
+const IN_DOUBT: Ends = &[End::RunsThere, End::Resumed];
 const RUNS_ON: Ends = &[End::RunsOn];
 const LOST: Ends = &[End::Lost];
 const DIED: Ends = &[End::Died];
@@ -146,7 +148,7 @@ pub const POINTS: &[Point] = &[
     point("source.verify", PreCopy, LOST, STUCK_SOURCE, STAYS),
     point("source.state", PreCopy, LOST, STUCK_SOURCE, STAYS),
     point("source.ready", PreCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.commit", PreCopy, RUNS_THERE, RUNS_THERE, RUNS_THERE),
+    point("source.commit", PreCopy, RUNS_THERE, RUNS_THERE, IN_DOUBT),
     point("source.post_copy", PostCopy, MEMORY_LOST, MEMORY_LOST, MOVES),
     point("destination.connect", PreCopy, STAYS, STAYS, STAYS),
     point("destination.negotiate", PreCopy, STAYS, STAYS, STAYS),
@@ -170,7 +172,7 @@ pub const POINTS: &[Point] = &[
     // So is a move within a host, where both sides have the same memory.
     point("source.pause", HandOver, LOST, STUCK_SOURCE, STAYS),
     point("source.state", HandOver, LOST, STUCK_SOURCE, STAYS),
-    point("source.commit", HandOver, RUNS_THERE, RUNS_THERE, RUNS_THERE),
+    point("source.commit", HandOver, RUNS_THERE, RUNS_THERE, IN_DOUBT),
     point("destination.negotiate", HandOver, STAYS, STAYS, STAYS),
     point("destination.state", HandOver, STAYS, STAYS, STAYS),
     point("destination.ready", HandOver, RESUMED, RESUMED, RESUMED),

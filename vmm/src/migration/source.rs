@@ -522,15 +522,15 @@ impl Source<'_> {
                 (Decision::Continue | Decision::Stalled(_), _) => {}
             }
             if let Some(throttle) = &throttle {
-                let percent = throttle::needed(&Measured {
+                let permille = throttle::needed(&Measured {
                     dirty_rate: dirty_bytes as f64 / seconds,
                     link_rate: self.rate,
-                    percent: throttle.percent(),
+                    permille: throttle.permille(),
                     budget: policy.max_downtime.saturating_sub(facts.fixed_cost),
                     shortest_pass: self.round_trip,
                 });
-                throttle.set(percent);
-                self.recorder.throttle(percent, throttle.taken());
+                throttle.set(permille);
+                self.recorder.throttle(permille / 10, throttle.taken());
             }
             if predicted <= policy.max_downtime {
                 passes_within_limit += 1;

@@ -79,10 +79,10 @@ fn a_throttled_guest_is_stopped_again_and_again_and_still_runs() {
     vm.resume();
     until_it_counts(&vm);
     let throttle = Throttle::start(&vm).expect("a thread");
-    assert_eq!((throttle.percent(), stops(&vm)), (0, 0));
-    for percent in [20, 99, 50, 1000] {
-        throttle.set(percent);
-        assert_eq!(throttle.percent(), percent.min(MAX_PERCENT));
+    assert_eq!((throttle.permille(), stops(&vm)), (0, 0));
+    for permille in [200, 990, 500, 1000] {
+        throttle.set(permille);
+        assert_eq!(throttle.permille(), permille.min(MAX_PERMILLE));
         let (before, taken) = (stops(&vm), throttle.taken());
         until("more stops", || stops(&vm) >= before + 20);
         assert!(throttle.taken() > taken);
@@ -90,7 +90,7 @@ fn a_throttled_guest_is_stopped_again_and_again_and_still_runs() {
     }
     throttle.set(0);
     until_it_counts(&vm);
-    throttle.set(60);
+    throttle.set(600);
     drop(throttle);
     let last = stops(&vm);
     for _ in 0..20 {
@@ -104,7 +104,7 @@ fn pausing_and_throttling_do_not_undo_each_other() {
     let Some(vm) = vm(&COUNT, 1) else { return };
     vm.resume();
     let throttle = Throttle::start(&vm).expect("a thread");
-    throttle.set(70);
+    throttle.set(700);
     for _ in 0..100 {
         vm.pause();
         let at_pause = counter(&vm);
@@ -118,7 +118,7 @@ fn pausing_and_throttling_do_not_undo_each_other() {
     let at_pause = counter(&vm);
     drop(throttle);
     let again = Throttle::start(&vm).expect("a thread");
-    again.set(50);
+    again.set(500);
     assert_eq!(again.taken(), Duration::ZERO);
     drop(again);
     assert_eq!(counter(&vm), at_pause, "a throttle let a paused guest run");
@@ -132,7 +132,7 @@ fn a_panic_leaves_the_guest_running() {
     vm.resume();
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let throttle = Throttle::start(&vm).expect("a thread");
-        throttle.set(99);
+        throttle.set(990);
         until("a stop", || stops(&vm) > 0);
         panic!("on purpose");
     }));
@@ -148,7 +148,7 @@ fn a_panic_leaves_the_guest_running() {
 fn a_guest_that_ends_while_it_is_throttled_has_ended() {
     let Some(vm) = vm(&FAULT, 1) else { return };
     let throttle = Throttle::start(&vm).expect("a thread");
-    throttle.set(99);
+    throttle.set(990);
     vm.resume();
     until("the guest to end", || vm.guest_end().is_some());
     vm.pause();
@@ -163,11 +163,11 @@ fn a_guest_that_ends_while_it_is_throttled_has_ended() {
     }
 }
 
-fn measured(dirty_rate: f64, link_rate: f64, percent: u32) -> Measured {
+fn measured(dirty_rate: f64, link_rate: f64, permille: u32) -> Measured {
     Measured {
         dirty_rate,
         link_rate,
-        percent,
+        permille,
         budget: Duration::from_millis(50),
         shortest_pass: Duration::from_millis(20),
     }
@@ -175,15 +175,15 @@ fn measured(dirty_rate: f64, link_rate: f64, percent: u32) -> Measured {
 
 /// Passes of a guest that writes random pages among `working_set` bytes at `rate`, until the pause fits.
 fn passes_until_it_fits(rate: f64, working_set: f64, link: f64) -> Option<u32> {
-    let (mut dirty, mut percent) = (working_set, 0);
+    let (mut dirty, mut permille) = (working_set, 0);
     for pass in 1..200 {
         let seconds = (dirty / link).max(0.02);
-        let written = rate * (1.0 - f64::from(percent) / 100.0) * seconds;
+        let written = rate * (1.0 - f64::from(permille) / 1000.0) * seconds;
         dirty = working_set * (1.0 - (-written / working_set).exp());
         if dirty / link <= 0.05 {
             return Some(pass);
         }
-        percent = needed(&measured(dirty / seconds, link, percent));
+        permille = needed(&measured(dirty / seconds, link, permille));
     }
     None
 }
@@ -192,23 +192,23 @@ fn passes_until_it_fits(rate: f64, working_set: f64, link: f64) -> Option<u32> {
 fn nothing_is_taken_from_a_guest_that_the_link_keeps_up_with() {
     assert_eq!(needed(&measured(60.0 * MIB, 100.0 * MIB, 0)), 0);
     assert_eq!(
-        needed(&measured(10.0 * MIB, 100.0 * MIB, 80)),
+        needed(&measured(10.0 * MIB, 100.0 * MIB, 800)),
         0,
         "slack is given back"
     );
-    assert_eq!(needed(&measured(0.0, 0.0, 50)), 0);
+    assert_eq!(needed(&measured(0.0, 0.0, 500)), 0);
 }
 
 #[test]
 fn what_is_taken_is_what_is_needed() {
-    assert_eq!(needed(&measured(100.0 * MIB, 100.0 * MIB, 0)), 34);
-    assert_eq!(needed(&measured(1000.0 * MIB, 100.0 * MIB, 0)), 94);
-    assert_eq!(needed(&measured(1.0, 0.0, 0)), MAX_PERCENT);
+    assert_eq!(needed(&measured(100.0 * MIB, 100.0 * MIB, 0)), 334);
+    assert_eq!(needed(&measured(1000.0 * MIB, 100.0 * MIB, 0)), 934);
+    assert_eq!(needed(&measured(1.0, 0.0, 0)), MAX_PERMILLE);
     let no_room = Measured {
         budget: Duration::ZERO,
         ..measured(1.0 * MIB, 100.0 * MIB, 0)
     };
-    assert_eq!(needed(&no_room), MAX_PERCENT);
+    assert_eq!(needed(&no_room), MAX_PERMILLE);
 }
 
 #[test]
@@ -229,41 +229,54 @@ fn guests_that_outrun_their_link_converge() {
 
 proptest! {
     #[test]
-    fn enough_is_taken_and_not_more(dirty in 0f64..1e11, link in 0f64..1e11, percent in 0u32..120) {
-        let share = needed(&measured(dirty, link, percent));
-        let unthrottled = dirty / (1.0 - f64::from(percent.min(MAX_PERCENT)) / 100.0);
-        let rate_at = |share: u32| unthrottled * (1.0 - f64::from(share) / 100.0);
+    fn enough_is_taken_and_not_more(dirty in 0f64..1e11, link in 0f64..1e11, permille in 0u32..1200) {
+        let share = needed(&measured(dirty, link, permille));
+        let unthrottled = dirty / (1.0 - f64::from(permille.min(MAX_PERMILLE)) / 1000.0);
+        let rate_at = |share: u32| unthrottled * (1.0 - f64::from(share) / 1000.0);
         let bearable = link * PASS_RATIO * (1.0 + 1e-9);
-        prop_assert!(share <= MAX_PERCENT);
-        prop_assert!(share == MAX_PERCENT || rate_at(share) <= bearable);
+        prop_assert!(share <= MAX_PERMILLE);
+        prop_assert!(share == MAX_PERMILLE || rate_at(share) <= bearable);
         prop_assert!(share == 0 || rate_at(share - 1) > link * PASS_RATIO * (1.0 - 1e-9));
     }
 
     #[test]
-    fn more_writes_or_a_slower_link_never_need_less(dirty in 0f64..1e11, more in 0f64..1e11, link in 0f64..1e11, less in 0f64..1.0, percent in 0u32..100) {
-        let share = needed(&measured(dirty, link, percent));
-        prop_assert!(needed(&measured(dirty + more, link, percent)) >= share);
-        prop_assert!(needed(&measured(dirty, link * less, percent)) >= share);
+    fn more_writes_or_a_slower_link_never_need_less(dirty in 0f64..1e11, more in 0f64..1e11, link in 0f64..1e11, less in 0f64..1.0, permille in 0u32..1000) {
+        let share = needed(&measured(dirty, link, permille));
+        prop_assert!(needed(&measured(dirty + more, link, permille)) >= share);
+        prop_assert!(needed(&measured(dirty, link * less, permille)) >= share);
     }
 
     #[test]
-    fn whatever_was_measured_gives_a_share(dirty: f64, link: f64, percent: u32, budget_us: u32, pass_us: u32) {
+    fn whatever_was_measured_gives_a_share(dirty: f64, link: f64, permille: u32, budget_us: u32, pass_us: u32) {
         let strange = Measured {
             dirty_rate: dirty,
             link_rate: link,
-            percent,
+            permille,
             budget: Duration::from_micros(budget_us.into()),
             shortest_pass: Duration::from_micros(pass_us.into()),
         };
-        prop_assert!(needed(&strange) <= MAX_PERCENT);
+        prop_assert!(needed(&strange) <= MAX_PERMILLE);
     }
 
     #[test]
-    fn the_guest_is_never_held_for_long_at_once(percent in 1u32..200) {
-        let (run, hold) = period(percent);
+    fn the_guest_is_never_held_for_long_at_once(permille in 1u32..1200) {
+        let (run, hold) = period(permille);
         prop_assert!(!run.is_zero() && !hold.is_zero());
-        prop_assert!(run + hold <= LONGEST_PERIOD + Duration::from_nanos(1));
-        let share = hold.as_secs_f64() / (run + hold).as_secs_f64() * 100.0;
-        prop_assert!((share - f64::from(percent.min(MAX_PERCENT))).abs() < 0.1);
+        let longest = if permille <= 990 { LONGEST_PERIOD } else { 5 * LONGEST_PERIOD };
+        prop_assert!(run + hold <= longest + Duration::from_nanos(10));
+        prop_assert!(permille <= 990 || run + Duration::from_nanos(10) >= LEAST_RUN);
+        let share = hold.as_secs_f64() / (run + hold).as_secs_f64() * 1000.0;
+        prop_assert!((share - f64::from(permille.min(MAX_PERMILLE))).abs() < 1.0);
+    }
+
+    #[test]
+    fn what_the_guest_ran_too_long_is_made_up_for_within_limits(permille in 1u32..1000, late_us in 0u64..1_000_000) {
+        let (run, hold) = period(permille);
+        prop_assert_eq!(made_up(run, run, hold), Duration::ZERO);
+        let late = Duration::from_micros(late_us);
+        let more = made_up(run + late, run, hold);
+        prop_assert!(more <= LONGEST_MAKING_UP);
+        let share = (hold + more).as_secs_f64() / (run + late + hold + more).as_secs_f64() * 1000.0;
+        prop_assert!(more == LONGEST_MAKING_UP || (share - f64::from(permille.min(MAX_PERMILLE))).abs() < 1.0);
     }
 }

@@ -108,8 +108,6 @@ impl From<File> for MemoryFile {
     }
 }
 
-/// Backed at once by [`GuestMemory::populate`].
-const POPULATE_CHUNK: usize = 4 * HUGE_PAGE;
 
 /// Where RAM of `memory_bytes` lies in guest physical address space.
 #[must_use]
@@ -337,22 +335,6 @@ impl GuestMemory {
         }
     }
 
-    /// Backs pages with memory ahead of their first use, which is then no fault; what is backed already keeps its
-    /// contents. Takes as long as zeroing them does: for a thread of its own.
-    ///
-    /// # Errors
-    /// When the range is not in the region, or the host has no memory (ENOMEM) or cannot (EINVAL, before Linux 5.14). The
-    /// guest's memory is as usable as before.
-    pub fn populate(&self, slot: u32, first_page: u64, pages: u64) -> io::Result<()> {
-        let (region, offset, len) = self.part(slot, first_page, pages)?;
-        let end = offset + len;
-        // In chunks, so that a fault of another thread need not wait for all of it.
-        for start in (offset..end).step_by(POPULATE_CHUNK) {
-            region.advise(start, POPULATE_CHUNK.min(end - start), libc::MADV_POPULATE_WRITE)?;
-        }
-        Ok(())
-    }
-
     fn region(&self, slot: u32) -> Option<&RamRegion> {
         self.mmap
             .iter()
@@ -490,23 +472,6 @@ mod tests {
     }
 
     #[test]
-    fn populated_pages_are_backed_and_keep_what_they_hold() {
-        for backing in BACKINGS {
-            let memory = GuestMemory::with_backing(64 << 20, backing).expect("map");
-            memory
-                .mmap()
-                .write_obj(7u64, GuestAddress(5 << 20))
-                .expect("inside");
-            memory.populate(0, 1024, 5000).expect("memory");
-            let found = backed(&memory, 0);
-            assert!((1024..6024).all(|page| has(&found, page)), "{backing:?}");
-            assert!(found.count() <= 5000 + 1024);
-            let value: u64 = memory.mmap().read_obj(GuestAddress(5 << 20)).expect("inside");
-            assert_eq!(value, 7);
-        }
-    }
-
-    #[test]
     fn ranges_outside_a_region_are_refused() {
         let memory = GuestMemory::new(4 << 20).expect("map");
         for (slot, first, pages) in [
@@ -517,7 +482,6 @@ mod tests {
             (1, 0, 0),
         ] {
             assert!(memory.discard(slot, first, pages).is_err());
-            assert!(memory.populate(slot, first, pages).is_err());
         }
     }
 

@@ -23,7 +23,6 @@ pub use write_log::WriteLog;
 
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
 use crate::spec::PAGE_SIZE;
-use mapping::HUGE_PAGE;
 
 /// Guest memory whose VMM-side writes are logged (vCPU writes are tracked by KVM's dirty log).
 pub type Mmap = GuestRegionCollection<RamRegion>;
@@ -365,6 +364,7 @@ impl GuestMemory {
 
 #[cfg(test)]
 mod tests {
+    use super::mapping::HUGE_PAGE;
     use super::*;
     use crate::dirty::Bitmap;
     use vm_memory::Bytes as _;

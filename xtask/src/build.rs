@@ -14,6 +14,13 @@ pub fn cargo(context: &Context) -> Command {
     command
         .current_dir(context.root())
         .env("CARGO_TARGET_DIR", context.target());
+    // Of xtask itself. Build scripts look at some of them (ring's does), and would build again what a plain cargo has built.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
     command
 }
 

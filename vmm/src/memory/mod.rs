@@ -107,7 +107,6 @@ impl From<File> for MemoryFile {
     }
 }
 
-
 /// Where RAM of `memory_bytes` lies in guest physical address space.
 #[must_use]
 pub fn ram_ranges(memory_bytes: u64) -> Vec<(GuestAddress, u64)> {

@@ -60,6 +60,7 @@ fn main() {
             memory: Bytes::gib(4),
             node: None,
             cpu_class: None,
+            ..LaunchRequest::default()
         },
     );
     println!(

@@ -13,6 +13,8 @@ pub enum ActionKind {
     Usher,
     /// Its node is drained.
     Drain,
+    /// Its rules do not hold on its node.
+    Rules,
     /// The cluster is better balanced afterwards.
     Rebalance,
 }
@@ -22,6 +24,7 @@ impl fmt::Display for ActionKind {
         f.pad(match self {
             Self::Usher => "usher",
             Self::Drain => "drain",
+            Self::Rules => "rules",
             Self::Rebalance => "rebalance",
         })
     }
@@ -68,6 +71,8 @@ pub enum NoteKind {
     DrainStuck,
     /// A VM of a draining node goes later: limits, or a move that has just ended.
     DrainWaiting,
+    /// A VM is on a node against its rules and cannot go.
+    RulesStuck,
 }
 
 impl fmt::Display for NoteKind {
@@ -76,6 +81,7 @@ impl fmt::Display for NoteKind {
             Self::UsherStuck => "usher-stuck",
             Self::DrainStuck => "drain-stuck",
             Self::DrainWaiting => "drain-waiting",
+            Self::RulesStuck => "rules-stuck",
         })
     }
 }

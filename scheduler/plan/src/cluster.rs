@@ -5,9 +5,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
+use crate::failover::{Change, Failover, need};
+use crate::labels::Rules;
 use crate::model::{Bytes, CannotMove, ClusterSnapshot, NodeName, NodeState, NodeView, VmView};
+use crate::place::Newcomer;
 use crate::policy::Policy;
 use crate::score::Use;
+use crate::together::Together;
 
 /// Pre-copy makes little headway when the guest dirties this part of what the link carries.
 const CONVERGES_BELOW: f64 = 0.9;
@@ -18,6 +22,8 @@ const LONGEST_MOVE_SECONDS: f64 = 1e7;
 pub(crate) struct Node<'a> {
     pub view: &'a NodeView,
     pub memory: f64,
+    /// Part of `memory` that VMs may declare, times the overcommit: without what is reserved.
+    pub lends: f64,
     /// Declared memory of all VMs here or arriving.
     pub committed: f64,
     /// Memory held now, with all of what arrives reserved.
@@ -28,14 +34,15 @@ pub(crate) struct Node<'a> {
     pub projected: f64,
     pub load_local: f64,
     pub load_exported: f64,
-    /// CPUs times speed.
+    /// CPUs times speed, without what is reserved.
     pub cpu_capacity: f64,
+
     pub outgoing: usize,
     pub incoming: usize,
-    /// Memory used by anything but VMs.
-    other: f64,
+    /// Memory used by anything but VMs, or reserved for it.
+    pub other: f64,
     /// VMs that are here and those that arrive, as numbers.
-    vms: Vec<usize>,
+    pub vms: Vec<usize>,
 }
 
 /// A VM with what the planner derives about it.
@@ -93,6 +100,18 @@ pub enum Immobile {
     },
 }
 
+impl Immobile {
+    /// It ends by itself.
+    pub(crate) fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::CoolDown { .. }
+                | Self::Migrating(_)
+                | Self::Told(CannotMove::Starting | CannotMove::Stopping | CannotMove::Settling)
+        )
+    }
+}
+
 impl fmt::Display for Immobile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -118,14 +137,29 @@ pub(crate) struct Cluster<'a> {
     pub nodes: Vec<Node<'a>>,
     /// By id. VMs on nodes that the snapshot does not have are left out.
     pub vms: Vec<Vm<'a>>,
+    /// Who is on which node, as far as rules ask.
+    pub together: Together<'a>,
+    /// What becomes of the VMs of a node that dies, if the policy asks.
+    pub failover: Option<Failover>,
     /// Moves under way and planned.
     pub migrations: usize,
     node_numbers: HashMap<&'a str, usize>,
     largest_room: Option<f64>,
+    /// VMs that are to start and have a place.
+    reserved: usize,
 }
 
 impl<'a> Cluster<'a> {
     pub fn new(snapshot: &'a ClusterSnapshot, policy: &'a Policy) -> Self {
+        Self::with_rules(snapshot, policy, std::iter::empty())
+    }
+
+    /// With the rules of VMs that are to come.
+    pub fn with_rules(
+        snapshot: &'a ClusterSnapshot,
+        policy: &'a Policy,
+        to_come: impl Iterator<Item = &'a Rules>,
+    ) -> Self {
         let mut views: Vec<&NodeView> = snapshot.nodes.iter().collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views.dedup_by(|a, b| a.name == b.name);
@@ -135,16 +169,23 @@ impl<'a> Cluster<'a> {
             .map(|(number, view)| (view.name.as_str(), number))
             .collect();
         let nodes = views.into_iter().map(Node::new).collect();
+        let there = snapshot.vms.iter().filter_map(|vm| vm.rules.as_deref());
         let mut cluster = Self {
             policy,
             nodes,
-            vms: Vec::new(),
+            vms: Vec::with_capacity(snapshot.vms.len()),
+            together: Together::new(there.chain(to_come)),
+            failover: None,
             migrations: 0,
             node_numbers,
             largest_room: None,
+            reserved: 0,
         };
         cluster.add_vms(snapshot);
         cluster.add_sums();
+        if policy.n_plus_one {
+            cluster.failover = Some(Failover::new(&cluster));
+        }
         cluster
     }
 
@@ -164,6 +205,10 @@ impl<'a> Cluster<'a> {
             };
             let stretch = self.nodes[node].stretch(cpu_use[node]);
             let vm = self.vm(view, node, stretch);
+            if !self.together.is_empty() {
+                let marks = self.together.marks_of(&view.labels, view.rules.as_deref());
+                self.together.add_vm(self.vms.len(), marks);
+            }
             self.vms.push(vm);
         }
     }
@@ -235,7 +280,7 @@ impl<'a> Cluster<'a> {
         let horizon = self.policy.usher_horizon.as_secs_f64();
         for (node, reported) in self.nodes.iter_mut().zip(reported) {
             let used = node.view.memory.0.saturating_sub(node.view.memory_available.0) as f64;
-            node.other = (used - reported).max(0.0);
+            node.other = (used - reported).max(node.view.reserved_memory.0 as f64).max(0.0);
             node.occupied += node.other;
             node.settled += node.other;
             node.projected += node.other + node.view.other_growth.0 as f64 * horizon;
@@ -249,6 +294,7 @@ impl<'a> Cluster<'a> {
         node.settled += vm.resident;
         node.projected += vm.memory_at(self.policy.usher_horizon.as_secs_f64());
         node.vms.push(number);
+        self.together.add(number, on);
     }
 
     fn arrive(&mut self, number: usize, on: usize) {
@@ -260,6 +306,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn leave(&mut self, number: usize, from: usize) {
+        self.together.leave(number, from);
         let (vm, node) = (&self.vms[number], &mut self.nodes[from]);
         node.settled -= vm.resident;
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
@@ -277,6 +324,39 @@ impl<'a> Cluster<'a> {
         self.arrive(number, to);
         self.migrations += 1;
         self.largest_room = None;
+        if let Some(failover) = &mut self.failover {
+            let vm = &self.vms[number];
+            failover.apply(Change {
+                to,
+                from: Some(from),
+                need: need(self.policy, vm.declared, vm.resident),
+            });
+        }
+    }
+
+    /// Counts a VM that is to start on a node, so that the next one finds less room.
+    pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
+        let number = usize::MAX - self.reserved;
+        self.reserved += 1;
+        self.together.add_vm(number, newcomer.marks.clone());
+        self.together.add(number, on);
+        let node = &mut self.nodes[on];
+        node.committed += newcomer.declared;
+        node.occupied += newcomer.usage.memory;
+        node.settled += newcomer.usage.memory;
+        node.projected += newcomer.at_horizon();
+        node.load_local += newcomer.usage.cpu;
+        node.load_exported += newcomer.usage.cpu;
+        self.largest_room = None;
+        if let Some(failover) = &mut self.failover {
+            failover.apply(newcomer.change(self.policy, on));
+        }
+    }
+
+    /// Whether one that stays would miss a VM that leaves, by its affinity.
+    pub fn is_needed(&self, number: usize) -> bool {
+        let node = self.vms[number].node;
+        !self.together.is_empty() && self.together.is_needed(number, node, self.staying(node))
     }
 
     pub fn node_number(&self, name: &NodeName) -> Option<usize> {
@@ -390,9 +470,11 @@ impl<'a> Node<'a> {
             1.0
         };
         let load_local = load(view.load_local);
+        let cpus = f64::from(view.cpus.max(1)) - load(view.reserved_cpus);
         Self {
             view,
             memory: view.memory.0 as f64,
+            lends: view.memory.0.saturating_sub(view.reserved_memory.0) as f64,
             committed: 0.0,
             occupied: 0.0,
             settled: 0.0,
@@ -400,7 +482,8 @@ impl<'a> Node<'a> {
             load_local,
             // What is exported is never less: it rises sooner and falls later.
             load_exported: load(view.load_exported).max(load_local),
-            cpu_capacity: f64::from(view.cpus.max(1)) * speed,
+            cpu_capacity: cpus.max(0.1) * speed,
+
             outgoing: 0,
             incoming: 0,
             other: 0.0,

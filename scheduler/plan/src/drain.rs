@@ -1,8 +1,8 @@
 //! Draining: every VM leaves a draining node, the hardest to place first.
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
-use crate::cluster::{Cluster, Immobile, bytes};
-use crate::model::{CannotMove, NodeState};
+use crate::cluster::{Cluster, bytes};
+use crate::model::NodeState;
 use crate::place::{Newcomer, best_node, rejections};
 use crate::reject::summarise;
 
@@ -50,23 +50,15 @@ enum Decision {
 }
 
 fn decide(cluster: &mut Cluster<'_>, vm: usize, detailed: bool) -> Decision {
-    let temporary = |why: &Immobile| {
-        matches!(
-            why,
-            Immobile::CoolDown { .. }
-                | Immobile::Migrating(_)
-                | Immobile::Told(CannotMove::Starting | CannotMove::Stopping | CannotMove::Settling)
-        )
-    };
     match cluster.immobile(vm, cluster.policy.retry_after) {
-        Some(why) if temporary(&why) => return Decision::Wait(why.to_string()),
+        Some(why) if why.is_temporary() => return Decision::Wait(why.to_string()),
         Some(why) => return Decision::Stuck(why.to_string()),
         None => {}
     }
     if !cluster.may_send(cluster.vms[vm].node) {
         return Decision::Wait("as many migrations are under way as allowed".to_owned());
     }
-    let newcomer = Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold);
+    let newcomer = Newcomer::evicted(cluster, vm);
     let room = cluster.largest_room();
     if newcomer.at_horizon() <= room
         && let Some(to) = best_node(cluster, &newcomer, None)

@@ -1,13 +1,18 @@
 //! Placement, rebalancing and ushering: pure functions over a snapshot of the cluster. No clock, no I/O, no tasks.
 //!
 //! - [`model`]: what goes in; [`smooth`]: how reports become what goes in; [`policy`]: the constants
+//! - [`labels`]: what nodes and VMs are, and what VMs ask of nodes and of each other
 //! - [`place`]: where one VM goes; [`score`]: what the cluster's state costs
 //! - [`action`]: what comes out; [`text`]: all of it as plain text, for replay
 #![forbid(unsafe_code)]
 
 pub mod action;
 mod cluster;
+mod comply;
+mod destinations;
 mod drain;
+mod failover;
+pub mod labels;
 pub mod model;
 pub mod place;
 pub mod policy;
@@ -17,16 +22,19 @@ mod round;
 pub mod score;
 pub mod smooth;
 pub mod text;
+mod together;
 mod usher;
 
 pub use action::{Action, ActionKind, Note, NoteKind, Plan};
 pub use cluster::Immobile;
+pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
     NodeView, VmId, VmView,
 };
 pub use place::{
-    LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_migration,
+    LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_launches,
+    place_migration,
 };
 pub use policy::{Policy, PolicyError};
 pub use reject::{RejectReason, Rejection};

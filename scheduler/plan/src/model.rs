@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::labels::{Labels, Rules};
+
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -151,6 +153,14 @@ pub struct NodeView {
     pub pressure_cpu: f64,
     /// Of which classes of VMs its CPU lacks features, and which, for people to read. Others can run here.
     pub cpu_lacks: CpuLacks,
+    /// What selectors ask about.
+    pub labels: Labels,
+    /// VMs that do not tolerate each of these do not come here; those here stay.
+    pub taints: Labels,
+    /// Memory kept free of VMs; what is used by anything else comes out of it.
+    pub reserved_memory: Bytes,
+    /// CPUs that VMs are not counted on.
+    pub reserved_cpus: f64,
 }
 
 impl NodeView {
@@ -170,6 +180,10 @@ impl NodeView {
             pressure_memory: 0.0,
             pressure_cpu: 0.0,
             cpu_lacks: Arc::from([]),
+            labels: Labels::default(),
+            taints: Labels::default(),
+            reserved_memory: Bytes(0),
+            reserved_cpus: 0.0,
         }
     }
 
@@ -249,6 +263,10 @@ pub struct VmView {
     pub since_last_move: Option<Duration>,
     /// The CPU features it was given, where known.
     pub cpu_class: Option<CpuClass>,
+    /// What affinity asks about.
+    pub labels: Labels,
+    /// What it asks of its node.
+    pub rules: Option<Arc<Rules>>,
 }
 
 impl VmView {
@@ -269,6 +287,8 @@ impl VmView {
             in_flight: None,
             since_last_move: None,
             cpu_class: None,
+            labels: Labels::default(),
+            rules: None,
         }
     }
 }

@@ -1,13 +1,18 @@
 //! Where a VM goes: filters, each with its reason, then the lowest opportunity cost. Ties go to the first name.
 
+use std::sync::Arc;
+
 use crate::cluster::{Cluster, Immobile, Node, Vm, bytes, expected_resident};
-use crate::model::{Bytes, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
+use crate::failover::{Change, Failover, need};
+use crate::labels::{Labels, Rules};
+use crate::model::{Bytes, CannotMove, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
 use crate::policy::Policy;
 use crate::reject::{RejectReason, Rejection, summarise};
 use crate::score::Use;
+use crate::together::{Apart, Marks};
 
 /// A VM to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LaunchRequest {
     /// Virtual CPUs.
     pub cpus: u32,
@@ -17,6 +22,10 @@ pub struct LaunchRequest {
     pub node: Option<NodeName>,
     /// The CPU features it is to have; none: those of the node it comes to.
     pub cpu_class: Option<CpuClass>,
+    /// What affinity asks about.
+    pub labels: Labels,
+    /// What it asks of its node.
+    pub rules: Option<Arc<Rules>>,
 }
 
 /// Where to, and why.
@@ -102,7 +111,26 @@ pub fn place_launch(
     policy: &Policy,
     request: &LaunchRequest,
 ) -> Result<Placement, PlaceError> {
-    let cluster = Cluster::new(snapshot, policy);
+    let mut cluster = Cluster::with_rules(snapshot, policy, request.rules.as_deref().into_iter());
+    place(&mut cluster, request)
+}
+
+/// Chooses the nodes for several VMs, in their order. Each that has a place takes it before the next is looked at.
+#[must_use]
+pub fn place_launches(
+    snapshot: &ClusterSnapshot,
+    policy: &Policy,
+    requests: &[LaunchRequest],
+) -> Vec<Result<Placement, PlaceError>> {
+    let rules = requests.iter().filter_map(|request| request.rules.as_deref());
+    let mut cluster = Cluster::with_rules(snapshot, policy, rules);
+    requests
+        .iter()
+        .map(|request| place(&mut cluster, request))
+        .collect()
+}
+
+fn place<'a>(cluster: &mut Cluster<'a>, request: &'a LaunchRequest) -> Result<Placement, PlaceError> {
     let asked = match &request.node {
         Some(name) => Some(
             cluster
@@ -111,16 +139,18 @@ pub fn place_launch(
         ),
         None => None,
     };
-    let newcomer = Newcomer::launch(request, policy);
-    match best_node(&cluster, &newcomer, asked) {
-        Some(node) => Ok(Placement {
-            node: cluster.nodes[node].view.name.clone(),
-            reason: explain(&cluster, &newcomer, node, asked),
-        }),
-        None => Err(PlaceError::NothingFits {
-            rejections: rejections(&cluster, &newcomer, asked),
-        }),
-    }
+    let newcomer = Newcomer::launch(cluster, request);
+    let Some(node) = best_node(cluster, &newcomer, asked) else {
+        return Err(PlaceError::NothingFits {
+            rejections: rejections(cluster, &newcomer, asked),
+        });
+    };
+    let placement = Placement {
+        node: cluster.nodes[node].view.name.clone(),
+        reason: explain(cluster, &newcomer, node, asked),
+    };
+    cluster.reserve(&newcomer, node);
+    Ok(placement)
 }
 
 /// Chooses, or checks, the node for a VM to move to because someone asked for it. Cool-down and the limits on migrations
@@ -159,7 +189,7 @@ pub fn place_migration(
             reason,
         });
     }
-    let newcomer = Newcomer::migration(&cluster, vm);
+    let newcomer = Newcomer::migration(&cluster, number);
     if let Some(asked) = asked {
         let target = cluster.nodes[asked].view;
         match newcomer.check(&cluster, asked) {
@@ -207,7 +237,9 @@ pub fn place_handover(
     let number = number.map_err(|_| MigrateError::UnknownVm(vm.clone()))?;
     let vm = &cluster.vms[number];
     let (name, node) = (vm.view.name.clone(), &cluster.nodes[vm.node]);
-    if let Some(reason) = cluster.immobile(number, std::time::Duration::ZERO) {
+    let immobile = cluster.immobile(number, std::time::Duration::ZERO);
+    // It stays where it is locked to.
+    if let Some(reason) = immobile.filter(|why| *why != Immobile::Told(CannotMove::Locked)) {
         return Err(MigrateError::CannotMove { vm: name, reason });
     }
     if !shared && node.occupied + vm.resident > node.memory {
@@ -235,23 +267,30 @@ pub fn place_handover(
 
 /// A VM that looks for a node.
 #[derive(Debug)]
-pub(crate) struct Newcomer {
+pub(crate) struct Newcomer<'a> {
     cpus: u32,
-    declared: f64,
+    pub declared: f64,
     /// Expected at once.
     pub usage: Use,
     /// Expected at the policy's horizon.
     at_horizon: f64,
-    cpu_class: Option<CpuClass>,
+    cpu_class: Option<&'a CpuClass>,
+    rules: Option<&'a Rules>,
+    pub marks: Marks,
     /// Where it is.
     from: Option<usize>,
+    /// It leaves whether or not those stay that it asks to be with.
+    must_leave: bool,
+    /// The cluster must fit without any one node afterwards.
+    n_plus_one: bool,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
     ahead: Option<f64>,
 }
 
-impl Newcomer {
-    fn launch(request: &LaunchRequest, policy: &Policy) -> Self {
-        let expected = expected_resident(request.memory, policy);
+impl<'a> Newcomer<'a> {
+    fn launch(cluster: &Cluster<'a>, request: &'a LaunchRequest) -> Self {
+        let expected = expected_resident(request.memory, cluster.policy);
+        let rules = request.rules.as_deref();
         Self {
             cpus: request.cpus,
             declared: request.memory.0 as f64,
@@ -260,29 +299,66 @@ impl Newcomer {
                 memory: expected,
             },
             at_horizon: expected,
-            cpu_class: request.cpu_class.clone(),
+            cpu_class: request.cpu_class.as_ref(),
+            rules,
+            marks: cluster.together.marks_of(&request.labels, rules),
             from: None,
+            must_leave: false,
+            n_plus_one: true,
             ahead: None,
         }
     }
 
-    fn migration(cluster: &Cluster<'_>, vm: &Vm<'_>) -> Self {
+    /// A VM moved because someone asked for it.
+    pub fn migration(cluster: &Cluster<'a>, number: usize) -> Self {
+        let vm: &Vm<'a> = &cluster.vms[number];
         Self {
             cpus: vm.view.cpus,
             declared: vm.declared,
             usage: vm.usage(),
             at_horizon: vm.memory_at(cluster.policy.usher_horizon.as_secs_f64()),
-            cpu_class: vm.view.cpu_class.clone(),
+            cpu_class: vm.view.cpu_class.as_ref(),
+            rules: vm.view.rules.as_deref(),
+            marks: cluster.together.marks(number).clone(),
             from: Some(vm.node),
+            must_leave: false,
+            n_plus_one: false,
             ahead: None,
         }
     }
 
-    /// A VM moved by a plan: its destination must stay below `ahead` of its memory, growth counted.
-    pub fn automatic(cluster: &Cluster<'_>, vm: usize, ahead: f64) -> Self {
+    /// A VM that a plan moves off its node: its destination must stay below the threshold, growth counted.
+    pub fn evicted(cluster: &Cluster<'a>, vm: usize) -> Self {
         Self {
-            ahead: Some(ahead),
-            ..Self::migration(cluster, &cluster.vms[vm])
+            ahead: Some(cluster.policy.usher_threshold),
+            must_leave: true,
+            ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan moves to where its rules hold: its destination must stay below the threshold, growth counted.
+    pub fn corrected(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            must_leave: false,
+            ..Self::evicted(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan moves for balance: its destination must stay below the target, growth counted.
+    pub fn balanced(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            ahead: Some(cluster.policy.usher_target),
+            n_plus_one: cluster.failover.as_ref().is_some_and(Failover::is_safe),
+            ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// What it means for N+1 if it comes to a node.
+    pub fn change(&self, policy: &Policy, to: usize) -> Change {
+        Change {
+            to,
+            from: self.from,
+            need: need(policy, self.declared, self.usage.memory),
         }
     }
 
@@ -300,18 +376,19 @@ impl Newcomer {
         if node.view.state != NodeState::Ready {
             return Err(RejectReason::NotReady(node.view.state));
         }
+        self.check_rules(cluster, number)?;
         if self.cpus > node.view.cpus {
             return Err(RejectReason::TooFewCpus {
                 needed: self.cpus,
                 has: node.view.cpus,
             });
         }
-        if let Some(lacking) = self.cpu_class.as_ref().and_then(|class| node.view.lacks(class)) {
+        if let Some(lacking) = self.cpu_class.and_then(|class| node.view.lacks(class)) {
             return Err(RejectReason::CpuFeatures {
                 lacking: lacking.clone(),
             });
         }
-        let limit = node.memory * policy.overcommit;
+        let limit = node.lends * policy.overcommit;
         if node.committed + self.declared > limit {
             let (declared, needed) = (bytes(node.committed), bytes(self.declared));
             return Err(RejectReason::Committed {
@@ -335,8 +412,43 @@ impl Newcomer {
                 limit: policy.pressure_threshold,
             });
         }
-        self.ahead
-            .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
+        if let Some(ahead) = self.ahead {
+            self.check_ahead(policy, node, ahead)?;
+        }
+        self.check_failover(cluster, number)
+    }
+
+    fn check_rules(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let node = cluster.nodes[number].view;
+        if let Some(rules) = self.rules
+            && let Some(term) = rules.selector.iter().find(|term| !term.matches(&node.labels))
+        {
+            return Err(RejectReason::Selector { term: term.clone() });
+        }
+        if let Some(taint) = Rules::untolerated(self.rules, &node.taints) {
+            return Err(RejectReason::Taint { taint: taint.clone() });
+        }
+        if cluster.together.is_empty() {
+            return Ok(());
+        }
+        let against = cluster
+            .together
+            .against(&self.marks, number, self.from, self.must_leave);
+        against.map_or(Ok(()), |apart| Err(apart.into()))
+    }
+
+    fn check_failover(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let Some(failover) = cluster.failover.as_ref().filter(|_| self.n_plus_one) else {
+            return Ok(());
+        };
+        match failover.shortfall(Some(self.change(cluster.policy, number))) {
+            None => Ok(()),
+            Some(shortfall) => Err(RejectReason::NPlusOne {
+                node: cluster.nodes[shortfall.node].view.name.clone(),
+                needed: bytes(shortfall.needed),
+                room: bytes(shortfall.room),
+            }),
+        }
     }
 
     /// Whether some node has room and only takes as many as allowed right now.
@@ -364,8 +476,22 @@ impl Newcomer {
     }
 }
 
+impl From<Apart<'_>> for RejectReason {
+    fn from(apart: Apart<'_>) -> Self {
+        match apart {
+            Apart::Missing(term) => Self::Affinity { term: term.clone() },
+            Apart::Refused(term) => Self::AntiAffinity { term: term.clone() },
+            Apart::Refuses(term) => Self::AntiAffinityThere { term: term.clone() },
+        }
+    }
+}
+
 /// The node that fits at the lowest cost.
-pub(crate) fn best_node(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Option<usize>) -> Option<usize> {
+pub(crate) fn best_node(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    asked: Option<usize>,
+) -> Option<usize> {
     let numbers = match asked {
         Some(number) => number..number + 1,
         None => 0..cluster.nodes.len(),
@@ -379,7 +505,11 @@ pub(crate) fn best_node(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Optio
 }
 
 /// Why each node cannot take it.
-pub(crate) fn rejections(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Option<usize>) -> Vec<Rejection> {
+pub(crate) fn rejections(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    asked: Option<usize>,
+) -> Vec<Rejection> {
     let reason = |number: usize| match asked {
         Some(asked) if asked != number => Err(RejectReason::NotAskedFor {
             asked: cluster.nodes[asked].view.name.clone(),
@@ -395,7 +525,7 @@ pub(crate) fn rejections(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Opti
         .collect()
 }
 
-fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer, number: usize, asked: Option<usize>) -> String {
+fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, asked: Option<usize>) -> String {
     let node = &cluster.nodes[number];
     let why = if asked.is_some() {
         "asked for"

@@ -51,6 +51,8 @@ pub struct Policy {
     pub cost_per_second: f64,
     /// Base of the opportunity cost `base ^ utilisation`.
     pub cost_base: f64,
+    /// New VMs start, and VMs move for balance, only where the cluster still fits if any one node dies afterwards.
+    pub n_plus_one: bool,
 }
 
 impl Default for Policy {
@@ -73,6 +75,7 @@ impl Default for Policy {
             min_gain: 2.0,
             cost_per_second: 0.05,
             cost_base: 16.0,
+            n_plus_one: false,
         }
     }
 }

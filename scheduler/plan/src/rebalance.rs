@@ -9,12 +9,11 @@ use std::collections::BinaryHeap;
 
 use crate::action::{Action, ActionKind, Plan};
 use crate::cluster::{Cluster, bytes};
+use crate::destinations::Destinations;
 use crate::model::NodeState;
 use crate::place::Newcomer;
 use crate::score::Use;
 
-/// Destinations tried for each VM: those where an average VM costs least. Small clusters are tried whole.
-const FEWEST_DESTINATIONS: usize = 64;
 /// Once a good move is known, so many VMs are tried for a better one.
 const TRIES: usize = 2000;
 
@@ -60,9 +59,9 @@ pub(crate) fn rebalance(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     if bounds.is_empty() {
         return;
     }
-    let destinations = destinations(cluster);
+    let mut destinations = Destinations::new(cluster);
     while cluster.migrations < cluster.policy.max_migrations {
-        let Some(best) = best_move(cluster, &mut bounds, &destinations) else {
+        let Some(best) = best_move(cluster, &mut bounds, &mut destinations) else {
             return;
         };
         let reason = reason(cluster, best);
@@ -90,6 +89,7 @@ fn bound(cluster: &Cluster<'_>, number: usize) -> Option<Bound> {
         || cluster
             .immobile(number, policy.cool_down.max(policy.retry_after))
             .is_some()
+        || cluster.is_needed(number)
     {
         return None;
     }
@@ -97,27 +97,12 @@ fn bound(cluster: &Cluster<'_>, number: usize) -> Option<Bound> {
     (gain >= policy.min_gain).then_some(Bound { gain, vm: number })
 }
 
-/// The nodes where a VM of average size costs least.
-fn destinations(cluster: &Cluster<'_>) -> Vec<usize> {
-    let base = cluster.policy.cost_base;
-    let count = cluster.vms.len().max(1) as f64;
-    let average = Use {
-        cpu: cluster.vms.iter().map(|vm| vm.demand).sum::<f64>() / count,
-        memory: cluster.vms.iter().map(|vm| vm.resident).sum::<f64>() / count,
-    };
-    let mut nodes: Vec<(usize, f64)> = (0..cluster.nodes.len())
-        .filter(|&node| cluster.nodes[node].view.state == NodeState::Ready)
-        .map(|node| (node, cluster.nodes[node].charge(base, average)))
-        .collect();
-    nodes.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-    nodes.truncate(FEWEST_DESTINATIONS.max(4 * cluster.policy.max_migrations));
-    let mut nodes: Vec<usize> = nodes.into_iter().map(|(node, _)| node).collect();
-    nodes.sort_unstable();
-    nodes
-}
-
 /// The best move. VMs are tried in the order of their bounds, until no bound can beat the best.
-fn best_move(cluster: &Cluster<'_>, bounds: &mut BinaryHeap<Bound>, destinations: &[usize]) -> Option<Move> {
+fn best_move<'a>(
+    cluster: &Cluster<'a>,
+    bounds: &mut BinaryHeap<Bound>,
+    destinations: &mut Destinations<'a>,
+) -> Option<Move> {
     let mut best: Option<Move> = None;
     let mut tried = Vec::new();
     while let Some(stale) = bounds.pop() {
@@ -151,15 +136,19 @@ fn best_move(cluster: &Cluster<'_>, bounds: &mut BinaryHeap<Bound>, destinations
     best
 }
 
-fn best_destination(cluster: &Cluster<'_>, bound: Bound, destinations: &[usize]) -> Option<Move> {
+fn best_destination<'a>(
+    cluster: &Cluster<'a>,
+    bound: Bound,
+    destinations: &mut Destinations<'a>,
+) -> Option<Move> {
     let policy = cluster.policy;
-    let newcomer = Newcomer::automatic(cluster, bound.vm, policy.usher_target);
+    let newcomer = Newcomer::balanced(cluster, bound.vm);
     let charged = Use {
         cpu: newcomer.usage.cpu * policy.stability,
         memory: newcomer.usage.memory * policy.stability,
     };
     let mut best: Option<Move> = None;
-    for &to in destinations {
+    for &to in destinations.of(cluster, bound.vm).iter() {
         if cluster.nodes[to].outgoing > 0 || newcomer.check(cluster, to).is_err() {
             continue;
         }

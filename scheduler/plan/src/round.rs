@@ -1,7 +1,8 @@
-//! One round: ushering, then draining, then rebalancing, sharing the limits on migrations at once.
+//! One round: ushering, then draining, then rules, then rebalancing, sharing the limits on migrations at once.
 
 use crate::action::Plan;
 use crate::cluster::Cluster;
+use crate::comply::comply;
 use crate::drain::drain;
 use crate::model::ClusterSnapshot;
 use crate::policy::Policy;
@@ -28,6 +29,7 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
     };
     usher(&mut cluster, &mut plan);
     drain(&mut cluster, &mut plan);
+    comply(&mut cluster, &mut plan);
     if balance {
         rebalance(&mut cluster, &mut plan);
     }

@@ -216,12 +216,12 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
 
 /// Whether a VM could go to a node that takes as many as allowed right now.
 fn waits_for_a_move(cluster: &Cluster<'_>, vm: usize) -> bool {
-    Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold).waits_for_a_move(cluster)
+    Newcomer::evicted(cluster, vm).waits_for_a_move(cluster)
 }
 
 /// Where a VM can go and stay below the threshold.
 fn destination(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
-    let newcomer = Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold);
+    let newcomer = Newcomer::evicted(cluster, vm);
     if newcomer.at_horizon() > cluster.largest_room() {
         return None;
     }
@@ -293,7 +293,7 @@ fn stuck(
             cluster.vms[smallest.vm].view.name.clone(),
             bytes(cluster.largest_room()),
         );
-        let newcomer = Newcomer::automatic(cluster, smallest.vm, cluster.policy.usher_threshold);
+        let newcomer = Newcomer::evicted(cluster, smallest.vm);
         let needs = bytes(smallest.frees);
         let tried = if detailed {
             format!(": {}", summarise(&rejections(cluster, &newcomer, None)))

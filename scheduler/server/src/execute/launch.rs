@@ -71,6 +71,7 @@ pub async fn submit(
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
         cpu_class: baseline.as_ref().map(CpuDigest::class),
+        ..plan::LaunchRequest::default()
     };
     let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy, &request)?;
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());

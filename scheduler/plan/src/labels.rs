@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 const LONGEST: usize = 63;
 /// Labels of one thing, and terms of one rule.
-const MOST: usize = 64;
+pub const MOST: usize = 64;
 
 /// Text that is no label, or no term.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -12,6 +12,7 @@ mod print;
 mod value;
 
 pub use parse::{Scenario, TextError, parse};
+pub use policy::{print_policy_fields, set_policy_fields};
 pub use print::{print, print_launches, print_placements, print_plan};
 
 /// The first line.

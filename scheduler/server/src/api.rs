@@ -9,6 +9,7 @@ mod get_migration;
 mod get_migration_defaults;
 mod get_vm;
 mod import_image;
+mod labels;
 mod list_images;
 mod list_migrations;
 mod list_nodes;
@@ -21,12 +22,15 @@ mod run_vm;
 mod set_cpu_baseline;
 mod set_migration;
 mod set_migration_defaults;
+mod set_policy;
 mod stop_vm;
 mod stream_events;
 mod stream_logs;
 #[cfg(test)]
 mod tests;
 mod uncordon_node;
+mod update_node;
+mod update_vm;
 mod wait_vm;
 mod write_console;
 
@@ -37,12 +41,13 @@ use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
     CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse, Event, GetCpuBaselineRequest,
-    GetMigrationDefaultsRequest, GetMigrationRequest, GetVmRequest, Image, ImportImageRequest,
-    ListImagesRequest, ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest,
-    ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse,
-    Migration, MigrationDefaults, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
-    RemoveVmResponse, ResolveVmRequest, RunVmRequest, SetCpuBaselineRequest, SetMigrationRequest,
-    StopVmRequest, StreamEventsRequest, StreamLogsRequest, UncordonNodeRequest, Vm, WriteConsoleRequest,
+    GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest, GetVmRequest, Image,
+    ImportImageRequest, ListImagesRequest, ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse,
+    ListNodesRequest, ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest,
+    MigrateVmResponse, Migration, MigrationDefaults, Node, RebalanceRequest, RebalanceResponse,
+    RemoveVmRequest, RemoveVmResponse, ResolveVmRequest, RunVmRequest, SchedulingPolicy,
+    SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
+    StreamLogsRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm, WriteConsoleRequest,
     WriteConsoleResponse,
 };
 use shoal_proto::vm::MigrationPolicy;
@@ -212,6 +217,28 @@ impl Cluster for ClusterApi {
 
     async fn stream_events(&self, request: Request<StreamEventsRequest>) -> Answer<Self::StreamEventsStream> {
         Ok(Response::new(stream_events::call(&self.0, &request.into_inner())))
+    }
+
+    async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<Node> {
+        update_node::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Answer<Vm> {
+        update_vm::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_policy(&self, _: Request<GetPolicyRequest>) -> Answer<SchedulingPolicy> {
+        Ok(Response::new(self.0.policy.view()))
+    }
+
+    async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Answer<SchedulingPolicy> {
+        set_policy::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
     }
 }
 

@@ -46,9 +46,10 @@ pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
     let shared = Arc::clone(scheduler);
     let planned = tokio::task::spawn_blocking(move || {
         let snapshot = observe::snapshot(&shared);
+        let policy = shared.policy.get();
         match wanted {
-            Wanted::All => shoal_plan::round(&snapshot, &shared.policy),
-            Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &shared.policy)),
+            Wanted::All => shoal_plan::round(&snapshot, &policy),
+            Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &policy)),
         }
     });
     planned.await.unwrap_or_else(|error| {

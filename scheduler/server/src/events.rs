@@ -59,6 +59,12 @@ pub enum Kind {
     PlanStuck,
     /// An image was imported.
     ImageImported,
+    /// An operator changed labels, taints or reserves of a node.
+    NodeUpdated,
+    /// The owner of a VM changed what is wished for it.
+    VmUpdated,
+    /// An operator changed the planner's policy.
+    PolicyChanged,
 }
 
 impl Kind {
@@ -86,6 +92,9 @@ impl Kind {
             Self::NodeUncordoned => "node-uncordoned",
             Self::PlanStuck => "plan-stuck",
             Self::ImageImported => "image-imported",
+            Self::NodeUpdated => "node-updated",
+            Self::VmUpdated => "vm-updated",
+            Self::PolicyChanged => "policy-changed",
         }
     }
 }

@@ -5,7 +5,7 @@
 //! - what agents call: `registry`; what they report goes through `observe` into `nodes`
 //! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`, `history`
 //! - what is in memory: `vms`, `nodes`, `migrations`
-//! - how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
+//! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
 //!   not agree), `drain`; `agent` is how a node is told
 #![forbid(unsafe_code)]
@@ -27,6 +27,7 @@ mod metrics;
 mod migrations;
 mod nodes;
 mod observe;
+mod planner_policy;
 mod policy;
 mod reconcile;
 mod record;

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::agent::Agent;
-use crate::record::{Cordon, NodeRecord};
+use crate::record::{Cordon, NodeRecord, NodeWishes};
 
 /// A node that has not reported for this long is unreachable. It may be well and cut off: nothing is restarted.
 pub const SILENCE: Duration = Duration::from_secs(5);
@@ -147,6 +147,11 @@ impl NodeEntry {
     /// Changes the operator's will; the caller has stored it.
     pub fn set_cordon(&self, cordon: Cordon) {
         self.lock().record.cordon = cordon;
+    }
+
+    /// Changes more of the operator's will; the caller has stored it.
+    pub fn set_wishes(&self, wishes: NodeWishes) {
+        self.lock().record.wishes = wishes;
     }
 
     /// Begins a session; the caller has stored the record.

@@ -176,6 +176,10 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         load_exported: observed.load_exported.value(),
         pressure_memory: observed.pressure.memory,
         pressure_cpu: observed.pressure.cpu,
+        labels: record.wishes.labels,
+        taints: record.wishes.taints,
+        reserved_memory: Bytes(record.wishes.reserved_memory_bytes),
+        reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }
@@ -202,6 +206,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
     let seen = scheduler
@@ -233,6 +238,8 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         in_flight,
         since_last_move: entry.since_last_move(),
         cpu_class: record.cpu.as_ref().map(CpuDigest::class),
+        labels: record.wishes.labels.clone(),
+        rules: record.wishes.rules.clone(),
         ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
     })
 }

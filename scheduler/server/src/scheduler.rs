@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use shoal_plan::Policy;
 use shoal_proto::{NodeName, node};
 
 use crate::agent::{Agent, AgentError};
@@ -16,6 +15,7 @@ use crate::logs::LogStore;
 use crate::metrics::Metrics;
 use crate::migrations::MigrationTable;
 use crate::nodes::NodeTable;
+use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
@@ -49,8 +49,8 @@ pub struct Scheduler {
     pub events: Events,
     /// VMs whose record and node do not agree.
     pub reconcile: ReconcileQueue,
-    /// Constants of the planner.
-    pub policy: Policy,
+    /// What plans are made with.
+    pub policy: PlannerPolicy,
     /// When this scheduler began to listen.
     pub started: Instant,
     /// Looks at images before they are kept.

@@ -23,6 +23,7 @@ use crate::logs::LogStore;
 use crate::metrics::{self, Metrics};
 use crate::migrations::MigrationTable;
 use crate::nodes::{InvalidAddress, NodeTable};
+use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord};
@@ -64,6 +65,9 @@ pub enum ServerError {
     /// The policy cannot be used.
     #[error(transparent)]
     Policy(#[from] shoal_plan::PolicyError),
+    /// The stored policy cannot be used.
+    #[error("store: policy: {0}; it was set with a scheduler that took it")]
+    StoredPolicy(#[from] PolicyTextError),
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -146,7 +150,7 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
         logs: LogStore::new(directory.join("logs")),
         events: Events::new(contents.events),
         reconcile,
-        policy: config.policy.clone(),
+        policy: PlannerPolicy::new(config.policy.clone(), contents.scheduling_policy)?,
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),

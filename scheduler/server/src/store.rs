@@ -1,6 +1,7 @@
 //! The durable state: one redb file. It is read once, at start; afterwards it is only written, each batch in one
 //! transaction that is on the disk before [`Store::apply`] returns.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +30,7 @@ const SAMPLES: Bytes = TableDefinition::new("samples");
 /// What operators set. Key: name.
 const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
 const MIGRATION_DEFAULTS: &str = "migration-defaults";
+const SCHEDULING_POLICY: &str = "scheduling-policy";
 /// CPUID tables, features only, by their digests; under [`BASELINE`] a digest.
 const CPUS: Bytes = TableDefinition::new("cpus");
 const BASELINE: &[u8] = b"baseline";
@@ -102,6 +104,8 @@ pub enum Write {
     DeleteSamples(u64),
     /// Replaces the cluster's defaults for migrations.
     PutMigrationDefaults(Box<cluster::MigrationDefaults>),
+    /// Replaces what operators have set of the planner's policy.
+    PutSchedulingPolicy(BTreeMap<String, String>),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
     /// Keeps a kind of CPU.
@@ -129,6 +133,8 @@ pub struct Contents {
     pub sampled: Vec<u64>,
     /// The cluster's defaults for migrations.
     pub migration_defaults: cluster::MigrationDefaults,
+    /// What operators have set of the planner's policy.
+    pub scheduling_policy: BTreeMap<String, String>,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
     /// Kinds of CPUs.
@@ -236,7 +242,10 @@ impl Store {
             intents: self.scan(INTENTS, "intents", json)?,
             history,
             sampled,
-            migration_defaults: self.migration_defaults()?,
+            migration_defaults: self.setting(MIGRATION_DEFAULTS, |value| {
+                cluster::MigrationDefaults::decode(value).ok()
+            })?,
+            scheduling_policy: self.setting(SCHEDULING_POLICY, |value| serde_json::from_slice(value).ok())?,
             nodes: self.scan(NODES, "nodes", json)?,
             cpus: self.cpus()?,
             images: self.scan(IMAGES, "images", json)?,
@@ -277,20 +286,18 @@ impl Store {
         Ok(value.map(|value| value.value().to_vec()))
     }
 
-    fn migration_defaults(&self) -> Result<cluster::MigrationDefaults, StoreError> {
+    /// What an operator has set, or the default.
+    fn setting<T: Default>(&self, name: &str, decode: impl Fn(&[u8]) -> Option<T>) -> Result<T, StoreError> {
         let path = self.path.as_path();
         let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
         let table = transaction
             .open_table(SETTINGS)
             .map_err(|e| database_error(path, e))?;
-        let value = table
-            .get(MIGRATION_DEFAULTS)
-            .map_err(|e| database_error(path, e))?;
-        match value {
-            None => Ok(cluster::MigrationDefaults::default()),
-            Some(value) => cluster::MigrationDefaults::decode(value.value())
-                .map_err(|_| corrupt(path, "the setting 'migration-defaults'")),
-        }
+        let value = table.get(name).map_err(|e| database_error(path, e))?;
+        value.map_or_else(
+            || Ok(T::default()),
+            |value| decode(value.value()).ok_or_else(|| corrupt(path, &format!("the setting '{name}'"))),
+        )
     }
 
     fn cpus(&self) -> Result<StoredCpus, StoreError> {
@@ -358,6 +365,15 @@ impl Store {
                 .retain_in(from..=through, |_, _| false)
                 .map_err(|e| database_error(path, e))
         };
+        let set = |name: &str, value: Vec<u8>| -> Result<(), StoreError> {
+            let mut settings = transaction
+                .open_table(SETTINGS)
+                .map_err(|e| database_error(path, e))?;
+            settings
+                .insert(name, value.as_slice())
+                .map_err(|e| database_error(path, e))?;
+            Ok(())
+        };
         match write {
             Write::PutVm(vm) => put(VMS, vm.id.as_bytes(), serde_json::to_vec(vm.as_ref())?),
             Write::DeleteVm(id) => remove(VMS, id.as_bytes(), id.as_bytes()),
@@ -411,15 +427,8 @@ impl Store {
                 let key = number.to_be_bytes();
                 remove(SAMPLES, &key, &key)
             }
-            Write::PutMigrationDefaults(defaults) => {
-                let mut settings = transaction
-                    .open_table(SETTINGS)
-                    .map_err(|e| database_error(path, e))?;
-                settings
-                    .insert(MIGRATION_DEFAULTS, defaults.encode_to_vec().as_slice())
-                    .map_err(|e| database_error(path, e))?;
-                Ok(())
-            }
+            Write::PutMigrationDefaults(defaults) => set(MIGRATION_DEFAULTS, defaults.encode_to_vec()),
+            Write::PutSchedulingPolicy(fields) => set(SCHEDULING_POLICY, serde_json::to_vec(fields)?),
             Write::PutNode(node) => put(NODES, node.name.as_str().as_bytes(), serde_json::to_vec(node)?),
             Write::PutCpu(digest, table) => put(CPUS, digest.0.as_bytes(), table.to_bytes()),
             Write::SetCpuBaseline(Some(digest)) => put(CPUS, BASELINE, digest.0.as_bytes().to_vec()),

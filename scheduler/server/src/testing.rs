@@ -542,6 +542,7 @@ impl Cluster {
             message: String::new(),
             cpu: None,
             cpu_baseline: false,
+            wishes: Default::default(),
         }
     }
 
@@ -603,6 +604,7 @@ async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>
         cordon: Cordon::Open,
         cpu: None,
         cpu_model: String::new(),
+        wishes: Default::default(),
     };
     let node = FakeNode {
         state: Arc::default(),

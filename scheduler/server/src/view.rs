@@ -1,5 +1,6 @@
 //! Records and reports as users see them.
 
+use shoal_plan::{Rules, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
 use crate::nodes::NodeEntry;
@@ -36,6 +37,19 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         args: record.args.clone(),
         migrations: Vec::new(),
         image_digest: record.image_digest.clone(),
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        rules: record.wishes.rules.as_deref().map(rules),
+        locked: record.wishes.locked,
+    }
+}
+
+fn rules(rules: &Rules) -> cluster::Rules {
+    let texts = |terms: &[Term]| terms.iter().map(ToString::to_string).collect();
+    cluster::Rules {
+        selector: texts(&rules.selector),
+        tolerations: texts(&rules.tolerations),
+        affinity: texts(&rules.affinity),
+        anti_affinity: texts(&rules.anti_affinity),
     }
 }
 
@@ -107,6 +121,10 @@ pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         pressure_memory: observed.pressure.memory,
         pressure_cpu: observed.pressure.cpu,
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        taints: record.wishes.taints.iter().map(ToString::to_string).collect(),
+        reserved_memory_bytes: record.wishes.reserved_memory_bytes,
+        reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
     }
 }
 

@@ -9,10 +9,13 @@ pub mod drain;
 pub mod events;
 pub mod image;
 pub mod inspect;
+pub mod lock;
 pub mod logs;
 pub mod migrate;
 pub mod migrations;
+pub mod node;
 pub mod nodes;
+pub mod policy;
 pub mod ps;
 pub mod rebalance;
 pub mod resolve;
@@ -69,6 +72,10 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Drain(args) => drain::run(context, args).await,
         Command::Upgrade(args) => upgrade::run(context, args).await,
         Command::Uncordon(args) => uncordon::run(context, args).await,
+        Command::Node(command) => node::run(context, command).await,
+        Command::Lock(args) => lock::run(context, args, true).await,
+        Command::Unlock(args) => lock::run(context, args, false).await,
+        Command::Policy(command) => policy::run(context, command).await,
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,
         Command::Events(args) => events::run(context, args).await,

@@ -8,6 +8,7 @@ use shoal_proto::cluster::{GetVmRequest, RunVmRequest, StreamLogsRequest, Vm, Vm
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
 use crate::format::parse_size;
+use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
 
 /// What a shell reports of a command that Ctrl-C ended.
@@ -30,6 +31,8 @@ pub struct RunArgs {
     /// On this node; otherwise where it fits best.
     #[arg(long)]
     pub node: Option<String>,
+    #[command(flatten)]
+    rules: RuleArgs,
     /// Return when it runs, instead of showing its console until it ends.
     #[arg(long, short)]
     pub detach: bool,
@@ -70,6 +73,8 @@ fn request(args: RunArgs) -> RunVmRequest {
         memory_set: args.memory.is_some(),
         memory_bytes: args.memory.unwrap_or_default(),
         node: args.node.unwrap_or_default(),
+        rules: Some(args.rules.rules()),
+        labels: args.rules.labels,
         args: args.args,
     }
 }

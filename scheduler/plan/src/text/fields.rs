@@ -5,6 +5,9 @@ use std::str::FromStr;
 use super::value::{parse_number, parse_size};
 use crate::model::BytesPerSecond;
 
+/// The longest line has some forty fields.
+const MOST: usize = 64;
+
 pub(super) const SIZE: &str = "a size like 384MiB or bytes";
 pub(super) const DURATION: &str = "a duration like 5s or 500ms";
 pub(super) const COUNT: &str = "a whole number";
@@ -25,13 +28,23 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(of: &str, words: impl Iterator<Item = &'a str>) -> Result<Self, String> {
+        let pairs: Result<Vec<(&str, &str)>, String> = words
+            .take(MOST + 1)
+            .map(|word| {
+                word.split_once('=')
+                    .ok_or_else(|| format!("{of}: '{}' is not KEY=VALUE", cut(word)))
+            })
+            .collect();
+        Self::from_pairs(of, pairs?.into_iter())
+    }
+
+    pub(super) fn from_pairs(
+        of: &str,
+        pairs: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, String> {
         let mut left: Vec<(&str, &str)> = Vec::new();
-        for word in words {
-            let Some((key, value)) = word.split_once('=') else {
-                return Err(format!("{of}: '{}' is not KEY=VALUE", cut(word)));
-            };
-            // The longest line has some forty keys.
-            if left.len() == 64 {
+        for (key, value) in pairs {
+            if left.len() == MOST {
                 return Err(format!("{of}: too many fields"));
             }
             if left.iter().any(|(other, _)| *other == key) {

@@ -5,6 +5,32 @@ use super::print::Line;
 use super::value::parse_duration;
 use crate::policy::Policy;
 
+/// The policy's fields and their values, as text.
+#[must_use]
+pub fn print_policy_fields(policy: &Policy) -> Vec<(String, String)> {
+    let line = print_policy(policy);
+    let fields = line.split(' ').filter_map(|field| field.split_once('='));
+    fields
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
+
+/// A policy with some fields set, checked.
+///
+/// # Errors
+/// The first field that is not known, or whose value is not as it should be.
+pub fn set_policy_fields<'a>(
+    base: &Policy,
+    fields: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<Policy, String> {
+    let mut policy = base.clone();
+    let mut fields = Fields::from_pairs("policy", fields)?;
+    set_policy(&mut policy, &mut fields)?;
+    fields.finish()?;
+    policy.check().map_err(|error| error.to_string())?;
+    Ok(policy)
+}
+
 const SWITCH: &str = "on or off";
 
 pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result<(), String> {

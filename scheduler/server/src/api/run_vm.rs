@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use shoal_proto::cluster::{RunVmRequest, Vm};
+use shoal_plan::Rules;
+use shoal_proto::cluster::{self, RunVmRequest, Vm};
 use shoal_proto::{Epoch, NodeName, VmId, VmName};
 use tonic::Status;
 
-use super::errors;
+use super::{errors, labels};
 use crate::execute::launch::{self, LaunchError};
 use crate::limits;
-use crate::record::{ImageRecord, Phase, VmRecord, now_unix_ms};
+use crate::record::{ImageRecord, Phase, VmRecord, VmWishes, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
 use crate::view;
 
@@ -55,6 +56,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     limits::memory_bytes(memory_bytes).map_err(|error| errors::field(&error))?;
     let cmdline = limits::cmdline_with_args(&image.cmdline, image.initrd.is_some(), &request.args)
         .map_err(|error| errors::field(&error))?;
+    let wishes = wishes(&request.labels, request.rules.unwrap_or_default())?;
     Ok(VmRecord {
         id: VmId::new(),
         name,
@@ -76,6 +78,22 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         message: String::new(),
         cpu: None,
         cpu_baseline: false,
+        wishes,
+    })
+}
+
+/// What the owner wishes, checked.
+fn wishes(labels: &[String], rules: cluster::Rules) -> Result<VmWishes, Status> {
+    let rules = Rules {
+        selector: labels::terms("selector", &rules.selector)?,
+        tolerations: labels::terms("tolerations", &rules.tolerations)?,
+        affinity: labels::terms("affinity", &rules.affinity)?,
+        anti_affinity: labels::terms("anti_affinity", &rules.anti_affinity)?,
+    };
+    Ok(VmWishes {
+        labels: labels::all("labels", labels)?,
+        rules: (!rules.is_empty()).then(|| Arc::new(rules)),
+        locked: false,
     })
 }
 

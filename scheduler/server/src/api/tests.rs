@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use shoal_proto::cluster::cluster_server::Cluster as _;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, GetMigrationDefaultsRequest, GetMigrationRequest, ListMigrationsRequest,
-    MigrateVmRequest, Migration, MigrationDefaults, SetMigrationRequest,
+    CancelMigrationRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest,
+    ListMigrationsRequest, MigrateVmRequest, Migration, MigrationDefaults, SetMigrationRequest,
+    SetPolicyRequest, UpdateNodeRequest, UpdateVmRequest,
 };
 use shoal_proto::vm::{MigrationPolicy, MigrationResult, OnStall};
 use tokio_stream::StreamExt as _;
@@ -362,5 +363,161 @@ async fn defaults_are_kept_over_a_restart() {
     assert_eq!(
         set_defaults(&cluster, bad).await.expect_err("bad").code(),
         Code::InvalidArgument
+    );
+}
+
+#[tokio::test]
+async fn a_locked_vm_stays_until_it_is_unlocked() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let update = |locked| {
+        let request = UpdateVmRequest {
+            vm: "a".to_owned(),
+            locked: Some(locked),
+        };
+        let api = api(&cluster);
+        async move {
+            api.update_vm(Request::new(request))
+                .await
+                .map(tonic::Response::into_inner)
+        }
+    };
+    assert!(update(true).await.expect("locked").locked);
+    let refused = begin(&cluster, "a", MigrationPolicy::default()).await;
+    let text = refused.expect_err("locked").message().to_owned();
+    assert!(text.ends_with("it is locked to its node"), "{text}");
+    assert!(!update(false).await.expect("unlocked").locked);
+    migrate(&cluster, "a", "node2").await;
+    assert_eq!(vm.record().node.as_str(), "node2");
+}
+
+#[tokio::test]
+async fn what_is_wished_for_nodes_and_vms_decides_where_they_go() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    cluster.report();
+    let request = UpdateNodeRequest {
+        node: "node2".to_owned(),
+        set_labels: vec!["zone=b".to_owned()],
+        set_taints: vec!["gpu".to_owned()],
+        reserved_memory_bytes: Some(512 * MIB),
+        reserved_cpus: Some(0.5),
+        ..Default::default()
+    };
+    let update = |request: UpdateNodeRequest| {
+        let api = api(&cluster);
+        async move {
+            api.update_node(Request::new(request))
+                .await
+                .map(tonic::Response::into_inner)
+        }
+    };
+    let node = update(request.clone()).await.expect("updated");
+    assert_eq!(
+        (node.labels, node.taints),
+        (vec!["zone=b".to_owned()], vec!["gpu".to_owned()])
+    );
+    assert_eq!((node.reserved_memory_bytes, node.reserved_cpus), (512 * MIB, 0.5));
+
+    let mut draft = cluster.draft("picky", 64 * MIB);
+    let rules = |tolerations: &str| {
+        Some(Arc::new(shoal_plan::Rules {
+            selector: shoal_plan::labels::parse_terms("zone=b").expect("terms"),
+            tolerations: shoal_plan::labels::parse_terms(tolerations).expect("terms"),
+            ..Default::default()
+        }))
+    };
+    draft.wishes.rules = rules("other");
+    let refused = launch::submit(&cluster.scheduler, draft.clone(), None).await;
+    let text = refused.expect_err("not tolerated").to_string();
+    assert!(text.contains("node1: its labels are not 'zone=b'"), "{text}");
+    assert!(text.contains("node2: it has the taint 'gpu'"), "{text}");
+    draft.wishes.rules = rules("gpu");
+    let (entry, _guard) = launch::submit(&cluster.scheduler, draft, None)
+        .await
+        .expect("placed");
+    assert_eq!(entry.record().node.as_str(), "node2");
+
+    let large = cluster.draft("large", 800 * MIB);
+    let on_node2 = "node2".parse().expect("a name");
+    let refused = launch::submit(&cluster.scheduler, large, Some(&on_node2)).await;
+    assert!(refused.is_err(), "half of it is reserved, and tainted");
+
+    for (bad, field) in [
+        (
+            UpdateNodeRequest {
+                set_labels: vec!["=".to_owned()],
+                ..request.clone()
+            },
+            "labels: ",
+        ),
+        (
+            UpdateNodeRequest {
+                set_taints: vec!["a b".to_owned()],
+                ..request.clone()
+            },
+            "taints: ",
+        ),
+        (
+            UpdateNodeRequest {
+                reserved_cpus: Some(f64::NAN),
+                ..request.clone()
+            },
+            "reserved_cpus: ",
+        ),
+        (
+            UpdateNodeRequest {
+                reserved_memory_bytes: Some(u64::MAX),
+                ..request.clone()
+            },
+            "reserved_memory_bytes: ",
+        ),
+    ] {
+        let status = update(bad).await.expect_err(field);
+        assert!(
+            status.code() == Code::InvalidArgument && status.message().starts_with(field),
+            "{status}"
+        );
+    }
+    let removed = UpdateNodeRequest {
+        node: "node2".to_owned(),
+        remove_labels: vec!["zone".to_owned()],
+        remove_taints: vec!["gpu".to_owned()],
+        ..Default::default()
+    };
+    let node = update(removed).await.expect("updated");
+    assert!(node.labels.is_empty() && node.taints.is_empty() && node.reserved_memory_bytes > 0);
+}
+
+#[tokio::test]
+async fn the_policy_is_shown_changed_and_kept() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    let set = |name: &str, value: &str| {
+        let request = SetPolicyRequest {
+            values: [(name.to_owned(), value.to_owned())].into(),
+            reset: Vec::new(),
+        };
+        let api = api(&cluster);
+        async move { api.set_policy(Request::new(request)).await }
+    };
+    set("n_plus_one", "on").await.expect("set");
+    let refused = set("usher_threshold", "7").await.expect_err("out of range");
+    assert_eq!(refused.message(), "policy usher_threshold: must be 0.1 to 1");
+    let shown = api(&cluster).get_policy(Request::new(GetPolicyRequest {})).await;
+    let fields = shown.expect("shown").into_inner().fields;
+    let set: Vec<_> = fields
+        .iter()
+        .filter(|field| field.set)
+        .map(|field| field.name.as_str())
+        .collect();
+    assert_eq!(set, ["n_plus_one"]);
+    assert!(cluster.scheduler.policy.get().n_plus_one);
+    // With one node nothing would be left if it died.
+    cluster.report();
+    let draft = cluster.draft("a", 64 * MIB);
+    let refused = launch::submit(&cluster.scheduler, draft, None).await;
+    let text = refused.expect_err("not N+1").to_string();
+    assert!(
+        text.contains("node1: the cluster would not fit any more if node1 died"),
+        "{text}"
     );
 }

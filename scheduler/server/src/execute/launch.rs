@@ -71,9 +71,10 @@ pub async fn submit(
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
         cpu_class: baseline.as_ref().map(CpuDigest::class),
-        ..plan::LaunchRequest::default()
+        labels: draft.wishes.labels.clone(),
+        rules: draft.wishes.rules.clone(),
     };
-    let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy, &request)?;
+    let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy.get(), &request)?;
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
     let node: NodeName = place.node.as_str().parse().map_err(unknown)?;
     let of_node = || scheduler.nodes.get(&node).and_then(|entry| entry.record().cpu);

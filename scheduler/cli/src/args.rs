@@ -141,7 +141,7 @@ mod tests {
             "shoal upgrade node1 --parallel 4",
             "shoal ps -o json",
             "shoal run linux --label app=web,user=ada --selector zone=a --selector disk!=slow --tolerate gpu",
-            "shoal run linux --affinity app=db --anti-affinity app=web",
+            "shoal run linux --affinity app=db --anti-affinity app=web --priority 0",
             "shoal node label node1 zone=a disk-",
             "shoal node taint node1 gpu dedicated=ml",
             "shoal node reserve node1 --memory 1GiB --cpus 0.5",
@@ -149,7 +149,7 @@ mod tests {
             "shoal unlock a",
             "shoal policy get",
             "shoal policy get overcommit -o json",
-            "shoal policy set n_plus_one=on overcommit=2",
+            "shoal policy set n_plus_one=on overcommit=2 automation=advise aggressiveness=4",
             "shoal policy reset overcommit",
             "shoal policy reset --all",
             "shoal logs -f a",
@@ -182,6 +182,7 @@ mod tests {
             "shoal policy set",
             "shoal policy set overcommit",
             "shoal policy reset",
+            "shoal run linux --priority 10",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -46,6 +46,8 @@ pub struct VmView {
     pub rules: RulesView,
     /// It is not to be moved.
     pub locked: bool,
+    /// 0 to 9: the lower, the sooner it gives way.
+    pub priority: u32,
 }
 
 /// What a VM asks of its node, as terms.
@@ -92,6 +94,7 @@ impl From<&cluster::Vm> for VmView {
             labels: vm.labels.clone(),
             rules: vm.rules.as_ref().map(RulesView::from).unwrap_or_default(),
             locked: vm.locked,
+            priority: vm.priority,
         }
     }
 }

@@ -17,6 +17,10 @@ pub enum ActionKind {
     Rules,
     /// The cluster is better balanced afterwards.
     Rebalance,
+    /// So it is when this VM and that of the next action, or of the one before, have changed places.
+    Swap,
+    /// Its node is emptied, or is short of CPU, where VMs are packed.
+    Pack,
 }
 
 impl fmt::Display for ActionKind {
@@ -26,6 +30,8 @@ impl fmt::Display for ActionKind {
             Self::Drain => "drain",
             Self::Rules => "rules",
             Self::Rebalance => "rebalance",
+            Self::Swap => "swap",
+            Self::Pack => "pack",
         })
     }
 }
@@ -110,4 +116,6 @@ pub struct Plan {
     pub score_before: f64,
     /// The same with `actions` done.
     pub score_after: f64,
+    /// Where VMs are packed: ready nodes that have none, or none any more when the migrations have ended.
+    pub empty_nodes: Vec<NodeName>,
 }

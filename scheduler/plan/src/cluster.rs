@@ -9,7 +9,7 @@ use crate::failover::{Change, Failover, need};
 use crate::labels::Rules;
 use crate::model::{Bytes, CannotMove, ClusterSnapshot, NodeName, NodeState, NodeView, VmView};
 use crate::place::Newcomer;
-use crate::policy::Policy;
+use crate::policy::{Mode, Policy};
 use crate::score::Use;
 use crate::together::Together;
 
@@ -39,6 +39,8 @@ pub(crate) struct Node<'a> {
 
     pub outgoing: usize,
     pub incoming: usize,
+    /// VMs that are to start here.
+    reserved: usize,
     /// Memory used by anything but VMs, or reserved for it.
     pub other: f64,
     /// VMs that are here and those that arrive, as numbers.
@@ -61,6 +63,10 @@ pub(crate) struct Vm<'a> {
     pub growth: f64,
     /// CPUs it would use if it got them; all of its own while not reported.
     pub demand: f64,
+    /// Bytes it dirties per second, growth included.
+    pub dirty: f64,
+    /// Bytes per second that a migration of it gets.
+    pub link: f64,
     /// How long moving it takes alone on a link.
     pub move_seconds: f64,
     /// Bytes per second by which pre-copy gets ahead.
@@ -221,7 +227,9 @@ impl<'a> Cluster<'a> {
         };
         let growth = view.growth.0 as f64;
         let dirty = view.dirty_rate.map_or(0.0, |rate| rate.0 as f64) + growth;
-        let link = self.policy.link_rate.0 as f64;
+        let measured = self.nodes[node].view.link_rate;
+        let link = measured.map_or(self.policy.link_rate, |rate| rate.min(self.policy.link_rate));
+        let link = (link.0 as f64).max(1.0);
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
         let cpu_use = load(view.cpu_use);
         let demand = match view.resident {
@@ -240,6 +248,8 @@ impl<'a> Cluster<'a> {
             resident,
             growth,
             demand,
+            dirty,
+            link,
             move_seconds: move_seconds(self.policy, resident, headway),
             headway,
             converges: dirty < link * CONVERGES_BELOW,
@@ -341,6 +351,7 @@ impl<'a> Cluster<'a> {
         self.together.add_vm(number, newcomer.marks.clone());
         self.together.add(number, on);
         let node = &mut self.nodes[on];
+        node.reserved += 1;
         node.committed += newcomer.declared;
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
@@ -443,6 +454,14 @@ impl<'a> Cluster<'a> {
         (!left.is_zero()).then_some(Immobile::CoolDown { left })
     }
 
+    /// By what the best node was chosen.
+    pub fn why_best(&self) -> &'static str {
+        match self.policy.mode {
+            Mode::Spread => "lowest cost of the nodes that fit",
+            Mode::Pack => "most used of the nodes that fit, or lowest cost",
+        }
+    }
+
     /// Whether the limits let one more move start out of this node.
     pub fn may_send(&self, node: usize) -> bool {
         self.migrations < self.policy.max_migrations
@@ -486,6 +505,7 @@ impl<'a> Node<'a> {
 
             outgoing: 0,
             incoming: 0,
+            reserved: 0,
             other: 0.0,
             vms: Vec::new(),
         }
@@ -499,6 +519,18 @@ impl<'a> Node<'a> {
         } else {
             1.0
         }
+    }
+
+    /// No VM is here, arrives or has been given a place.
+    pub fn is_empty(&self) -> bool {
+        self.vms.is_empty() && self.reserved == 0
+    }
+
+    /// How much of it is used, of CPU and memory the mean, with so much more.
+    pub fn use_part(&self, cpu: f64, memory: f64) -> f64 {
+        let cpu = (self.load_exported + cpu) / self.cpu_capacity;
+        let memory = (self.settled + memory) / self.memory.max(1.0);
+        f64::midpoint(cpu, memory)
     }
 
     /// Memory pressure, percent.

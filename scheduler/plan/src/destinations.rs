@@ -44,6 +44,11 @@ impl<'a> Destinations<'a> {
         }
     }
 
+    /// Ready nodes, those where an average VM cost least at first before others.
+    pub fn cheapest(&self) -> impl Iterator<Item = usize> + '_ {
+        self.by_cost.iter().copied()
+    }
+
     /// Those for a VM, by number.
     pub fn of(&mut self, cluster: &Cluster<'a>, vm: usize) -> Rc<[usize]> {
         let view = cluster.vms[vm].view;

@@ -9,11 +9,13 @@
 pub mod action;
 mod cluster;
 mod comply;
+mod cost;
 mod destinations;
 mod drain;
 mod failover;
 pub mod labels;
 pub mod model;
+mod pack;
 pub mod place;
 pub mod policy;
 mod rebalance;
@@ -21,6 +23,7 @@ pub mod reject;
 mod round;
 pub mod score;
 pub mod smooth;
+mod swap;
 pub mod text;
 mod together;
 mod usher;
@@ -29,14 +32,14 @@ pub use action::{Action, ActionKind, Note, NoteKind, Plan};
 pub use cluster::Immobile;
 pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use model::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
-    NodeView, VmId, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, InFlight,
+    NodeName, NodeState, NodeView, VmId, VmView,
 };
 pub use place::{
     LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_launches,
     place_migration,
 };
-pub use policy::{Policy, PolicyError};
+pub use policy::{Automation, Mode, Policy, PolicyError};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};
 pub use smooth::{ExportedLoad, Growth, LocalLoad};

@@ -161,6 +161,8 @@ pub struct NodeView {
     pub reserved_memory: Bytes,
     /// CPUs that VMs are not counted on.
     pub reserved_cpus: f64,
+    /// What migrations out of it have got of its link, where that was measured.
+    pub link_rate: Option<BytesPerSecond>,
 }
 
 impl NodeView {
@@ -184,6 +186,7 @@ impl NodeView {
             taints: Labels::default(),
             reserved_memory: Bytes(0),
             reserved_cpus: 0.0,
+            link_rate: None,
         }
     }
 
@@ -267,7 +270,12 @@ pub struct VmView {
     pub labels: Labels,
     /// What it asks of its node.
     pub rules: Option<Arc<Rules>>,
+    /// 0 to 9: the lower, the sooner it is moved, or suspended, for others.
+    pub priority: u32,
 }
+
+/// Of a VM of which nobody has said.
+pub const DEFAULT_PRIORITY: u32 = 5;
 
 impl VmView {
     /// A VM that runs, is movable, uses nothing and has not been reported yet.
@@ -289,6 +297,7 @@ impl VmView {
             cpu_class: None,
             labels: Labels::default(),
             rules: None,
+            priority: DEFAULT_PRIORITY,
         }
     }
 }

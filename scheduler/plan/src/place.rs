@@ -6,7 +6,7 @@ use crate::cluster::{Cluster, Immobile, Node, Vm, bytes, expected_resident};
 use crate::failover::{Change, Failover, need};
 use crate::labels::{Labels, Rules};
 use crate::model::{Bytes, CannotMove, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
-use crate::policy::Policy;
+use crate::policy::{Mode, Policy};
 use crate::reject::{RejectReason, Rejection, summarise};
 use crate::score::Use;
 use crate::together::{Apart, Marks};
@@ -265,6 +265,15 @@ pub fn place_handover(
     })
 }
 
+/// Other VMs that are thought to come to a node, or to leave it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Beside {
+    pub declared: f64,
+    pub cpu: f64,
+    pub memory: f64,
+    pub at_horizon: f64,
+}
+
 /// A VM that looks for a node.
 #[derive(Debug)]
 pub(crate) struct Newcomer<'a> {
@@ -283,6 +292,10 @@ pub(crate) struct Newcomer<'a> {
     must_leave: bool,
     /// The cluster must fit without any one node afterwards.
     n_plus_one: bool,
+    /// What else comes to the node, or leaves it in exchange.
+    pub beside: Beside,
+    /// Later is soon enough: limits do not count.
+    patient: bool,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
     ahead: Option<f64>,
 }
@@ -305,6 +318,8 @@ impl<'a> Newcomer<'a> {
             from: None,
             must_leave: false,
             n_plus_one: true,
+            beside: Beside::default(),
+            patient: false,
             ahead: None,
         }
     }
@@ -323,6 +338,8 @@ impl<'a> Newcomer<'a> {
             from: Some(vm.node),
             must_leave: false,
             n_plus_one: false,
+            beside: Beside::default(),
+            patient: false,
             ahead: None,
         }
     }
@@ -350,6 +367,25 @@ impl<'a> Newcomer<'a> {
             ahead: Some(cluster.policy.usher_target),
             n_plus_one: cluster.failover.as_ref().is_some_and(Failover::is_safe),
             ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan exchanges for another, which makes room for it.
+    pub fn exchanged(cluster: &Cluster<'a>, vm: usize, makes_room: f64) -> Self {
+        Self {
+            beside: Beside {
+                at_horizon: -makes_room,
+                ..Beside::default()
+            },
+            ..Self::balanced(cluster, vm)
+        }
+    }
+
+    /// A VM of a node that is to be emptied, now or later.
+    pub fn packed(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            patient: true,
+            ..Self::balanced(cluster, vm)
         }
     }
 
@@ -389,8 +425,9 @@ impl<'a> Newcomer<'a> {
             });
         }
         let limit = node.lends * policy.overcommit;
-        if node.committed + self.declared > limit {
-            let (declared, needed) = (bytes(node.committed), bytes(self.declared));
+        let committed = node.committed + self.beside.declared;
+        if committed + self.declared > limit {
+            let (declared, needed) = (bytes(committed), bytes(self.declared));
             return Err(RejectReason::Committed {
                 declared,
                 needed,
@@ -398,8 +435,9 @@ impl<'a> Newcomer<'a> {
             });
         }
         let limit = node.memory * policy.usher_threshold;
-        if node.occupied + self.usage.memory > limit {
-            let (used, needed) = (bytes(node.occupied), bytes(self.usage.memory));
+        let occupied = node.occupied + self.beside.memory;
+        if occupied + self.usage.memory > limit {
+            let (used, needed) = (bytes(occupied), bytes(self.usage.memory));
             return Err(RejectReason::Memory {
                 used,
                 needed,
@@ -458,7 +496,10 @@ impl<'a> Newcomer<'a> {
     }
 
     fn check_ahead(&self, policy: &Policy, node: &Node<'_>, ahead: f64) -> Result<(), RejectReason> {
-        let (predicted, limit) = (node.projected + self.at_horizon, node.memory * ahead);
+        let (predicted, limit) = (
+            node.projected + self.beside.at_horizon + self.at_horizon,
+            node.memory * ahead,
+        );
         if predicted > limit {
             let seconds = policy.usher_horizon.as_secs();
             return Err(RejectReason::Growth {
@@ -467,7 +508,7 @@ impl<'a> Newcomer<'a> {
                 limit: bytes(limit),
             });
         }
-        if node.incoming >= policy.max_in_per_node {
+        if node.incoming >= policy.max_in_per_node && !self.patient {
             return Err(RejectReason::Busy {
                 incoming: node.incoming,
             });
@@ -486,7 +527,8 @@ impl From<Apart<'_>> for RejectReason {
     }
 }
 
-/// The node that fits at the lowest cost.
+/// The node that fits at the lowest cost. When the policy is to pack: the most used one that is not empty and keeps below
+/// the target of CPU, if there is one.
 pub(crate) fn best_node(
     cluster: &Cluster<'_>,
     newcomer: &Newcomer<'_>,
@@ -496,12 +538,31 @@ pub(crate) fn best_node(
         Some(number) => number..number + 1,
         None => 0..cluster.nodes.len(),
     };
+    if cluster.policy.mode == Mode::Pack {
+        let used = numbers
+            .clone()
+            .filter(|&number| {
+                !cluster.nodes[number].is_empty() && has_cpu(cluster, number, newcomer.usage.cpu)
+            })
+            .filter(|&number| newcomer.check(cluster, number).is_ok())
+            .map(|number| (number, cluster.nodes[number].use_part(0.0, 0.0)))
+            .max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0)));
+        if let Some((number, _)) = used {
+            return Some(number);
+        }
+    }
     let base = cluster.policy.cost_base;
     numbers
         .filter(|&number| newcomer.check(cluster, number).is_ok())
         .map(|number| (number, cluster.nodes[number].charge(base, newcomer.usage)))
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .map(|(number, _)| number)
+}
+
+/// Whether a node has so many CPUs left below the target of packing.
+pub(crate) fn has_cpu(cluster: &Cluster<'_>, number: usize, cpus: f64) -> bool {
+    let node = &cluster.nodes[number];
+    node.load_exported + cpus <= cluster.policy.cpu_target * node.cpu_capacity
 }
 
 /// Why each node cannot take it.
@@ -530,7 +591,7 @@ fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, asked:
     let why = if asked.is_some() {
         "asked for"
     } else {
-        "lowest cost of the nodes that fit"
+        cluster.why_best()
     };
     format!(
         "{why}: load {:.2} to {:.2} on {} CPUs, memory {} to {} of {}",

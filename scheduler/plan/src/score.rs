@@ -54,6 +54,19 @@ impl Node<'_> {
         cpu + memory
     }
 
+    /// What it costs, by the load it sees itself.
+    pub fn local_cost(&self, base: f64) -> f64 {
+        self.cpu_cost(base, self.load_local) + self.memory_cost(base, self.settled)
+    }
+
+    /// What a change costs the node, negative if it saves: by the view of its load that says more.
+    pub fn worse(&self, base: f64, change: Use) -> f64 {
+        let by = |load: f64| self.cpu_cost(base, load + change.cpu) - self.cpu_cost(base, load);
+        let memory =
+            self.memory_cost(base, self.settled + change.memory) - self.memory_cost(base, self.settled);
+        by(self.load_local).max(by(self.load_exported)) + memory
+    }
+
     fn cpu_cost(&self, base: f64, load: f64) -> f64 {
         cost(base, load / self.cpu_capacity)
     }

@@ -126,6 +126,11 @@ impl<'a> Together<'a> {
         self.marks.get(&vm).unwrap_or(&NOTHING)
     }
 
+    /// Whether rules tie a VM to others, or others to it.
+    pub fn ties(&self, vm: usize) -> bool {
+        self.marks.contains_key(&vm)
+    }
+
     /// Nodes with those that a VM asks to be with, up to so many.
     pub fn places(&self, vm: usize, most: usize) -> Vec<usize> {
         let Some(term) = self.marks(vm).affinity.first() else {

@@ -8,8 +8,8 @@ use common::{clusters, finish, start};
 use proptest::prelude::*;
 use shoal_plan::score::score;
 use shoal_plan::{
-    ActionKind, Bytes, ClusterSnapshot, LaunchRequest, NodeName, NodeState, NodeView, PlaceError, Policy,
-    RejectReason, Rules, VmId, VmView, place_launch, place_launches, place_migration, round, text,
+    ActionKind, Bytes, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, PlaceError,
+    Policy, RejectReason, Rules, VmId, VmView, place_launch, place_launches, place_migration, round, text,
 };
 
 fn policies() -> impl Strategy<Value = Policy> {
@@ -20,9 +20,23 @@ fn policies() -> impl Strategy<Value = Policy> {
         1usize..20,
         1usize..4,
         1usize..4,
+        (
+            1u32..6,
+            prop_oneof![2 => Just(Mode::Spread), 1 => Just(Mode::Pack)],
+        ),
     )
         .prop_map(
-            |(overcommit, usher_threshold, part, max_migrations, max_out_per_node, max_in_per_node)| Policy {
+            |(
+                overcommit,
+                usher_threshold,
+                part,
+                max_migrations,
+                max_out_per_node,
+                max_in_per_node,
+                (aggressiveness, mode),
+            )| Policy {
+                aggressiveness,
+                mode,
                 overcommit,
                 usher_threshold,
                 usher_target: usher_threshold * part,
@@ -186,7 +200,8 @@ proptest! {
             prop_assert!(to.pressure_memory < policy.pressure_threshold);
             prop_assert!(vm.cpus <= to.cpus);
             prop_assert_ne!(node(&snapshot, &action.from).state, NodeState::Unreachable);
-            let rest = if action.kind == ActionKind::Rebalance { policy.cool_down } else { policy.retry_after };
+            let balance = matches!(action.kind, ActionKind::Rebalance | ActionKind::Swap | ActionKind::Pack);
+            let rest = if balance { policy.cool_down } else { policy.retry_after };
             prop_assert!(vm.since_last_move.is_none_or(|age| age >= rest));
             prop_assert!(!action.reason.is_empty());
 
@@ -214,15 +229,27 @@ proptest! {
     fn every_rebalance_move_lowers_the_score(snapshot in clusters(), policy in policies()) {
         let plan = round(&snapshot, &policy);
         let mut now = snapshot.clone();
+        let mut exchanged = None;
         prop_assert!((score(&now, &policy) - plan.score_before).abs() <= 1e-6 * plan.score_before.abs());
         for action in &plan.actions {
             let before = score(&now, &policy);
             start(&mut now, &shoal_plan::Plan { actions: vec![action.clone()], ..Default::default() });
             let after = score(&now, &policy);
-            if action.kind == ActionKind::Rebalance {
-                prop_assert!(after < before, "{before} to {after}: {}", action.reason);
+            match (action.kind, exchanged) {
+                (ActionKind::Rebalance, _) => prop_assert!(after < before, "{before} to {after}: {}", action.reason),
+                (ActionKind::Swap, None) => {
+                    exchanged = Some((before, action.from.clone(), action.to.clone()));
+                    continue;
+                }
+                (ActionKind::Swap, Some((before, from, to))) => {
+                    prop_assert_eq!((&from, &to), (&action.to, &action.from));
+                    prop_assert!(after < before, "{before} to {after}: {}", action.reason);
+                }
+                (_, exchanged) => prop_assert_eq!(exchanged, None),
             }
+            exchanged = None;
         }
+        prop_assert_eq!(exchanged, None);
         prop_assert!((score(&now, &policy) - plan.score_after).abs() <= 1e-6 * plan.score_after.abs().max(1.0));
     }
 
@@ -239,6 +266,37 @@ proptest! {
             finish(&mut snapshot);
         }
         prop_assert!(false, "still moving after 2000 rounds");
+    }
+
+    #[test]
+    fn packing_opens_no_node_and_ends_on_no_more_than_before(mut snapshot in clusters(), policy in policies()) {
+        let policy = Policy { cool_down: Duration::ZERO, mode: Mode::Pack, ..policy };
+        finish(&mut snapshot);
+        let used = |snapshot: &ClusterSnapshot| {
+            let nodes: std::collections::BTreeSet<_> = snapshot.vms.iter().map(|vm| vm.node.clone()).collect();
+            nodes
+        };
+        for _ in 0..2000 {
+            let before = used(&snapshot);
+            let plan = round(&snapshot, &policy);
+            let packing = |action: &shoal_plan::Action| action.kind == ActionKind::Pack;
+            if !plan.actions.iter().all(packing) || plan.actions.is_empty() {
+                return Ok(());
+            }
+            let short = |name: &NodeName| {
+                let node = node(&snapshot, name);
+                node.load_local > f64::from(node.cpus.max(1)) * node.speed
+            };
+            for action in &plan.actions {
+                prop_assert!(before.contains(&action.to) || short(&action.from), "{}", action.reason);
+            }
+            start(&mut snapshot, &plan);
+            finish(&mut snapshot);
+            for name in &plan.empty_nodes {
+                prop_assert!(!used(&snapshot).contains(name), "{name}");
+            }
+        }
+        prop_assert!(false, "still packing after 2000 rounds");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_plan::{ActionKind, Note, NoteKind, Plan};
+use shoal_plan::{Action, ActionKind, Automation, Note, NoteKind, Plan};
 use tokio::time::MissedTickBehavior;
 
 use crate::drain;
@@ -26,16 +26,25 @@ pub enum Wanted {
     Drains,
 }
 
-/// Goes on until the scheduler ends. `automatic`: what the planner wants is done, not only what someone asked for.
-pub async fn run(scheduler: Shared, automatic: bool) {
+/// Goes on until the scheduler ends. What of its plans is done is in the policy.
+pub async fn run(scheduler: Shared) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = BTreeSet::new();
+    let mut advised = BTreeSet::new();
     loop {
         ticks.tick().await;
         housekeeping(&scheduler).await;
-        let wanted = if automatic { Wanted::All } else { Wanted::Drains };
-        let (plan, _) = round(&scheduler, wanted).await;
+        let automation = scheduler.policy.get().automation;
+        let wanted = match automation {
+            Automation::Automatic => Wanted::All,
+            Automation::Advise | Automation::Manual => Wanted::Drains,
+        };
+        let (mut plan, _) = round(&scheduler, wanted).await;
+        if automation == Automation::Advise {
+            plan = self::plan(&scheduler, Wanted::All).await;
+        }
+        advise(&scheduler, automation, &plan, &mut advised);
         announce_stuck(&scheduler, &plan.notes, &mut told);
         finish_drains(&scheduler).await;
     }
@@ -100,6 +109,37 @@ async fn housekeeping(scheduler: &Shared) {
             "events cannot be stored"
         );
     }
+}
+
+/// Tells what the planner would do and is not to: each move once, while it goes on to be wanted.
+fn advise(scheduler: &Shared, automation: Automation, plan: &Plan, advised: &mut BTreeSet<(String, String)>) {
+    if automation != Automation::Advise {
+        advised.clear();
+        return;
+    }
+    let key = |action: &Action| (action.vm.to_string(), action.to.to_string());
+    for action in plan
+        .actions
+        .iter()
+        .filter(|action| !advised.contains(&key(action)))
+    {
+        let message = format!(
+            "{} to {}: {}: {}",
+            action.from, action.to, action.kind, action.reason
+        );
+        let event = NewEvent::new(Kind::MigrationAdvised, message);
+        let vm = action
+            .vm
+            .as_str()
+            .parse()
+            .ok()
+            .and_then(|id| scheduler.vms.get(id));
+        scheduler.events.publish(match vm {
+            Some(vm) => event.vm(&vm.record()),
+            None => event,
+        });
+    }
+    *advised = plan.actions.iter().map(key).collect();
 }
 
 /// Tells what the planner cannot do: once when it begins, not each second.

@@ -35,6 +35,8 @@ pub enum Kind {
     VmResolved,
     /// A move was decided on; the message is its reason.
     MigrationPlanned,
+    /// The planner would move a VM, and is to advise only.
+    MigrationAdvised,
     /// The VM runs on its new node.
     MigrationCompleted,
     /// The VM stayed, or was lost; the message says which.
@@ -80,6 +82,7 @@ impl Kind {
             Self::VmInDoubt => "vm-in-doubt",
             Self::VmResolved => "vm-resolved",
             Self::MigrationPlanned => "migration-planned",
+            Self::MigrationAdvised => "migration-advised",
             Self::MigrationCompleted => "migration-completed",
             Self::MigrationFailed => "migration-failed",
             Self::MigrationPostCopy => "migration-post-copy",

@@ -42,4 +42,4 @@ mod vms;
 
 pub use config::{SchedulerConfig, Shutdown};
 pub use server::{ServerError, serve};
-pub use shoal_plan::Policy;
+pub use shoal_plan::{Automation, Policy};

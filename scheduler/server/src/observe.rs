@@ -180,6 +180,7 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         taints: record.wishes.taints,
         reserved_memory: Bytes(record.wishes.reserved_memory_bytes),
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
+        link_rate: entry.link_rate().map(BytesPerSecond),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }
@@ -240,6 +241,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         cpu_class: record.cpu.as_ref().map(CpuDigest::class),
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
+        priority: record.wishes.priority,
         ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
     })
 }

@@ -140,7 +140,7 @@ pub struct VmRecord {
 }
 
 /// What the owner of a VM wishes. The default is what older records mean.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VmWishes {
     /// What others may ask to be with.
@@ -151,6 +151,19 @@ pub struct VmWishes {
     pub rules: Option<Arc<Rules>>,
     /// It is not to be moved.
     pub locked: bool,
+    /// 0 to 9: the lower, the sooner it gives way.
+    pub priority: u32,
+}
+
+impl Default for VmWishes {
+    fn default() -> Self {
+        Self {
+            labels: Labels::default(),
+            rules: None,
+            locked: false,
+            priority: shoal_plan::DEFAULT_PRIORITY,
+        }
+    }
 }
 
 impl VmRecord {

@@ -99,13 +99,12 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
         address: config.listen,
         source,
     })?;
-    let automatic = config.automatic;
     let (scheduler, subjects, intents) = open(&config)?;
     reconcile::recover(&scheduler, intents);
 
     let mut tasks = JoinSet::new();
     tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
-    tasks.spawn(control::run(Arc::clone(&scheduler), automatic));
+    tasks.spawn(control::run(Arc::clone(&scheduler)));
     if let Some(listener) = metrics {
         tasks.spawn(metrics::http::serve(Arc::clone(&scheduler), listener));
     }

@@ -581,8 +581,10 @@ fn open(directory: &std::path::Path) -> Shared {
         state_dir: directory.to_owned(),
         vmm_binary: None,
         metrics: None,
-        policy: shoal_plan::Policy::default(),
-        automatic: false,
+        policy: shoal_plan::Policy {
+            automation: shoal_plan::Automation::Manual,
+            ..shoal_plan::Policy::default()
+        },
         shutdown: Box::pin(std::future::pending()),
     };
     let (scheduler, subjects, intents) = crate::server::open(&config).expect("opened");

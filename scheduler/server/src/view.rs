@@ -40,6 +40,7 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
         rules: record.wishes.rules.as_deref().map(rules),
         locked: record.wishes.locked,
+        priority: record.wishes.priority,
     }
 }
 

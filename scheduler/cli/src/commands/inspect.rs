@@ -68,6 +68,7 @@ fn text(inspection: &Inspection) -> String {
             format::age(vm.age_seconds)
         ),
     ];
+    lines.push(format!("priority:    {}", vm.priority));
     for (name, texts) in [
         ("labels:      ", &vm.labels),
         ("selector:    ", &vm.rules.selector),

@@ -19,6 +19,7 @@ pub async fn run(context: &Context, args: LockArgs, locked: bool) -> Result<(), 
     let request = UpdateVmRequest {
         vm: args.vm,
         locked: Some(locked),
+        priority: None,
     };
     let vm = context.client().await?.update_vm(request).await?.into_inner();
     context.output.show(&VmView::from(&vm), |vm| {

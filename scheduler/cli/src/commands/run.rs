@@ -31,6 +31,9 @@ pub struct RunArgs {
     /// On this node; otherwise where it fits best.
     #[arg(long)]
     pub node: Option<String>,
+    /// The lower, the sooner it gives way to others; 5 unless said.
+    #[arg(long, value_name = "0..9", value_parser = clap::value_parser!(u32).range(0..=9))]
+    pub priority: Option<u32>,
     #[command(flatten)]
     rules: RuleArgs,
     /// Return when it runs, instead of showing its console until it ends.
@@ -74,6 +77,7 @@ fn request(args: RunArgs) -> RunVmRequest {
         memory_bytes: args.memory.unwrap_or_default(),
         node: args.node.unwrap_or_default(),
         rules: Some(args.rules.rules()),
+        priority: args.priority,
         labels: args.rules.labels,
         args: args.args,
     }

@@ -60,7 +60,7 @@ pub struct UpArgs {
     /// Migrate over plain TCP, not over TLS with certificates made for this cluster.
     #[arg(long)]
     pub no_migration_tls: bool,
-    /// Move nothing unless asked to.
+    /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
 }

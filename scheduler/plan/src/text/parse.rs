@@ -173,6 +173,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.set("taints", LABELS, parse_from_str, &mut node.taints)?;
     fields.set("reserved_memory", SIZE, parse_size, &mut node.reserved_memory.0)?;
     fields.number("reserved_cpus", &mut node.reserved_cpus)?;
+    let rate = |text: &str| parse_size(text).map(|rate| Some(BytesPerSecond(rate)));
+    fields.set("link_rate", SIZE, rate, &mut node.link_rate)?;
     if node.memory_available > node.memory {
         return Err(format!("node {}: available: must be at most memory", cut(name)));
     }
@@ -231,6 +233,8 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     )?;
     fields.set("labels", LABELS, parse_from_str, &mut vm.labels)?;
     vm.rules = rules(fields)?;
+    let priority = |text: &str| text.parse().ok().filter(|priority| *priority <= 9);
+    fields.set("priority", "0 to 9", priority, &mut vm.priority)?;
     Ok(vm)
 }
 

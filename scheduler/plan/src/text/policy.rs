@@ -1,6 +1,6 @@
 //! The policy's line.
 
-use super::fields::{COUNT, DURATION, Fields};
+use super::fields::{COUNT, DURATION, Fields, parse_from_str};
 use super::print::Line;
 use super::value::parse_duration;
 use crate::policy::Policy;
@@ -66,7 +66,21 @@ pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result
     fields.number("min_gain", &mut policy.min_gain)?;
     fields.number("cost_per_second", &mut policy.cost_per_second)?;
     fields.number("cost_base", &mut policy.cost_base)?;
-    fields.set("n_plus_one", SWITCH, parse_switch, &mut policy.n_plus_one)
+    fields.set("n_plus_one", SWITCH, parse_switch, &mut policy.n_plus_one)?;
+    fields.number("cost_of_downtime", &mut policy.cost_of_downtime)?;
+    fields.set("max_downtime", DURATION, parse_duration, &mut policy.max_downtime)?;
+    fields.set("payback", DURATION, parse_duration, &mut policy.payback)?;
+    let level = "a whole number";
+    fields.set(
+        "aggressiveness",
+        level,
+        |text| text.parse().ok(),
+        &mut policy.aggressiveness,
+    )?;
+    let automation = "manual, advise or automatic";
+    fields.set("automation", automation, parse_from_str, &mut policy.automation)?;
+    fields.set("mode", "spread or pack", parse_from_str, &mut policy.mode)?;
+    fields.number("cpu_target", &mut policy.cpu_target)
 }
 
 fn parse_count(text: &str) -> Option<usize> {
@@ -106,5 +120,12 @@ pub(super) fn print_policy(policy: &Policy) -> String {
     line.number("cost_per_second", policy.cost_per_second, f64::NAN);
     line.number("cost_base", policy.cost_base, f64::NAN);
     line.field("n_plus_one", switch(policy.n_plus_one));
+    line.number("cost_of_downtime", policy.cost_of_downtime, f64::NAN);
+    line.duration("max_downtime", policy.max_downtime);
+    line.duration("payback", policy.payback);
+    line.field("aggressiveness", &policy.aggressiveness.to_string());
+    line.field("automation", &policy.automation.to_string());
+    line.field("mode", &policy.mode.to_string());
+    line.number("cpu_target", policy.cpu_target, f64::NAN);
     line.0
 }

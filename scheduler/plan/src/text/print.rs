@@ -9,7 +9,7 @@ use super::policy::print_policy;
 use super::value::{print_duration, print_name, print_size};
 use crate::action::Plan;
 use crate::labels::{Labels, Rules, print_terms};
-use crate::model::{CannotMove, ClusterSnapshot, NodeState, NodeView, VmView};
+use crate::model::{CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmView};
 use crate::place::{LaunchRequest, PlaceError, Placement};
 use crate::policy::Policy;
 
@@ -109,6 +109,9 @@ fn print_node(node: &NodeView) -> String {
     line.labels("taints", &node.taints);
     line.size_unless_zero("reserved_memory", node.reserved_memory.0);
     line.number("reserved_cpus", node.reserved_cpus, 0.0);
+    if let Some(rate) = node.link_rate {
+        line.size("link_rate", rate.0);
+    }
     line.0
 }
 
@@ -143,6 +146,9 @@ fn print_vm(vm: &VmView) -> String {
     }
     line.labels("labels", &vm.labels);
     line.rules(vm.rules.as_deref());
+    if vm.priority != DEFAULT_PRIORITY {
+        line.field("priority", &vm.priority.to_string());
+    }
     line.0
 }
 
@@ -196,6 +202,10 @@ pub fn print_plan(plan: &Plan) -> String {
             Some(vm) => writeln!(text, "{} {} on {}: {}", note.kind, vm, note.node, note.text),
             None => writeln!(text, "{} {}: {}", note.kind, note.node, note.text),
         };
+    }
+    if !plan.empty_nodes.is_empty() {
+        let names: Vec<&str> = plan.empty_nodes.iter().map(NodeName::as_str).collect();
+        let _ = writeln!(text, "empty {}", names.join(" "));
     }
     text
 }

@@ -127,7 +127,7 @@ fn vm() -> impl Strategy<Value = VmView> {
         cannot_move,
         in_flight,
         moved,
-        (labels, rules()),
+        (labels, rules(), prop_oneof![Just(5u32), 0u32..10]),
     )
         .prop_map(
             |(
@@ -137,11 +137,12 @@ fn vm() -> impl Strategy<Value = VmView> {
                 cannot_move,
                 in_flight,
                 since_last_move,
-                (labels, rules),
+                (labels, rules, priority),
             )| {
                 VmView {
                     labels: parse_labels(labels),
                     rules,
+                    priority,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
                     cpu_use: busy * f64::from(cpus),
                     growth: BytesPerSecond(growth),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use shoal_plan::Rules;
+use shoal_plan::{DEFAULT_PRIORITY, Rules};
 use shoal_proto::cluster::{self, RunVmRequest, Vm};
 use shoal_proto::{Epoch, NodeName, VmId, VmName};
 use tonic::Status;
@@ -56,7 +56,11 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     limits::memory_bytes(memory_bytes).map_err(|error| errors::field(&error))?;
     let cmdline = limits::cmdline_with_args(&image.cmdline, image.initrd.is_some(), &request.args)
         .map_err(|error| errors::field(&error))?;
-    let wishes = wishes(&request.labels, request.rules.unwrap_or_default())?;
+    let wishes = wishes(
+        &request.labels,
+        &request.rules.unwrap_or_default(),
+        request.priority.unwrap_or(DEFAULT_PRIORITY),
+    )?;
     Ok(VmRecord {
         id: VmId::new(),
         name,
@@ -83,7 +87,8 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
 }
 
 /// What the owner wishes, checked.
-fn wishes(labels: &[String], rules: cluster::Rules) -> Result<VmWishes, Status> {
+fn wishes(labels: &[String], rules: &cluster::Rules, priority: u32) -> Result<VmWishes, Status> {
+    limits::priority(priority).map_err(|error| errors::field(&error))?;
     let rules = Rules {
         selector: labels::terms("selector", &rules.selector)?,
         tolerations: labels::terms("tolerations", &rules.tolerations)?,
@@ -94,6 +99,7 @@ fn wishes(labels: &[String], rules: cluster::Rules) -> Result<VmWishes, Status> 
         labels: labels::all("labels", labels)?,
         rules: (!rules.is_empty()).then(|| Arc::new(rules)),
         locked: false,
+        priority,
     })
 }
 

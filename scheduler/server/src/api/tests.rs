@@ -374,6 +374,7 @@ async fn a_locked_vm_stays_until_it_is_unlocked() {
         let request = UpdateVmRequest {
             vm: "a".to_owned(),
             locked: Some(locked),
+            priority: None,
         };
         let api = api(&cluster);
         async move {

@@ -7,6 +7,7 @@ use tonic::Status;
 
 use super::errors;
 use crate::events::{Kind, NewEvent};
+use crate::limits;
 use crate::record::{VmRecord, VmWishes};
 use crate::scheduler::Shared;
 use crate::view;
@@ -14,6 +15,9 @@ use crate::vms::VmEntry;
 
 pub async fn call(scheduler: &Shared, request: UpdateVmRequest) -> Result<Vm, Status> {
     let entry = super::find_vm(scheduler, &request.vm)?;
+    if let Some(priority) = request.priority {
+        limits::priority(priority).map_err(|error| errors::field(&error))?;
+    }
     let shared = Arc::clone(scheduler);
     // On its own task: what is stored is also shown if the caller goes away.
     tokio::spawn(async move { update(&shared, &entry, &request).await })
@@ -27,6 +31,7 @@ async fn update(scheduler: &Shared, entry: &VmEntry, request: &UpdateVmRequest) 
     let record = entry.record();
     let wishes = VmWishes {
         locked: request.locked.unwrap_or(record.wishes.locked),
+        priority: request.priority.unwrap_or(record.wishes.priority),
         ..record.wishes.clone()
     };
     if record.phase.is_over() {
@@ -34,11 +39,15 @@ async fn update(scheduler: &Shared, entry: &VmEntry, request: &UpdateVmRequest) 
         return Err(Status::failed_precondition(format!("VM {name} has ended")));
     }
     if wishes != record.wishes {
-        let message = if wishes.locked {
-            format!("{} stays on {}", record.name, record.node)
+        let may = if wishes.locked {
+            "stays on"
         } else {
-            format!("{} may be moved", record.name)
+            "may be moved off"
         };
+        let message = format!(
+            "{} {may} {}, priority {}",
+            record.name, record.node, wishes.priority
+        );
         let record = VmRecord {
             wishes,
             ..record.as_ref().clone()

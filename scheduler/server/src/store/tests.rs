@@ -40,6 +40,7 @@ fn vm_record(name: &str) -> VmRecord {
                 ..Default::default()
             })),
             locked: true,
+            priority: 9,
         },
     }
 }

@@ -89,6 +89,14 @@ pub enum Command {
     /// Change labels, taints and reserves of a node.
     #[command(subcommand)]
     Node(commands::node::NodeCommand),
+    /// Show the VMs that wait for room.
+    Queue(commands::queue::QueueArgs),
+    /// Say why a VM is where it is, and why it does or does not move.
+    Explain(commands::explain::ExplainArgs),
+    /// Move every VM off a node, which goes on to take VMs.
+    Expel(commands::move_vms::MoveVmsArgs),
+    /// Move the VMs that were started on a node back to it.
+    Bring(commands::move_vms::MoveVmsArgs),
     /// Keep a VM on its node.
     Lock(commands::lock::LockArgs),
     /// Let a VM be moved again.
@@ -147,6 +155,12 @@ mod tests {
             "shoal node reserve node1 --memory 1GiB --cpus 0.5",
             "shoal lock a",
             "shoal unlock a",
+            "shoal run linux --queue --label user=ada",
+            "shoal queue -o json",
+            "shoal explain a --nodes 5",
+            "shoal expel node1",
+            "shoal bring node1",
+            "shoal rebalance --mode pack --dry-run",
             "shoal policy get",
             "shoal policy get overcommit -o json",
             "shoal policy set n_plus_one=on overcommit=2 automation=advise aggressiveness=4",
@@ -183,6 +197,7 @@ mod tests {
             "shoal policy set overcommit",
             "shoal policy reset",
             "shoal run linux --priority 10",
+            "shoal rebalance --mode tidy",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

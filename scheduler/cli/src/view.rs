@@ -48,6 +48,8 @@ pub struct VmView {
     pub locked: bool,
     /// 0 to 9: the lower, the sooner it gives way.
     pub priority: u32,
+    /// Where it was started; empty if not known.
+    pub home: String,
 }
 
 /// What a VM asks of its node, as terms.
@@ -95,6 +97,7 @@ impl From<&cluster::Vm> for VmView {
             rules: vm.rules.as_ref().map(RulesView::from).unwrap_or_default(),
             locked: vm.locked,
             priority: vm.priority,
+            home: vm.home.clone(),
         }
     }
 }

@@ -21,6 +21,10 @@ pub enum ActionKind {
     Swap,
     /// Its node is emptied, or is short of CPU, where VMs are packed.
     Pack,
+    /// Someone asked that its node be rid of its VMs.
+    Expel,
+    /// Someone asked that it come back to where it was started.
+    Bring,
 }
 
 impl fmt::Display for ActionKind {
@@ -32,6 +36,8 @@ impl fmt::Display for ActionKind {
             Self::Rebalance => "rebalance",
             Self::Swap => "swap",
             Self::Pack => "pack",
+            Self::Expel => "expel",
+            Self::Bring => "bring",
         })
     }
 }
@@ -73,9 +79,9 @@ impl Action {
 pub enum NoteKind {
     /// A node runs out of memory and nothing can be moved off it.
     UsherStuck,
-    /// A VM of a draining node cannot go.
+    /// A VM of a draining node, or one that is asked to go, cannot.
     DrainStuck,
-    /// A VM of a draining node goes later: limits, or a move that has just ended.
+    /// Such a VM goes later: limits, or a move that has just ended.
     DrainWaiting,
     /// A VM is on a node against its rules and cannot go.
     RulesStuck,

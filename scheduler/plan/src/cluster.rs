@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::failover::{Change, Failover, need};
 use crate::labels::Rules;
-use crate::model::{Bytes, CannotMove, ClusterSnapshot, NodeName, NodeState, NodeView, VmView};
+use crate::model::{Bytes, CannotMove, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::place::Newcomer;
 use crate::policy::{Mode, Policy};
 use crate::score::Use;
@@ -364,10 +364,20 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// Whether one that stays would miss a VM that leaves, by its affinity.
+    /// Whether one that stays or arrives would miss a VM that leaves, by its affinity.
     pub fn is_needed(&self, number: usize) -> bool {
         let node = self.vms[number].node;
-        !self.together.is_empty() && self.together.is_needed(number, node, self.staying(node))
+        let stays = |&other: &usize| {
+            let other = &self.vms[other];
+            other.to.map_or(!other.leaving, |to| to == node)
+        };
+        let others = self.nodes[node].vms.iter().copied().filter(stays);
+        !self.together.is_empty() && self.together.is_needed(number, node, others)
+    }
+
+    /// A VM by its id.
+    pub fn number(&self, vm: &VmId) -> Option<usize> {
+        self.vms.binary_search_by(|other| other.view.id.cmp(vm)).ok()
     }
 
     pub fn node_number(&self, name: &NodeName) -> Option<usize> {

@@ -93,7 +93,7 @@ fn decide(cluster: &mut Cluster<'_>, vm: usize, detailed: bool) -> Decision {
     if let Some(to) = best_node(cluster, &newcomer, None) {
         return Decision::Move(to);
     }
-    if newcomer.waits_for_a_move(cluster) {
+    if newcomer.waits_for_a_move(cluster, None) {
         return Decision::Later;
     }
     Decision::Stuck(if detailed {

@@ -12,12 +12,15 @@ mod comply;
 mod cost;
 mod destinations;
 mod drain;
+mod explain;
 mod failover;
 pub mod labels;
+mod last_resort;
 pub mod model;
 mod pack;
 pub mod place;
 pub mod policy;
+pub mod queue;
 mod rebalance;
 pub mod reject;
 mod round;
@@ -30,7 +33,10 @@ mod usher;
 
 pub use action::{Action, ActionKind, Note, NoteKind, Plan};
 pub use cluster::Immobile;
+pub use drain::{bring, expel};
+pub use explain::{Alternative, Explanation, explain};
 pub use labels::{Label, LabelError, Labels, Rules, Term};
+pub use last_resort::LastResort;
 pub use model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, InFlight,
     NodeName, NodeState, NodeView, VmId, VmView,
@@ -40,6 +46,7 @@ pub use place::{
     place_migration,
 };
 pub use policy::{Automation, Mode, Policy, PolicyError};
+pub use queue::{Turn, Waiting, take_turns};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};
 pub use smooth::{ExportedLoad, Growth, LocalLoad};

@@ -270,6 +270,8 @@ pub struct VmView {
     pub labels: Labels,
     /// What it asks of its node.
     pub rules: Option<Arc<Rules>>,
+    /// Where it was started, where known.
+    pub home: Option<NodeName>,
     /// 0 to 9: the lower, the sooner it is moved, or suspended, for others.
     pub priority: u32,
 }
@@ -297,6 +299,7 @@ impl VmView {
             cpu_class: None,
             labels: Labels::default(),
             rules: None,
+            home: None,
             priority: DEFAULT_PRIORITY,
         }
     }

@@ -130,7 +130,10 @@ pub fn place_launches(
         .collect()
 }
 
-fn place<'a>(cluster: &mut Cluster<'a>, request: &'a LaunchRequest) -> Result<Placement, PlaceError> {
+pub(crate) fn place<'a>(
+    cluster: &mut Cluster<'a>,
+    request: &'a LaunchRequest,
+) -> Result<Placement, PlaceError> {
     let asked = match &request.node {
         Some(name) => Some(
             cluster
@@ -489,10 +492,13 @@ impl<'a> Newcomer<'a> {
         }
     }
 
-    /// Whether some node has room and only takes as many as allowed right now.
-    pub fn waits_for_a_move(&self, cluster: &Cluster<'_>) -> bool {
+    /// Whether some node, or the one asked for, has room and only takes as many as allowed right now.
+    pub fn waits_for_a_move(&self, cluster: &Cluster<'_>, asked: Option<usize>) -> bool {
         let busy = |number| matches!(self.check(cluster, number), Err(RejectReason::Busy { .. }));
-        (0..cluster.nodes.len()).any(busy)
+        match asked {
+            Some(asked) => busy(asked),
+            None => (0..cluster.nodes.len()).any(busy),
+        }
     }
 
     fn check_ahead(&self, policy: &Policy, node: &Node<'_>, ahead: f64) -> Result<(), RejectReason> {

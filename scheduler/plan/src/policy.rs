@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::labels::Labels;
 use crate::model::BytesPerSecond;
 
 /// A policy value that cannot be used.
@@ -109,6 +110,10 @@ pub struct Policy {
     pub mode: Mode,
     /// Packing fills a node's CPUs up to this part.
     pub cpu_target: f64,
+    /// One that has waited in the queue for so long is not overtaken any more.
+    pub queue_patience: Duration,
+    /// Weights of users in the queue, by the value of their label `user`; 1 for others.
+    pub shares: Labels,
     /// Base of the opportunity cost `base ^ utilisation`.
     pub cost_base: f64,
     /// New VMs start, and VMs move for balance, only where the cluster still fits if any one node dies afterwards.
@@ -141,6 +146,8 @@ impl Default for Policy {
             automation: Automation::Automatic,
             mode: Mode::Spread,
             cpu_target: 0.8,
+            queue_patience: Duration::from_secs(300),
+            shares: Labels::default(),
             cost_base: 16.0,
             n_plus_one: false,
         }
@@ -207,6 +214,13 @@ impl Policy {
                 (Duration::from_secs(1)..=24 * hour).contains(&self.payback),
                 "1 s to 24 h",
             ),
+            ("cpu_target", (0.05..=1.0).contains(&self.cpu_target), "0.05 to 1"),
+            ("queue_patience", self.queue_patience <= 24 * hour, "at most 24 h"),
+            (
+                "shares",
+                self.shares.iter().all(|share| is_weight(share.value())),
+                "USER=WEIGHT, weights 1 to 1000000",
+            ),
             ("aggressiveness", (1..=5).contains(&self.aggressiveness), "1 to 5"),
             (
                 "cost_base",
@@ -219,6 +233,11 @@ impl Policy {
             None => Ok(()),
         }
     }
+}
+
+fn is_weight(text: &str) -> bool {
+    text.parse()
+        .is_ok_and(|weight: u32| (1..=1_000_000).contains(&weight))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
+use crate::last_resort;
 use crate::model::{DEFAULT_PRIORITY, NodeState};
 use crate::place::{Newcomer, best_node, rejections};
 use crate::reject::summarise;
@@ -221,7 +222,7 @@ fn precedence(cluster: &Cluster<'_>, vm: usize) -> f64 {
 
 /// Whether a VM could go to a node that takes as many as allowed right now.
 fn waits_for_a_move(cluster: &Cluster<'_>, vm: usize) -> bool {
-    Newcomer::evicted(cluster, vm).waits_for_a_move(cluster)
+    Newcomer::evicted(cluster, vm).waits_for_a_move(cluster, None)
 }
 
 /// Where a VM can go and stay below the threshold.
@@ -307,7 +308,8 @@ fn stuck(
         };
         return format!(
             "{alarm}; nothing fits elsewhere: the smallest VM that can move, '{name}', needs {needs}, \
-             the most any node has left is {room}{tried}"
+             the most any node has left is {room}{tried}; {}",
+            last_resort::describe(cluster, node)
         );
     }
     let mut held: Vec<String> = Vec::new();
@@ -319,5 +321,9 @@ fn stuck(
     if held.is_empty() {
         return format!("{alarm}; no VM stays there that could be moved");
     }
-    format!("{alarm}; none of its VMs can be moved: {}", held.join("; "))
+    format!(
+        "{alarm}; none of its VMs can be moved: {}; {}",
+        held.join("; "),
+        last_resort::describe(cluster, node)
+    )
 }

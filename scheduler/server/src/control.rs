@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_plan::{Action, ActionKind, Automation, Note, NoteKind, Plan};
+use shoal_plan::{Action, ActionKind, Automation, Note, NoteKind, Plan, Policy};
 use tokio::time::MissedTickBehavior;
 
 use crate::drain;
@@ -12,6 +12,7 @@ use crate::events::{Kind, NewEvent};
 use crate::execute::migrate;
 use crate::migrations::OpenMigration;
 use crate::observe;
+use crate::queue;
 use crate::record::Cordon;
 use crate::scheduler::Shared;
 
@@ -47,15 +48,21 @@ pub async fn run(scheduler: Shared) {
         advise(&scheduler, automation, &plan, &mut advised);
         announce_stuck(&scheduler, &plan.notes, &mut told);
         finish_drains(&scheduler).await;
+        queue::advance(&scheduler).await;
     }
 }
 
 /// Plans without doing anything. Off the async threads: a large cluster takes a while.
 pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
+    let policy = scheduler.policy.get();
+    plan_with(scheduler, wanted, policy).await
+}
+
+/// The same with another policy.
+pub async fn plan_with(scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) -> Plan {
     let shared = Arc::clone(scheduler);
     let planned = tokio::task::spawn_blocking(move || {
         let snapshot = observe::snapshot(&shared);
-        let policy = shared.policy.get();
         match wanted {
             Wanted::All => shoal_plan::round(&snapshot, &policy),
             Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &policy)),
@@ -76,8 +83,24 @@ fn drains(mut plan: Plan) -> Plan {
 
 /// Plans, and begins what is planned.
 pub async fn round(scheduler: &Shared, wanted: Wanted) -> (Plan, Vec<Arc<OpenMigration>>) {
+    let policy = scheduler.policy.get();
+    round_with(scheduler, wanted, policy).await
+}
+
+/// The same with another policy.
+pub async fn round_with(
+    scheduler: &Shared,
+    wanted: Wanted,
+    policy: Arc<Policy>,
+) -> (Plan, Vec<Arc<OpenMigration>>) {
     let _planning = scheduler.planning.lock().await;
-    let plan = plan(scheduler, wanted).await;
+    let plan = plan_with(scheduler, wanted, policy).await;
+    let begun = begin(scheduler, &plan).await;
+    (plan, begun)
+}
+
+/// Begins what is planned. The caller holds the planning lock since the snapshot was taken.
+pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
     let mut begun = Vec::new();
     for action in &plan.actions {
         match migrate::begin_planned(scheduler, action).await {
@@ -86,7 +109,7 @@ pub async fn round(scheduler: &Shared, wanted: Wanted) -> (Plan, Vec<Arc<OpenMig
             Err(error) => tracing::info!(vm = %action.vm, %error, "a planned move does not begin"),
         }
     }
-    (plan, begun)
+    begun
 }
 
 async fn housekeeping(scheduler: &Shared) {

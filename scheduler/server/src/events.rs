@@ -19,6 +19,10 @@ const BATCH: usize = 512;
 pub enum Kind {
     /// A VM runs for the first time.
     VmStarted,
+    /// A VM waits for room.
+    VmQueued,
+    /// A VM that waited is not to be started any more.
+    VmWithdrawn,
     /// A VM could not be started.
     VmLaunchFailed,
     /// The guest ended.
@@ -74,6 +78,8 @@ impl Kind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::VmStarted => "vm-started",
+            Self::VmQueued => "vm-queued",
+            Self::VmWithdrawn => "vm-withdrawn",
             Self::VmLaunchFailed => "vm-launch-failed",
             Self::VmExited => "vm-exited",
             Self::VmFailed => "vm-failed",

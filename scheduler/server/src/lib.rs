@@ -7,7 +7,7 @@
 //! - what is in memory: `vms`, `nodes`, `migrations`
 //! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
-//!   not agree), `drain`; `agent` is how a node is told
+//!   not agree), `drain`, `moves` (all VMs of a node), `queue` (VMs that wait); `agent` is how a node is told
 #![forbid(unsafe_code)]
 
 mod agent;
@@ -25,10 +25,12 @@ mod limits;
 mod logs;
 mod metrics;
 mod migrations;
+mod moves;
 mod nodes;
 mod observe;
 mod planner_policy;
 mod policy;
+mod queue;
 mod reconcile;
 mod record;
 mod registry;

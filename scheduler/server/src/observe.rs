@@ -242,6 +242,10 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,
+        home: record
+            .home
+            .as_ref()
+            .map(|home| shoal_plan::NodeName::new(home.as_str())),
         ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
     })
 }

@@ -137,6 +137,23 @@ pub struct VmRecord {
     /// What its owner wishes.
     #[serde(default)]
     pub wishes: VmWishes,
+    /// Where it was started, where known.
+    #[serde(default)]
+    pub home: Option<NodeName>,
+    /// Why there.
+    #[serde(default)]
+    pub placement: String,
+}
+
+/// A VM that waits for room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuedRecord {
+    /// In order of arrival.
+    pub sequence: u64,
+    /// The VM as it will be, but for its node.
+    pub vm: VmRecord,
+    /// The only node it may go to, if there is one.
+    pub pinned: Option<NodeName>,
 }
 
 /// What the owner of a VM wishes. The default is what older records mean.

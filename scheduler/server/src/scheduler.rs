@@ -17,6 +17,7 @@ use crate::migrations::MigrationTable;
 use crate::nodes::NodeTable;
 use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
+use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
 use crate::store::{Store, StoreError, Write};
@@ -47,6 +48,8 @@ pub struct Scheduler {
     pub logs: LogStore,
     /// Events.
     pub events: Events,
+    /// VMs that wait for room.
+    pub queue: Queue,
     /// VMs whose record and node do not agree.
     pub reconcile: ReconcileQueue,
     /// What plans are made with.

@@ -13,7 +13,7 @@ use shoal_proto::{VmId, cluster, vm};
 
 use crate::cpus::{CpuDigest, StoredCpus};
 use crate::history;
-use crate::record::{ImageRecord, Intent, NodeRecord, VmRecord};
+use crate::record::{ImageRecord, Intent, NodeRecord, QueuedRecord, VmRecord};
 
 /// Raised with every change that an older scheduler could not read.
 const SCHEMA_VERSION: u64 = 2;
@@ -34,6 +34,8 @@ const SCHEDULING_POLICY: &str = "scheduling-policy";
 /// CPUID tables, features only, by their digests; under [`BASELINE`] a digest.
 const CPUS: Bytes = TableDefinition::new("cpus");
 const BASELINE: &[u8] = b"baseline";
+/// VMs that wait for room. Key: sequence number (big endian).
+const QUEUE: Bytes = TableDefinition::new("queue");
 const NODES: Bytes = TableDefinition::new("nodes");
 const IMAGES: Bytes = TableDefinition::new("images");
 /// Key: sequence number (big endian).
@@ -106,6 +108,10 @@ pub enum Write {
     PutMigrationDefaults(Box<cluster::MigrationDefaults>),
     /// Replaces what operators have set of the planner's policy.
     PutSchedulingPolicy(BTreeMap<String, String>),
+    /// Inserts or replaces a VM that waits.
+    PutQueued(Arc<QueuedRecord>),
+    /// Removes one from the queue.
+    DeleteQueued(u64),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
     /// Keeps a kind of CPU.
@@ -135,6 +141,8 @@ pub struct Contents {
     pub migration_defaults: cluster::MigrationDefaults,
     /// What operators have set of the planner's policy.
     pub scheduling_policy: BTreeMap<String, String>,
+    /// VMs that wait, in order of arrival.
+    pub queue: Vec<QueuedRecord>,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
     /// Kinds of CPUs.
@@ -219,7 +227,7 @@ impl Store {
                 _ => return Err(corrupt(path, "the schema version")),
             }
         }
-        for table in [VMS, INTENTS, HISTORY, SAMPLES, NODES, CPUS, IMAGES, EVENTS] {
+        for table in [VMS, INTENTS, HISTORY, SAMPLES, QUEUE, NODES, CPUS, IMAGES, EVENTS] {
             transaction
                 .open_table(table)
                 .map_err(|e| database_error(path, e))?;
@@ -246,6 +254,7 @@ impl Store {
                 cluster::MigrationDefaults::decode(value).ok()
             })?,
             scheduling_policy: self.setting(SCHEDULING_POLICY, |value| serde_json::from_slice(value).ok())?,
+            queue: self.scan(QUEUE, "queue", json)?,
             nodes: self.scan(NODES, "nodes", json)?,
             cpus: self.cpus()?,
             images: self.scan(IMAGES, "images", json)?,
@@ -429,6 +438,12 @@ impl Store {
             }
             Write::PutMigrationDefaults(defaults) => set(MIGRATION_DEFAULTS, defaults.encode_to_vec()),
             Write::PutSchedulingPolicy(fields) => set(SCHEDULING_POLICY, serde_json::to_vec(fields)?),
+            Write::PutQueued(queued) => put(
+                QUEUE,
+                &queued.sequence.to_be_bytes(),
+                serde_json::to_vec(queued.as_ref())?,
+            ),
+            Write::DeleteQueued(number) => remove(QUEUE, &number.to_be_bytes(), &number.to_be_bytes()),
             Write::PutNode(node) => put(NODES, node.name.as_str().as_bytes(), serde_json::to_vec(node)?),
             Write::PutCpu(digest, table) => put(CPUS, digest.0.as_bytes(), table.to_bytes()),
             Write::SetCpuBaseline(Some(digest)) => put(CPUS, BASELINE, digest.0.as_bytes().to_vec()),

@@ -543,6 +543,8 @@ impl Cluster {
             cpu: None,
             cpu_baseline: false,
             wishes: Default::default(),
+            home: None,
+            placement: String::new(),
         }
     }
 

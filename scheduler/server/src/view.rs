@@ -4,6 +4,7 @@ use shoal_plan::{Rules, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
 use crate::nodes::NodeEntry;
+use crate::queue::Waiting;
 use crate::record::{Cordon, ImageRecord, Outcome, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
@@ -41,6 +42,28 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         rules: record.wishes.rules.as_deref().map(rules),
         locked: record.wishes.locked,
         priority: record.wishes.priority,
+        home: record.home.as_ref().map(ToString::to_string).unwrap_or_default(),
+    }
+}
+
+/// A VM that waits for room.
+pub fn queued(waiting: &Waiting) -> cluster::Vm {
+    let record = &waiting.record.vm;
+    cluster::Vm {
+        id: record.id.to_string(),
+        name: record.name.to_string(),
+        phase: VmPhase::Pending.into(),
+        image: record.image.clone(),
+        image_digest: record.image_digest.clone(),
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        created_unix_ms: record.created_unix_ms,
+        message: waiting.message(),
+        args: record.args.clone(),
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        rules: record.wishes.rules.as_deref().map(rules),
+        priority: record.wishes.priority,
+        ..cluster::Vm::default()
     }
 }
 

@@ -69,6 +69,9 @@ fn text(inspection: &Inspection) -> String {
         ),
     ];
     lines.push(format!("priority:    {}", vm.priority));
+    if !vm.home.is_empty() {
+        lines.push(format!("home:        {}", vm.home));
+    }
     for (name, texts) in [
         ("labels:      ", &vm.labels),
         ("selector:    ", &vm.rules.selector),

@@ -233,6 +233,8 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     )?;
     fields.set("labels", LABELS, parse_from_str, &mut vm.labels)?;
     vm.rules = rules(fields)?;
+    let home = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
+    fields.set("home", NAME, home, &mut vm.home)?;
     let priority = |text: &str| text.parse().ok().filter(|priority| *priority <= 9);
     fields.set("priority", "0 to 9", priority, &mut vm.priority)?;
     Ok(vm)

@@ -3,6 +3,7 @@
 use super::fields::{COUNT, DURATION, Fields, parse_from_str};
 use super::print::Line;
 use super::value::parse_duration;
+use crate::labels::Labels;
 use crate::policy::Policy;
 
 /// The policy's fields and their values, as text.
@@ -80,11 +81,30 @@ pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result
     let automation = "manual, advise or automatic";
     fields.set("automation", automation, parse_from_str, &mut policy.automation)?;
     fields.set("mode", "spread or pack", parse_from_str, &mut policy.mode)?;
-    fields.number("cpu_target", &mut policy.cpu_target)
+    fields.number("cpu_target", &mut policy.cpu_target)?;
+    fields.set(
+        "queue_patience",
+        DURATION,
+        parse_duration,
+        &mut policy.queue_patience,
+    )?;
+    fields.set(
+        "shares",
+        "USER=WEIGHT,… or none",
+        parse_shares,
+        &mut policy.shares,
+    )
 }
 
 fn parse_count(text: &str) -> Option<usize> {
     text.parse().ok()
+}
+
+fn parse_shares(text: &str) -> Option<Labels> {
+    match text {
+        "none" => Some(Labels::default()),
+        shares => shares.parse().ok(),
+    }
 }
 
 fn parse_switch(text: &str) -> Option<bool> {
@@ -127,5 +147,8 @@ pub(super) fn print_policy(policy: &Policy) -> String {
     line.field("automation", &policy.automation.to_string());
     line.field("mode", &policy.mode.to_string());
     line.number("cpu_target", policy.cpu_target, f64::NAN);
+    line.duration("queue_patience", policy.queue_patience);
+    let shares = policy.shares.to_string();
+    line.field("shares", if shares.is_empty() { "none" } else { &shares });
     line.0
 }

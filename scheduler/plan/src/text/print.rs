@@ -146,6 +146,9 @@ fn print_vm(vm: &VmView) -> String {
     }
     line.labels("labels", &vm.labels);
     line.rules(vm.rules.as_deref());
+    if let Some(home) = &vm.home {
+        line.field("home", &print_name(home.as_str()));
+    }
     if vm.priority != DEFAULT_PRIORITY {
         line.field("priority", &vm.priority.to_string());
     }

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use shoal_proto::cluster::cluster_server::Cluster as _;
+use shoal_proto::cluster::move_vms_request::Direction;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest,
-    ListMigrationsRequest, MigrateVmRequest, Migration, MigrationDefaults, SetMigrationRequest,
-    SetPolicyRequest, UpdateNodeRequest, UpdateVmRequest,
+    CancelMigrationRequest, ExplainVmRequest, GetMigrationDefaultsRequest, GetMigrationRequest,
+    GetPolicyRequest, ListMigrationsRequest, ListQueueRequest, ListVmsRequest, MigrateVmRequest, Migration,
+    MigrationDefaults, MoveVmsRequest, RemoveVmRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest,
+    UpdateNodeRequest, UpdateVmRequest, VmPhase,
 };
 use shoal_proto::vm::{MigrationPolicy, MigrationResult, OnStall};
 use tokio_stream::StreamExt as _;
@@ -14,6 +16,7 @@ use tonic::{Code, Request, Status};
 
 use super::ClusterApi;
 use crate::execute::launch;
+use crate::queue;
 use crate::testing::{Cluster, Script, until};
 use crate::vms::VmEntry;
 
@@ -520,5 +523,148 @@ async fn the_policy_is_shown_changed_and_kept() {
     assert!(
         text.contains("node1: the cluster would not fit any more if node1 died"),
         "{text}"
+    );
+}
+
+#[tokio::test]
+async fn expelled_vms_leave_and_are_brought_back() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let locked = start(&cluster, "stays").await;
+    let request = UpdateVmRequest {
+        vm: "stays".to_owned(),
+        locked: Some(true),
+        priority: Some(9),
+    };
+    api(&cluster)
+        .update_vm(Request::new(request))
+        .await
+        .expect("locked");
+    let move_vms = |direction: Direction| {
+        let request = MoveVmsRequest {
+            node: "node1".to_owned(),
+            direction: direction.into(),
+        };
+        let api = api(&cluster);
+        async move {
+            let answer = api.move_vms(Request::new(request)).await.expect("begun");
+            let steps: Vec<_> = answer.into_inner().collect().await;
+            steps.into_iter().next_back().expect("a step").expect("good")
+        }
+    };
+    let end = move_vms(Direction::Expel).await;
+    assert!(end.done && (end.moved, end.remaining) == (1, 1), "{end:?}");
+    assert!(end.message.contains("it is locked to its node"), "{end:?}");
+    assert_eq!(vm.record().node.as_str(), "node2");
+    assert_eq!(locked.record().node.as_str(), "node1");
+
+    let why = api(&cluster)
+        .explain_vm(Request::new(ExplainVmRequest {
+            vm: "a".to_owned(),
+            limit: 0,
+        }))
+        .await
+        .expect("explained")
+        .into_inner();
+    assert!(
+        why.placement
+            .starts_with("moved here from node1: expel: node1 expels its VMs"),
+        "{why:?}"
+    );
+    assert!(
+        why.verdict.starts_with("stays: ") && why.nodes.len() == 1,
+        "{why:?}"
+    );
+
+    // It is brought back as soon as its last move is some seconds ago.
+    let end = move_vms(Direction::Bring).await;
+    assert!(end.done && (end.moved, end.remaining) == (1, 0), "{end:?}");
+    assert_eq!(vm.record().node.as_str(), "node1");
+    let refused = MoveVmsRequest {
+        node: "node1".to_owned(),
+        direction: 9,
+    };
+    assert!(api(&cluster).move_vms(Request::new(refused)).await.is_err());
+}
+
+#[tokio::test]
+async fn what_fits_nowhere_waits_for_its_turn() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    start(&cluster, "large").await;
+    let request = UpdateNodeRequest {
+        node: "node1".to_owned(),
+        reserved_memory_bytes: Some(900 * MIB),
+        ..Default::default()
+    };
+    let api = api(&cluster);
+    api.update_node(Request::new(request.clone()))
+        .await
+        .expect("reserved");
+    let mut draft = cluster.draft("waits", 256 * MIB);
+    draft.wishes.labels = "user=ada".parse().expect("labels");
+    let waiting = queue::enqueue(&cluster.scheduler, draft, None)
+        .await
+        .expect("queued");
+    assert!(
+        waiting
+            .message()
+            .starts_with("place 1 in the queue: nothing fits: node1: "),
+        "{waiting:?}"
+    );
+    let draft = cluster.draft("waits", 64 * MIB);
+    let taken = launch::submit(&cluster.scheduler, draft, None)
+        .await
+        .expect_err("taken");
+    assert!(taken.to_string().contains("a VM named 'waits' exists"), "{taken}");
+    let second = cluster.draft("second", 512 * MIB);
+    queue::enqueue(&cluster.scheduler, second, None)
+        .await
+        .expect("queued");
+
+    let listed = api
+        .list_queue(Request::new(ListQueueRequest {}))
+        .await
+        .expect("listed");
+    let listed = listed.into_inner().vms;
+    // Who has no label runs one VM already.
+    let names: Vec<_> = listed
+        .iter()
+        .map(|vm| (vm.place, vm.name.as_str(), vm.user.as_str()))
+        .collect();
+    assert_eq!(names, [(1, "waits", "ada"), (2, "second", "")]);
+    let vms = api
+        .list_vms(Request::new(ListVmsRequest {}))
+        .await
+        .expect("listed")
+        .into_inner()
+        .vms;
+    assert_eq!(vms.iter().filter(|vm| vm.phase() == VmPhase::Pending).count(), 2);
+    let stop = StopVmRequest {
+        vm: "second".to_owned(),
+    };
+    let refused = api.stop_vm(Request::new(stop)).await.expect_err("waits");
+    assert!(refused.message().contains("waits for room"), "{refused}");
+    let remove = RemoveVmRequest {
+        vm: "second".to_owned(),
+        force: false,
+    };
+    api.remove_vm(Request::new(remove)).await.expect("taken out");
+    assert_eq!(cluster.scheduler.queue.list().len(), 1);
+
+    let free = UpdateNodeRequest {
+        reserved_memory_bytes: Some(0),
+        ..request
+    };
+    api.update_node(Request::new(free)).await.expect("free again");
+    queue::advance(&cluster.scheduler).await;
+    assert!(cluster.scheduler.queue.is_empty());
+    let started = cluster.scheduler.vms.find("waits").expect("started");
+    until("it to run", || {
+        started.record().phase == crate::record::Phase::Running
+    })
+    .await;
+    assert_eq!(
+        started.record().home.as_ref().map(ToString::to_string).as_deref(),
+        Some("node1")
     );
 }

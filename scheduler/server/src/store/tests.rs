@@ -1,5 +1,5 @@
 use super::*;
-use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, VmWishes, now_unix_ms};
+use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, QueuedRecord, VmWishes, now_unix_ms};
 use shoal_plan::labels::parse_terms;
 use shoal_proto::{Epoch, MigrationId, vm};
 
@@ -42,6 +42,8 @@ fn vm_record(name: &str) -> VmRecord {
             locked: true,
             priority: 9,
         },
+        home: Some("node7".parse().expect("a node")),
+        placement: "asked for".to_owned(),
     }
 }
 
@@ -109,6 +111,12 @@ async fn everything_comes_back_as_it_was_written() {
         ..Default::default()
     };
     let policy: BTreeMap<_, _> = [("overcommit".to_owned(), "2".to_owned())].into();
+    let waits = vm_record("waits");
+    let queued = |sequence| QueuedRecord {
+        sequence,
+        vm: waits.clone(),
+        pinned: None,
+    };
     let event = cluster::Event {
         sequence: 300,
         message: "hello".to_owned(),
@@ -128,6 +136,8 @@ async fn everything_comes_back_as_it_was_written() {
             Write::PutMigration(300, Box::new(migration(4))),
             Write::PutMigrationDefaults(Box::new(defaults)),
             Write::PutSchedulingPolicy(policy.clone()),
+            Write::PutQueued(Arc::new(queued(3))),
+            Write::PutQueued(Arc::new(queued(4))),
             Write::PutNode(node.clone()),
             Write::PutEvent(event.clone()),
             Write::PutEvent(early),
@@ -140,6 +150,7 @@ async fn everything_comes_back_as_it_was_written() {
             Write::DeleteMigration(1),
             Write::DeleteSamples(2),
             Write::TrimEvents(2),
+            Write::DeleteQueued(3),
         ])
         .await
         .expect("written");
@@ -163,6 +174,7 @@ async fn everything_comes_back_as_it_was_written() {
     assert_eq!(contents.sampled, [300]);
     assert_eq!(contents.migration_defaults, defaults);
     assert_eq!(contents.scheduling_policy, policy);
+    assert_eq!(contents.queue, [queued(4)]);
     let whole = store.migration(300).await.expect("readable");
     assert_eq!(whole, Some(migration(4)));
     let thinned = store.migration(2).await.expect("readable").expect("there");
@@ -230,7 +242,9 @@ fn a_newer_schema_is_refused() {
 fn records_of_before_there_were_wishes_wish_nothing() {
     let vm = vm_record("old");
     let mut json = serde_json::to_value(&vm).expect("json");
-    json.as_object_mut().expect("an object").remove("wishes");
+    for field in ["wishes", "home", "placement"] {
+        json.as_object_mut().expect("an object").remove(field);
+    }
     let read: VmRecord = serde_json::from_value(json).expect("read");
     assert_eq!(read.wishes, VmWishes::default());
     let mut json = serde_json::to_value(&vm).expect("json");

@@ -145,6 +145,8 @@ pub(crate) struct Cluster<'a> {
     pub vms: Vec<Vm<'a>>,
     /// Who is on which node, as far as rules ask.
     pub together: Together<'a>,
+    /// Logarithm of the policy's `cost_base`.
+    pub cost_rate: f64,
     /// What becomes of the VMs of a node that dies, if the policy asks.
     pub failover: Option<Failover>,
     /// Moves under way and planned.
@@ -181,6 +183,7 @@ impl<'a> Cluster<'a> {
             nodes,
             vms: Vec::with_capacity(snapshot.vms.len()),
             together: Together::new(there.chain(to_come)),
+            cost_rate: policy.cost_base.ln(),
             failover: None,
             migrations: 0,
             node_numbers,
@@ -200,15 +203,14 @@ impl<'a> Cluster<'a> {
         views.sort_by(|a, b| a.id.cmp(&b.id));
         views.dedup_by(|a, b| a.id == b.id);
         let mut cpu_use = vec![0.0; self.nodes.len()];
-        for view in &views {
+        let mut placed: Vec<(usize, &VmView)> = Vec::with_capacity(views.len());
+        for view in views {
             if let Some(&node) = self.node_numbers.get(view.node.as_str()) {
                 cpu_use[node] += load(view.cpu_use);
+                placed.push((node, view));
             }
         }
-        for view in views {
-            let Some(&node) = self.node_numbers.get(view.node.as_str()) else {
-                continue;
-            };
+        for (node, view) in placed {
             let stretch = self.nodes[node].stretch(cpu_use[node]);
             let vm = self.vm(view, node, stretch);
             if !self.together.is_empty() {

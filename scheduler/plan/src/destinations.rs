@@ -26,7 +26,7 @@ pub(crate) struct Destinations<'a> {
 
 impl<'a> Destinations<'a> {
     pub fn new(cluster: &Cluster<'a>) -> Self {
-        let base = cluster.policy.cost_base;
+        let rate = cluster.cost_rate;
         let count = cluster.vms.len().max(1) as f64;
         let average = Use {
             cpu: cluster.vms.iter().map(|vm| vm.demand).sum::<f64>() / count,
@@ -34,7 +34,7 @@ impl<'a> Destinations<'a> {
         };
         let mut nodes: Vec<(usize, f64)> = (0..cluster.nodes.len())
             .filter(|&node| cluster.nodes[node].view.state == NodeState::Ready)
-            .map(|node| (node, cluster.nodes[node].charge(base, average)))
+            .map(|node| (node, cluster.nodes[node].charge(rate, average)))
             .collect();
         nodes.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
         Self {

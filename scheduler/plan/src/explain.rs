@@ -65,7 +65,7 @@ pub fn explain(snapshot: &ClusterSnapshot, policy: &Policy, vm: &VmId) -> Option
     let number = cluster.number(vm)?;
     let (vm, terms) = (&cluster.vms[number], Terms::new(policy));
     let cost = cost(policy, vm);
-    let saving = cluster.nodes[vm.node].saving(policy.cost_base, vm.usage());
+    let saving = cluster.nodes[vm.node].saving(cluster.cost_rate, vm.usage());
     let newcomer = Newcomer::balanced(&cluster, number);
     let charged = Use {
         cpu: newcomer.usage.cpu * policy.stability,
@@ -74,7 +74,7 @@ pub fn explain(snapshot: &ClusterSnapshot, policy: &Policy, vm: &VmId) -> Option
     let mut nodes: Vec<Alternative> = (0..cluster.nodes.len())
         .filter(|&to| to != vm.node)
         .map(|to| {
-            let charge = cluster.nodes[to].charge(policy.cost_base, charged);
+            let charge = cluster.nodes[to].charge(cluster.cost_rate, charged);
             let benefit = saving - charge;
             Alternative {
                 node: cluster.nodes[to].view.name.clone(),

@@ -408,6 +408,12 @@ impl<'a> Newcomer<'a> {
 
     /// Whether a node can take it.
     pub fn check(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        self.check_node(cluster, number)?;
+        self.check_failover(cluster, number)
+    }
+
+    /// The same but for N+1, which takes longer.
+    fn check_node(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
         let (policy, node) = (cluster.policy, &cluster.nodes[number]);
         if self.from == Some(number) {
             return Err(RejectReason::SameNode);
@@ -453,10 +459,8 @@ impl<'a> Newcomer<'a> {
                 limit: policy.pressure_threshold,
             });
         }
-        if let Some(ahead) = self.ahead {
-            self.check_ahead(policy, node, ahead)?;
-        }
-        self.check_failover(cluster, number)
+        self.ahead
+            .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
     }
 
     fn check_rules(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
@@ -544,25 +548,39 @@ pub(crate) fn best_node(
         Some(number) => number..number + 1,
         None => 0..cluster.nodes.len(),
     };
+    let fits = |number: &usize| newcomer.check_node(cluster, *number).is_ok();
     if cluster.policy.mode == Mode::Pack {
-        let used = numbers
-            .clone()
-            .filter(|&number| {
-                !cluster.nodes[number].is_empty() && has_cpu(cluster, number, newcomer.usage.cpu)
-            })
-            .filter(|&number| newcomer.check(cluster, number).is_ok())
-            .map(|number| (number, cluster.nodes[number].use_part(0.0, 0.0)))
-            .max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0)));
-        if let Some((number, _)) = used {
+        let used = numbers.clone().filter(|&number| {
+            !cluster.nodes[number].is_empty() && has_cpu(cluster, number, newcomer.usage.cpu)
+        });
+        let used = used
+            .filter(fits)
+            .map(|number| (-cluster.nodes[number].use_part(0.0, 0.0), number));
+        if let Some(number) = least(cluster, newcomer, used) {
             return Some(number);
         }
     }
-    let base = cluster.policy.cost_base;
-    numbers
-        .filter(|&number| newcomer.check(cluster, number).is_ok())
-        .map(|number| (number, cluster.nodes[number].charge(base, newcomer.usage)))
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map(|(number, _)| number)
+    let rate = cluster.cost_rate;
+    let charges = numbers
+        .filter(fits)
+        .map(|number| (cluster.nodes[number].charge(rate, newcomer.usage), number));
+    least(cluster, newcomer, charges)
+}
+
+/// The node with the least of something that also keeps N+1, which is looked at last.
+fn least(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    nodes: impl Iterator<Item = (f64, usize)>,
+) -> Option<usize> {
+    let order = |a: &(f64, usize), b: &(f64, usize)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+    if cluster.failover.is_none() || !newcomer.n_plus_one {
+        return nodes.min_by(order).map(|(_, number)| number);
+    }
+    let mut nodes: Vec<(f64, usize)> = nodes.collect();
+    nodes.sort_unstable_by(order);
+    let keeps = |number: &usize| newcomer.check_failover(cluster, *number).is_ok();
+    nodes.into_iter().map(|(_, number)| number).find(keeps)
 }
 
 /// Whether a node has so many CPUs left below the target of packing.

@@ -100,7 +100,7 @@ fn bound(cluster: &Cluster<'_>, terms: Terms, number: usize) -> Option<Bound> {
     {
         return None;
     }
-    let saving = node.saving(policy.cost_base, vm.usage());
+    let saving = node.saving(cluster.cost_rate, vm.usage());
     if saving < terms.min_gain {
         return None;
     }
@@ -171,7 +171,7 @@ fn best_destination<'a>(
         if cluster.nodes[to].outgoing > 0 {
             continue;
         }
-        let benefit = bound.saving - cluster.nodes[to].charge(policy.cost_base, charged);
+        let benefit = bound.saving - cluster.nodes[to].charge(cluster.cost_rate, charged);
         let gain = terms.net(benefit, bound.cost);
         if gain >= terms.min_gain
             && best.is_none_or(|best| gain > best.gain)

@@ -57,10 +57,10 @@ fn best_swap<'a>(cluster: &Cluster<'a>, terms: Terms, destinations: &Destination
         let node = &cluster.nodes[*node];
         node.view.state == NodeState::Ready && node.incoming == 0 && node.outgoing == 0
     };
-    let base = cluster.policy.cost_base;
+    let rate = cluster.cost_rate;
     let mut sources: Vec<(usize, f64)> = (0..cluster.nodes.len())
         .filter(idle)
-        .map(|node| (node, cluster.nodes[node].local_cost(base)))
+        .map(|node| (node, cluster.nodes[node].local_cost(rate)))
         .filter(|(_, cost)| *cost >= terms.min_gain)
         .collect();
     let dearest = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -100,7 +100,7 @@ fn by_weight(cluster: &Cluster<'_>, node: usize, most: usize, heavy: bool) -> Ve
         cluster.vms[vm].converges && !cluster.together.ties(vm) && cluster.immobile(vm, rest).is_none()
     };
     let of = &cluster.nodes[node];
-    let weigh = |vm: usize| of.saving(policy.cost_base, cluster.vms[vm].usage());
+    let weigh = |vm: usize| of.saving(cluster.cost_rate, cluster.vms[vm].usage());
     let mut vms: Vec<(usize, f64)> = cluster
         .staying(node)
         .filter(free)
@@ -118,7 +118,7 @@ fn by_weight(cluster: &Cluster<'_>, node: usize, most: usize, heavy: bool) -> Ve
 fn gain(cluster: &Cluster<'_>, terms: Terms, first: usize, second: usize) -> f64 {
     let (a, b) = (&cluster.vms[first], &cluster.vms[second]);
     let stability = cluster.policy.stability;
-    let base = cluster.policy.cost_base;
+    let rate = cluster.cost_rate;
     let net = |comes: f64, goes: f64| {
         let net = comes - goes;
         if net > 0.0 { net * stability } else { net }
@@ -128,7 +128,7 @@ fn gain(cluster: &Cluster<'_>, terms: Terms, first: usize, second: usize) -> f64
         memory: net(comes.memory, goes.memory),
     };
     let (from, to) = (&cluster.nodes[a.node], &cluster.nodes[b.node]);
-    let worse = from.worse(base, change(b.usage(), a.usage())) + to.worse(base, change(a.usage(), b.usage()));
+    let worse = from.worse(rate, change(b.usage(), a.usage())) + to.worse(rate, change(a.usage(), b.usage()));
     let cost = cost(cluster.policy, a).and(cost(cluster.policy, b));
     terms.net(-worse, cost)
 }

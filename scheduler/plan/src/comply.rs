@@ -5,7 +5,8 @@
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
 use crate::model::NodeState;
-use crate::place::{Newcomer, best_node, rejections};
+use crate::newcomer::Newcomer;
+use crate::place::{best_node, rejections};
 use crate::reject::{RejectReason, summarise};
 
 /// So many notes a round list the nodes that were tried; that takes time in a large cluster.

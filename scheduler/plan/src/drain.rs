@@ -4,7 +4,8 @@
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
 use crate::model::{ClusterSnapshot, NodeName, NodeState};
-use crate::place::{Newcomer, best_node, rejections};
+use crate::newcomer::Newcomer;
+use crate::place::{best_node, rejections};
 use crate::policy::Policy;
 use crate::reject::summarise;
 

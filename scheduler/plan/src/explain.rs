@@ -8,7 +8,7 @@ use crate::cluster::{Cluster, bytes, duration};
 use crate::comply::wrong;
 use crate::cost::{Terms, cost};
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, VmId};
-use crate::place::Newcomer;
+use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
 use crate::reject::RejectReason;
 use crate::round::round;

@@ -17,6 +17,7 @@ mod failover;
 pub mod labels;
 mod last_resort;
 pub mod model;
+mod newcomer;
 mod pack;
 pub mod place;
 pub mod policy;

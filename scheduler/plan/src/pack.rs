@@ -11,7 +11,8 @@ use crate::action::{Action, ActionKind, Plan};
 use crate::cluster::{Cluster, bytes};
 use crate::cost::{Cost, Terms, cost};
 use crate::model::NodeState;
-use crate::place::{Beside, Newcomer, best_node, has_cpu};
+use crate::newcomer::{Beside, Newcomer};
+use crate::place::{best_node, has_cpu};
 
 /// What an empty node is worth, in score: somewhat more than the CPU of a full one costs.
 const EMPTY_NODE_GAIN: f64 = 20.0;

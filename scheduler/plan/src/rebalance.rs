@@ -12,7 +12,7 @@ use crate::cluster::{Cluster, bytes};
 use crate::cost::{Cost, Terms, cost};
 use crate::destinations::Destinations;
 use crate::model::NodeState;
-use crate::place::Newcomer;
+use crate::newcomer::Newcomer;
 use crate::score::Use;
 use crate::swap::swap;
 

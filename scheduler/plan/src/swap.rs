@@ -9,7 +9,7 @@ use crate::cluster::{Cluster, bytes};
 use crate::cost::{Terms, cost};
 use crate::destinations::Destinations;
 use crate::model::NodeState;
-use crate::place::Newcomer;
+use crate::newcomer::Newcomer;
 use crate::score::Use;
 
 /// The dearest nodes are tried, with the VMs that weigh most there,

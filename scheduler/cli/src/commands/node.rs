@@ -26,7 +26,7 @@ pub struct ChangeArgs {
     /// Its name.
     node: String,
     /// KEY=VALUE or KEY to set, KEY- to remove.
-    #[arg(required = true, value_name = "CHANGE", allow_hyphen_values = true)]
+    #[arg(required = true, value_name = "CHANGE")]
     changes: Vec<String>,
 }
 

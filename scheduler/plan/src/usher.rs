@@ -9,8 +9,10 @@
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
-use crate::model::NodeState;
-use crate::place::{Newcomer, best_node, rejections};
+use crate::last_resort;
+use crate::model::{DEFAULT_PRIORITY, NodeState};
+use crate::newcomer::Newcomer;
+use crate::place::{best_node, rejections};
 use crate::reject::summarise;
 
 /// So many notes a round list the nodes that were tried; that takes time in a large cluster.
@@ -51,7 +53,7 @@ fn is_pressed(cluster: &Cluster<'_>, node: usize) -> bool {
 struct Candidate {
     vm: usize,
     frees: f64,
-    /// Needed memory freed per second of transfer.
+    /// Needed memory freed per second of transfer, weighed by priority.
     worth: f64,
 }
 
@@ -200,7 +202,7 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
             Candidate {
                 vm,
                 frees,
-                worth: frees.min(needed) / cluster.vms[vm].move_seconds.max(1e-3),
+                worth: frees.min(needed) * precedence(cluster, vm) / cluster.vms[vm].move_seconds.max(1e-3),
             }
         })
         .filter(|candidate| candidate.worth > 0.0)
@@ -214,14 +216,19 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
     candidates
 }
 
+/// How much sooner a VM leaves for its priority: 1 at the default, 2 at the lowest, a fifth at the highest.
+fn precedence(cluster: &Cluster<'_>, vm: usize) -> f64 {
+    f64::from(10 - cluster.vms[vm].view.priority.min(9)) / f64::from(10 - DEFAULT_PRIORITY)
+}
+
 /// Whether a VM could go to a node that takes as many as allowed right now.
 fn waits_for_a_move(cluster: &Cluster<'_>, vm: usize) -> bool {
-    Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold).waits_for_a_move(cluster)
+    Newcomer::evicted(cluster, vm).waits_for_a_move(cluster, None)
 }
 
 /// Where a VM can go and stay below the threshold.
 fn destination(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
-    let newcomer = Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold);
+    let newcomer = Newcomer::evicted(cluster, vm);
     if newcomer.at_horizon() > cluster.largest_room() {
         return None;
     }
@@ -293,7 +300,7 @@ fn stuck(
             cluster.vms[smallest.vm].view.name.clone(),
             bytes(cluster.largest_room()),
         );
-        let newcomer = Newcomer::automatic(cluster, smallest.vm, cluster.policy.usher_threshold);
+        let newcomer = Newcomer::evicted(cluster, smallest.vm);
         let needs = bytes(smallest.frees);
         let tried = if detailed {
             format!(": {}", summarise(&rejections(cluster, &newcomer, None)))
@@ -302,7 +309,8 @@ fn stuck(
         };
         return format!(
             "{alarm}; nothing fits elsewhere: the smallest VM that can move, '{name}', needs {needs}, \
-             the most any node has left is {room}{tried}"
+             the most any node has left is {room}{tried}; {}",
+            last_resort::describe(cluster, node)
         );
     }
     let mut held: Vec<String> = Vec::new();
@@ -314,5 +322,9 @@ fn stuck(
     if held.is_empty() {
         return format!("{alarm}; no VM stays there that could be moved");
     }
-    format!("{alarm}; none of its VMs can be moved: {}", held.join("; "))
+    format!(
+        "{alarm}; none of its VMs can be moved: {}; {}",
+        held.join("; "),
+        last_resort::describe(cluster, node)
+    )
 }

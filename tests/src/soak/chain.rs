@@ -166,7 +166,7 @@ impl Chain {
     fn leaving(&self, planned: &Move, id: &str, address: String) -> StartMigrationRequest {
         StartMigrationRequest {
             migration_id: id.into(),
-            policy: Some(planned.policy.clone()),
+            policy: Some(planned.policy),
             tls: (planned.link == Link::Tls).then(|| self.certificates.tls("a", "b")),
             ..outgoing(address, self.tried, Duration::ZERO)
         }

@@ -33,7 +33,7 @@ pub fn run(machine: Machine, moves: u32, random: &mut Random, summary: &mut Summ
         let request = MigrateVmRequest {
             vm: NAME.into(),
             to_node: to.into(),
-            policy: Some(planned.policy.clone()),
+            policy: Some(planned.policy),
         };
         let migration = WatchedMigration::start(cluster.shoal.endpoint(), request);
         if let Trouble::Cancel(after) = planned.trouble {

@@ -13,6 +13,9 @@ use crate::model::ClusterSnapshot;
 use crate::place::{LaunchRequest, PlaceError, Placement, place};
 use crate::policy::Policy;
 
+/// So many are looked at in a round.
+const TRIES: usize = 200;
+
 /// The label that names the user.
 pub const USER: &str = "user";
 
@@ -36,6 +39,8 @@ pub enum Turn {
     Start(Placement),
     /// It fits nowhere.
     Refused(PlaceError),
+    /// As many as are looked at in a round are before it.
+    Later,
     /// One before it has waited too long.
     Behind {
         /// That one's name.
@@ -51,9 +56,10 @@ pub fn take_turns(snapshot: &ClusterSnapshot, policy: &Policy, waiting: &[Waitin
     let mut cluster = Cluster::with_rules(snapshot, policy, rules);
     let mut first: Option<&Waiting> = None;
     let mut turns = Vec::with_capacity(waiting.len());
-    for number in order(snapshot, policy, waiting) {
+    for (tried, number) in order(snapshot, policy, waiting).into_iter().enumerate() {
         let vm = &waiting[number];
         let turn = match first {
+            _ if tried >= TRIES => Turn::Later,
             Some(first) => Turn::Behind {
                 name: first.name.clone(),
             },

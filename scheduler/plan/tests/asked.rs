@@ -82,6 +82,7 @@ fn turns(s: &text::Scenario, queue: &[Waiting]) -> Vec<String> {
         .map(|(number, turn)| match turn {
             Turn::Start(placement) => format!("{} on {}", name(number), placement.node),
             Turn::Refused(_) => format!("{} waits", name(number)),
+            Turn::Later => format!("{} later", name(number)),
             Turn::Behind { name: other } => format!("{} behind {other}", name(number)),
         })
         .collect()
@@ -121,6 +122,19 @@ fn a_later_one_may_pass_until_patience_ends() {
     };
     assert_eq!(turns(&s, &queue(59)), ["large waits", "small on node1"]);
     assert_eq!(turns(&s, &queue(60)), ["large waits", "small behind large"]);
+}
+
+#[test]
+fn a_long_queue_is_looked_at_in_part() {
+    let s = scenario("policy overcommit=1\nnode node1 cpus=8 memory=4GiB");
+    let queue: Vec<Waiting> = (0..201)
+        .map(|n| waiting(&format!("vm{n}"), "a", 8, 5, 0))
+        .collect();
+    let turns = turns(&s, &queue);
+    assert_eq!(
+        (turns[199].as_str(), turns[200].as_str()),
+        ("vm199 waits", "vm200 later")
+    );
 }
 
 #[test]

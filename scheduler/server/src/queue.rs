@@ -1,6 +1,7 @@
 //! VMs that wait for room. Each second those whose turn it is, and that fit, are started; the planner says which, and of the
 //! others why not.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ use crate::record::{QueuedRecord, VmRecord, now_unix_ms};
 use crate::scheduler::Shared;
 use crate::store::{StoreError, Write};
 use crate::vms::NameTaken;
+
+/// So many may wait.
+const MOST: usize = 10_000;
 
 /// One that waits.
 #[derive(Debug, Clone)]
@@ -118,15 +122,19 @@ impl Queue {
     /// Shows a new order. Those that came meanwhile are last.
     fn arrange(&self, order: Vec<(u64, String)>) {
         let mut all = self.lock();
-        let known = |waiting: &Waiting| {
-            order
-                .iter()
-                .position(|(sequence, _)| *sequence == waiting.record.sequence)
-        };
-        all.sort_by_key(|waiting| known(waiting).unwrap_or(usize::MAX));
+        let known: HashMap<u64, (usize, String)> = order
+            .into_iter()
+            .enumerate()
+            .map(|(index, (sequence, reason))| (sequence, (index, reason)))
+            .collect();
+        all.sort_by_key(|waiting| {
+            known
+                .get(&waiting.record.sequence)
+                .map_or(usize::MAX, |known| known.0)
+        });
         for (index, waiting) in all.iter_mut().enumerate() {
             waiting.place = index + 1;
-            if let Some((_, reason)) = known(waiting).and_then(|index| order.get(index)) {
+            if let Some((_, reason)) = known.get(&waiting.record.sequence) {
                 waiting.reason.clone_from(reason);
             }
         }
@@ -147,6 +155,9 @@ pub async fn enqueue(
         let _planning = scheduler.planning.lock().await;
         scheduler.vms.check_name(&draft.name)?;
         scheduler.queue.check_name(&draft.name)?;
+        if scheduler.queue.list().len() >= MOST {
+            return Err(LaunchError::QueueFull);
+        }
         let record = Arc::new(QueuedRecord {
             sequence: scheduler.queue.next_sequence(),
             vm: draft,
@@ -212,6 +223,7 @@ pub async fn advance(scheduler: &Shared) {
                 }
             }
             Turn::Refused(error) => order.push((sequence, limits::shorten(&error.to_string()))),
+            Turn::Later => order.push((sequence, "others are before it".to_owned())),
             Turn::Behind { name } => order.push((
                 sequence,
                 format!("{name} has waited long and is not overtaken any more"),

@@ -30,6 +30,9 @@ pub enum LaunchError {
     /// No place for it.
     #[error(transparent)]
     Place(#[from] plan::PlaceError),
+    /// Too many wait already.
+    #[error("the queue is full: `shoal queue` shows who waits, `shoal rm` takes one out")]
+    QueueFull,
     /// The node refused or failed to start it; nothing is left of it.
     #[error("node {node} could not start VM {vm}: {reason}")]
     Failed {

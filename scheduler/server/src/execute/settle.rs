@@ -585,12 +585,13 @@ fn figures(report: &MigrationReport) -> String {
     )
 }
 
-/// Bytes of memory per second that a migration got through its link; none where it was too short to tell, or no link was
-/// used.
+/// Bytes of memory per second that a migration got through its link; none where it was too short to tell, was held back by a
+/// cap, or used no link.
 fn link_rate(report: &MigrationReport) -> Option<u64> {
     const TELLING_BYTES: u64 = 64 << 20;
     let bytes = report.pages_sent.saturating_mul(4096);
-    if report.handed_over || bytes < TELLING_BYTES {
+    let cap = report.policy.and_then(|policy| policy.bandwidth_bytes_per_second);
+    if report.handed_over || report.post_copy || cap.is_some_and(|cap| cap > 0) || bytes < TELLING_BYTES {
         return None;
     }
     let rate = u128::from(bytes) * 1_000_000 / u128::from(report.total_us.max(1));

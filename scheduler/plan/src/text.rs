@@ -11,6 +11,7 @@ mod value;
 
 pub use parse::{Scenario, TextError, parse};
 pub use print::{print, print_plan};
+pub use value::{parse_duration, parse_number, parse_size};
 
 /// The first line.
 const HEADER: &str = "shoal-cluster 1";

@@ -26,6 +26,8 @@ pub(crate) struct Node<'a> {
     pub settled: f64,
     /// `settled`, with growth to the policy's horizon.
     pub projected: f64,
+    /// Bytes per second by which the VMs grow that will be here.
+    growth: f64,
     pub load_local: f64,
     pub load_exported: f64,
     /// CPUs times speed.
@@ -248,6 +250,7 @@ impl<'a> Cluster<'a> {
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth += vm.growth;
         node.vms.push(number);
     }
 
@@ -263,6 +266,7 @@ impl<'a> Cluster<'a> {
         let (vm, node) = (&self.vms[number], &mut self.nodes[from]);
         node.settled -= vm.resident;
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth -= vm.growth;
         node.load_local = (node.load_local - vm.demand).max(0.0);
         node.load_exported = (node.load_exported - vm.demand).max(0.0);
         node.outgoing += 1;
@@ -397,6 +401,7 @@ impl<'a> Node<'a> {
             occupied: 0.0,
             settled: 0.0,
             projected: 0.0,
+            growth: 0.0,
             load_local,
             // What is exported is never less: it rises sooner and falls later.
             load_exported: load(view.load_exported).max(load_local),
@@ -416,6 +421,14 @@ impl<'a> Node<'a> {
         } else {
             1.0
         }
+    }
+
+    /// Part of its memory that it would hold with one more VM, when all have grown for so long after the horizon. Not more
+    /// than what they were given.
+    pub fn part_later(&self, vm: &Vm<'_>, at_horizon: f64, seconds: f64) -> f64 {
+        let grown = self.projected + at_horizon + (self.growth + vm.growth).max(0.0) * seconds;
+        let most = self.other + self.committed + vm.declared;
+        grown.min(most.max(self.projected + at_horizon)) / self.memory.max(1.0)
     }
 
     /// Memory pressure, percent.

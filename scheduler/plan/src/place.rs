@@ -247,6 +247,8 @@ pub(crate) struct Newcomer {
     from: Option<usize>,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
     ahead: Option<f64>,
+    /// Declared memory does not count, and this part of a node's memory may be held: see [`crate::usher`].
+    last_resort: Option<f64>,
 }
 
 impl Newcomer {
@@ -263,6 +265,7 @@ impl Newcomer {
             cpu_class: request.cpu_class.clone(),
             from: None,
             ahead: None,
+            last_resort: None,
         }
     }
 
@@ -275,6 +278,7 @@ impl Newcomer {
             cpu_class: vm.view.cpu_class.clone(),
             from: Some(vm.node),
             ahead: None,
+            last_resort: None,
         }
     }
 
@@ -283,6 +287,14 @@ impl Newcomer {
         Self {
             ahead: Some(ahead),
             ..Self::migration(cluster, &cluster.vms[vm])
+        }
+    }
+
+    /// One that must leave where it is, or be killed there.
+    pub fn last_resort(cluster: &Cluster<'_>, vm: usize, part: f64) -> Self {
+        Self {
+            last_resort: Some(part),
+            ..Self::automatic(cluster, vm, part)
         }
     }
 
@@ -312,7 +324,7 @@ impl Newcomer {
             });
         }
         let limit = node.memory * policy.overcommit;
-        if node.committed + self.declared > limit {
+        if self.last_resort.is_none() && node.committed + self.declared > limit {
             let (declared, needed) = (bytes(node.committed), bytes(self.declared));
             return Err(RejectReason::Committed {
                 declared,
@@ -320,7 +332,7 @@ impl Newcomer {
                 limit: bytes(limit),
             });
         }
-        let limit = node.memory * policy.usher_threshold;
+        let limit = node.memory * self.last_resort.unwrap_or(policy.usher_threshold);
         if node.occupied + self.usage.memory > limit {
             let (used, needed) = (bytes(node.occupied), bytes(self.usage.memory));
             return Err(RejectReason::Memory {

@@ -73,6 +73,26 @@ pub struct VmSpec {
     pub segments: Arc<[Segment]>,
 }
 
+impl VmSpec {
+    /// Work per second that it wants on average, up to a time.
+    #[must_use]
+    pub fn mean_cpu(&self, until: f64) -> f64 {
+        let ends = self
+            .segments
+            .iter()
+            .skip(1)
+            .map(|segment| segment.at)
+            .chain([until]);
+        let work: f64 = self
+            .segments
+            .iter()
+            .zip(ends)
+            .map(|(segment, end)| segment.cpu * (end.min(until) - segment.at).max(0.0))
+            .sum();
+        work / until.max(1e-9)
+    }
+}
+
 /// What a migration costs: see docs/simulation.md.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MigrationModel {

@@ -23,7 +23,8 @@ pub const FILL: f64 = 0.85;
 const REST_SECONDS: f64 = 1800.0;
 /// What a VM is taken to need of its CPUs, mean and deviation, before anything is known.
 const UNKNOWN: (f64, f64) = (0.3, 0.2);
-const FEWEST_SAMPLES: usize = 3;
+/// Samples that say enough.
+const ENOUGH: f64 = 3.0;
 
 /// What a VM is expected to use, in work per second.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -42,11 +43,11 @@ impl Forecast {
         }
     }
 
-    /// Mean and variance, if enough has been seen.
+    /// Mean and variance. The less has been seen, the more what is taken for unknown VMs counts in the variance.
     #[must_use]
-    pub fn expected(&self) -> Option<(f64, f64)> {
-        if self.samples.len() < FEWEST_SAMPLES {
-            return None;
+    pub fn expected(&self, unknown: (f64, f64)) -> (f64, f64) {
+        if self.samples.is_empty() {
+            return unknown;
         }
         let count = self.samples.len() as f64;
         let mean = self.samples.iter().sum::<f64>() / count;
@@ -55,7 +56,8 @@ impl Forecast {
             .iter()
             .map(|sample| (sample - mean).powi(2))
             .sum::<f64>();
-        Some((mean, squares / (count - 1.0)))
+        let missing = (ENOUGH - count).max(0.0);
+        (mean, (squares + missing * unknown.1) / (count - 1.0 + missing))
     }
 }
 
@@ -198,8 +200,10 @@ impl<'a> Cluster<'a> {
                 cluster.nodes[to].moving = true;
             }
             let speed = cluster.nodes[at].speed;
-            let expected = forecasts.get(&view.id).and_then(Forecast::expected);
-            let (mean, variance) = expected.unwrap_or_else(|| unknown(view.cpus, speed));
+            let guess = unknown(view.cpus, speed);
+            let (mean, variance) = forecasts
+                .get(&view.id)
+                .map_or(guess, |forecast| forecast.expected(guess));
             let declared = view.declared.0 as f64;
             let rested = view
                 .since_last_move
@@ -293,18 +297,18 @@ impl<'a> Cluster<'a> {
                     .copied()
                     .filter(|&vm| self.vms[vm].movable)
                     .collect();
-                // What is enough, the smallest memory first; then what is most.
+                // What is enough, the smallest memory first and then the least work; else what is most.
                 vms.sort_by(|&a, &b| {
                     let key = |vm: usize| {
                         let vm = &self.vms[vm];
-                        if vm.mean >= excess {
-                            (0, vm.resident)
+                        if vm.mean >= excess - 1e-9 {
+                            (0, vm.resident, vm.mean)
                         } else {
-                            (1, -vm.mean)
+                            (1, -vm.mean, vm.resident)
                         }
                     };
                     let (a, b) = (key(a), key(b));
-                    a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
+                    a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.total_cmp(&b.2))
                 });
                 let Some((vm, to)) = vms
                     .into_iter()
@@ -374,3 +378,6 @@ fn unknown(cpus: u32, speed: f64) -> (f64, f64) {
     let all = f64::from(cpus) * speed;
     (UNKNOWN.0 * all, (UNKNOWN.1 * all).powi(2))
 }
+
+#[cfg(test)]
+mod tests;

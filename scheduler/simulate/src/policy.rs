@@ -132,3 +132,6 @@ impl PolicyKind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,7 +61,7 @@ pub struct Outcome {
 }
 
 /// Points kept of a run.
-pub const MOST_SAMPLES: usize = 240;
+pub const MOST_SAMPLES: usize = 120;
 
 impl Outcome {
     /// The mean of several runs of the same policy.

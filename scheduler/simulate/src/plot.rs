@@ -11,7 +11,7 @@ const WIDTH: f64 = 960.0;
 const LEFT: f64 = 110.0;
 const RIGHT: f64 = 20.0;
 const ROW: f64 = 22.0;
-const GAP: f64 = 70.0;
+const GAP: f64 = 54.0;
 const GREY: &str = "#5f6b7a";
 const GRID: &str = "#e3e7ec";
 const SMALL: &str = r##"font-size="11" fill="#5f6b7a""##;
@@ -144,15 +144,24 @@ pub fn scenario(comparison: &Comparison) -> String {
 fn bars_of(svg: &mut Svg, comparison: &Comparison, bars: &Bars, left: f64, width: f64, top: f64) {
     svg.label(left, top - 10.0, Anchor::Start, SMALL, bars.title);
     let values: Vec<f64> = comparison.outcomes.iter().map(bars.value).collect();
-    let longest = values
+    // A policy that switches nothing off would flatten the others; its bar is cut.
+    let counts = |outcome: &Outcome| !comparison.pack || outcome.migrations > 0.0;
+    let longest = comparison
+        .outcomes
         .iter()
-        .map(|value| value - bars.base)
+        .zip(&values)
+        .filter(|(outcome, _)| counts(outcome))
+        .map(|(_, value)| value - bars.base)
         .fold(0.0, f64::max)
         .max(1e-12);
-    for (row, (outcome, value)) in comparison.outcomes.iter().zip(values).enumerate() {
+    for (row, (outcome, value)) in comparison.outcomes.iter().zip(&values).enumerate() {
         let y = top + row as f64 * ROW;
-        let length = ((value - bars.base) / longest * width).max(0.0);
+        let part = ((value - bars.base) / longest).max(0.0);
+        let length = part.min(1.0) * width;
         svg.rect(left, y + 2.0, length, ROW - 6.0, color(&outcome.policy));
+        if part > 1.0 + 1e-9 {
+            svg.rect(left + width - 14.0, y + 1.0, 4.0, ROW - 4.0, "#ffffff");
+        }
         let label = format!("{value:.*}", bars.decimals);
         svg.label(left + length + 4.0, y + 13.0, Anchor::Start, SMALL, &label);
     }
@@ -207,7 +216,11 @@ fn lines(svg: &mut Svg, comparison: &Comparison, top: f64, height: f64) {
         svg.label(
             x,
             top + height + 16.0,
-            Anchor::Middle,
+            if x > left + width - 20.0 {
+                Anchor::End
+            } else {
+                Anchor::Middle
+            },
             SMALL,
             &format!("{} {name}", number(tick)),
         );

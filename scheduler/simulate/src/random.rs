@@ -20,12 +20,12 @@ impl Random {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
         let mut random = Self(seed ^ hash);
-        random.next();
+        random.bits();
         random
     }
 
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -36,7 +36,7 @@ impl Random {
     /// From 0 up to, and without, 1.
     pub fn unit(&mut self) -> f64 {
         // 53 bits are what a float holds exactly.
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
     /// From `low` up to `high`.
@@ -46,7 +46,7 @@ impl Random {
 
     /// From 0 up to, and without, `count`; 0 if that is 0.
     pub fn below(&mut self, count: usize) -> usize {
-        let product = u128::from(self.next()) * count as u128;
+        let product = u128::from(self.bits()) * count as u128;
         usize::try_from(product >> 64).unwrap_or(0)
     }
 
@@ -71,8 +71,8 @@ mod tests {
     fn the_stream_is_the_published_one() {
         // Reference output of SplitMix64 for seed 1234567.
         let mut random = Random::new(1_234_567);
-        assert_eq!(random.next(), 6_457_827_717_110_365_317);
-        assert_eq!(random.next(), 3_203_168_211_198_807_973);
+        assert_eq!(random.bits(), 6_457_827_717_110_365_317);
+        assert_eq!(random.bits(), 3_203_168_211_198_807_973);
     }
 
     #[test]

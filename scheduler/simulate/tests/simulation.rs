@@ -140,7 +140,7 @@ fn pictures_are_whole() {
     let comparison = compare(&scenario, 2);
     for svg in [
         plot::scenario(&comparison),
-        plot::summary(&[comparison.clone()]),
+        plot::summary(std::slice::from_ref(&comparison)),
         plot::summary(&[]),
     ] {
         assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use shoal_plan::{LaunchRequest, NodeName};
+
 use super::*;
 use crate::policy::Move;
 use crate::random::Random;

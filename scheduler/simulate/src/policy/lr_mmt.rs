@@ -63,7 +63,6 @@ struct Hosts<'a> {
     histories: Vec<Vec<f64>>,
     /// Sums of those by host, the newest last.
     sums: Vec<[f64; HISTORY]>,
-    /// Shortest history of a VM on the host.
     power: &'a [PowerModel],
     link: f64,
 }
@@ -122,19 +121,6 @@ impl Hosts<'_> {
         })
     }
 
-    /// Off a host, to nowhere yet.
-    fn lift(&mut self, vm: usize) {
-        let from = self.digest.vms[vm].node;
-        self.count(vm, from, -1.0);
-        let (cpu, vm_view) = (self.work(vm), &self.digest.vms[vm]);
-        let (resident, declared) = (vm_view.resident, vm_view.declared);
-        let node = &mut self.digest.nodes[from];
-        node.cpu -= cpu / node.view.speed;
-        node.used -= resident;
-        node.declared -= declared;
-        node.vms.retain(|&other| other != vm);
-    }
-
     fn put(&mut self, vm: usize, to: usize) {
         self.count(vm, to, 1.0);
         let work = self.work(vm);
@@ -155,10 +141,9 @@ impl Hosts<'_> {
     fn best_fit(&mut self, vm: usize, allowed: &[bool]) -> Option<usize> {
         let work = self.work(vm);
         let mut best: Option<(f64, usize)> = None;
-        for host in 0..self.digest.nodes.len() {
+        for host in (0..allowed.len()).filter(|&host| allowed[host]) {
             let node = &self.digest.nodes[host];
-            let fits = allowed[host]
-                && node.used + self.digest.vms[vm].resident <= node.memory
+            let fits = node.used + self.digest.vms[vm].resident <= node.memory
                 && work <= node.view.speed
                 && self.wanted(host) + work <= node.capacity;
             if !fits {
@@ -174,7 +159,7 @@ impl Hosts<'_> {
             }
             self.put(vm, host);
             let overloaded = !empty && self.overloaded(host);
-            self.unput(vm, host);
+            self.take(vm, host);
             if !overloaded {
                 best = Some((grows, host));
             }
@@ -182,7 +167,7 @@ impl Hosts<'_> {
         best.map(|(_, host)| host)
     }
 
-    fn unput(&mut self, vm: usize, host: usize) {
+    fn take(&mut self, vm: usize, host: usize) {
         self.count(vm, host, -1.0);
         let work = self.work(vm);
         let (resident, declared) = (self.digest.vms[vm].resident, self.digest.vms[vm].declared);
@@ -205,7 +190,7 @@ impl Hosts<'_> {
         let mut lifted = Vec::new();
         for host in (0..overloaded.len()).filter(|&host| overloaded[host]) {
             while let Some(vm) = self.minimum_migration_time(host) {
-                self.lift(vm);
+                self.take(vm, host);
                 lifted.push(vm);
                 if !self.overloaded(host) {
                     break;
@@ -259,20 +244,16 @@ impl Hosts<'_> {
             }
             if planned.len() == vms.len() {
                 for &(vm, to) in &planned {
-                    self.lift_from(vm, host);
+                    self.take(vm, host);
                     tried[to] = true;
                     moves.push((vm, to));
                 }
             } else {
                 for (vm, to) in planned {
-                    self.unput(vm, to);
+                    self.take(vm, to);
                 }
             }
         }
-    }
-
-    fn lift_from(&mut self, vm: usize, host: usize) {
-        self.unput(vm, host);
     }
 }
 

@@ -134,7 +134,7 @@ fn every_policy_survives_any_snapshot() {
         let names = ["n0", "n1", "n2", "n3", "n4", "n5"];
         let nodes = names.map(|name| {
             let mut view = node(name, random.between(0.0, 12.0));
-            view.memory_available = Bytes::mib(random.next() % 16_384);
+            view.memory_available = Bytes::mib(random.bits() % 16_384);
             view
         });
         let count = random.below(40);
@@ -143,7 +143,7 @@ fn every_policy_survives_any_snapshot() {
                 &format!("v{number}"),
                 names[random.below(6)],
                 random.unit(),
-                random.next() % 2048,
+                random.bits() % 2048,
             );
             if random.below(5) == 0 {
                 view.resident = None;

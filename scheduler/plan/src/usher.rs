@@ -28,6 +28,9 @@ const LONG_SECONDS: f64 = 10.0;
 /// The long run, in horizons: how a destination is chosen.
 const LONG_RUN: f64 = 10.0;
 
+/// So many VMs of a node that runs out are tried once the rules give way; it is looked at again the next second.
+const LAST_RESORT_TRIES: usize = 8;
+
 /// Plans the moves that are urgent, into `plan`.
 pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let threshold = cluster.policy.usher_threshold;
@@ -109,7 +112,7 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
         return false;
     }
     let placed = placed.or_else(|| {
-        let mut candidates = candidates.iter();
+        let mut candidates = candidates.iter().take(LAST_RESORT_TRIES);
         candidates.find_map(|candidate| Some((candidate, last_resort(cluster, node, candidate.vm)?)))
     });
     match placed {

@@ -110,6 +110,8 @@ pub enum Command {
     Resolve(commands::resolve::ResolveArgs),
     /// Show what the cluster did, and why.
     Events(commands::events::EventsArgs),
+    /// Compare placement and migration policies on a simulated cluster.
+    Simulate(commands::simulate::SimulateArgs),
     /// CPU features of nodes and of new VMs.
     #[command(subcommand)]
     Cpu(commands::cpu::CpuCommand),
@@ -168,6 +170,7 @@ mod tests {
             "shoal policy reset --all",
             "shoal logs -f a",
             "shoal rebalance --dry-run",
+            "shoal simulate leak.txt --policy shoal --policy openmosix --seed 7 --runs 2 --plot leak.svg -o json",
             "shoal resolve a --keep node1",
             "shoal cpu baseline",
             "shoal cpu baseline apply -o json",
@@ -190,6 +193,9 @@ mod tests {
             "shoal migrate a --on-stall hope",
             "shoal migrate a --priority 10",
             "shoal migrate a --connections 17",
+            "shoal simulate",
+            "shoal simulate leak.txt --policy best",
+            "shoal simulate leak.txt --runs 0",
             "shoal migrations --vm a show b",
             "shoal migrations set a --verify",
             "shoal node label node1",

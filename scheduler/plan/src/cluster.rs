@@ -235,6 +235,7 @@ impl<'a> Cluster<'a> {
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth += vm.growth;
         node.vms.push(number);
         self.together.add(number, on);
     }
@@ -252,6 +253,7 @@ impl<'a> Cluster<'a> {
         let (vm, node) = (&self.vms[number], &mut self.nodes[from]);
         node.settled -= vm.resident;
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth -= vm.growth;
         node.load_local = (node.load_local - vm.demand).max(0.0);
         node.load_exported = (node.load_exported - vm.demand).max(0.0);
         node.outgoing += 1;

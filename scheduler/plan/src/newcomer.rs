@@ -43,6 +43,8 @@ pub(crate) struct Newcomer<'a> {
     patient: bool,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
     ahead: Option<f64>,
+    /// Declared memory does not count, and this part of a node's memory may be held: see [`crate::usher`].
+    last_resort: Option<f64>,
 }
 
 impl<'a> Newcomer<'a> {
@@ -66,6 +68,7 @@ impl<'a> Newcomer<'a> {
             beside: Beside::default(),
             patient: false,
             ahead: None,
+            last_resort: None,
         }
     }
 
@@ -86,6 +89,7 @@ impl<'a> Newcomer<'a> {
             beside: Beside::default(),
             patient: false,
             ahead: None,
+            last_resort: None,
         }
     }
 
@@ -95,6 +99,15 @@ impl<'a> Newcomer<'a> {
             ahead: Some(cluster.policy.usher_threshold),
             must_leave: true,
             ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// One that must leave where it is, or be killed there: its destination must stay below this part of its memory.
+    pub fn last_resort(cluster: &Cluster<'a>, vm: usize, part: f64) -> Self {
+        Self {
+            ahead: Some(part),
+            last_resort: Some(part),
+            ..Self::evicted(cluster, vm)
         }
     }
 
@@ -185,7 +198,7 @@ impl<'a> Newcomer<'a> {
         }
         let limit = node.lends * policy.overcommit;
         let committed = node.committed + self.beside.declared;
-        if committed + self.declared > limit {
+        if self.last_resort.is_none() && committed + self.declared > limit {
             let (declared, needed) = (bytes(committed), bytes(self.declared));
             return Err(RejectReason::Committed {
                 declared,
@@ -193,7 +206,7 @@ impl<'a> Newcomer<'a> {
                 limit: bytes(limit),
             });
         }
-        let limit = node.memory * policy.usher_threshold;
+        let limit = node.memory * self.last_resort.unwrap_or(policy.usher_threshold);
         let occupied = node.occupied + self.beside.memory;
         if occupied + self.usage.memory > limit {
             let (used, needed) = (bytes(occupied), bytes(self.usage.memory));

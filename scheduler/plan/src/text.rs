@@ -14,6 +14,7 @@ mod value;
 pub use parse::{Scenario, TextError, parse};
 pub use policy::{print_policy_fields, set_policy_fields};
 pub use print::{print, print_launches, print_placements, print_plan};
+pub use value::{parse_duration, parse_number, parse_size};
 
 /// The first line.
 const HEADER: &str = "shoal-cluster 1";

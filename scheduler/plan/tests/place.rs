@@ -284,7 +284,7 @@ fn a_vm_never_goes_where_one_node_has_a_certificate_and_the_other_has_none() {
         cpus: 1,
         memory: Bytes::mib(64),
         node: Some(NodeName::new("node4")),
-        cpu_class: None,
+        ..LaunchRequest::default()
     };
     assert!(place_launch(&snapshot, &Policy::default(), &request).is_ok());
 }

@@ -25,6 +25,7 @@ pub mod resolve;
 pub mod rm;
 pub mod run;
 pub mod scheduler;
+pub mod simulate;
 pub mod stop;
 pub mod uncordon;
 pub mod up;
@@ -87,6 +88,7 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,
         Command::Events(args) => events::run(context, args).await,
+        Command::Simulate(args) => simulate::run(context, &args),
         Command::Cpu(command) => cpu::run(context, command).await,
         Command::Certs(command) => certs::run(context, command),
         Command::Completions(args) => completions::run(context, &args),

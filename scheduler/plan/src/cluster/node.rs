@@ -1,6 +1,6 @@
 //! One node of the cluster with its sums.
 
-use super::load;
+use super::{Vm, load};
 use crate::model::NodeView;
 
 /// A node with its sums. Memory is in bytes, as `f64` for the arithmetic (exact up to 8 PiB).
@@ -18,6 +18,8 @@ pub(crate) struct Node<'a> {
     pub settled: f64,
     /// `settled`, with growth to the policy's horizon.
     pub projected: f64,
+    /// Bytes per second by which the VMs grow that will be here.
+    pub growth: f64,
     pub load_local: f64,
     pub load_exported: f64,
     /// CPUs times speed, without what is reserved.
@@ -50,6 +52,7 @@ impl<'a> Node<'a> {
             occupied: 0.0,
             settled: 0.0,
             projected: 0.0,
+            growth: 0.0,
             load_local,
             // What is exported is never less: it rises sooner and falls later.
             load_exported: load(view.load_exported).max(load_local),
@@ -83,6 +86,16 @@ impl<'a> Node<'a> {
         let cpu = (self.load_exported + cpu) / self.cpu_capacity;
         let memory = (self.settled + memory) / self.memory.max(1.0);
         f64::midpoint(cpu, memory)
+    }
+
+    /// Part of its memory that it would hold with one more VM, when all have grown for so long after the horizon. Its VMs do
+    /// not hold more than they were given.
+    pub fn part_later(&self, vm: &Vm<'_>, at_horizon: f64, seconds: f64) -> f64 {
+        let at_first = self.projected + at_horizon;
+        let grown = at_first + (self.growth + vm.growth).max(0.0) * seconds;
+        let most = self.other + self.committed + vm.declared;
+        let other_growth = self.view.other_growth.0 as f64 * seconds;
+        (grown.min(most.max(at_first)) + other_growth) / self.memory.max(1.0)
     }
 
     /// Memory pressure, percent.

@@ -15,6 +15,7 @@ mod images;
 mod kernel;
 mod packages;
 mod shoal;
+mod simulate;
 mod soak;
 mod test;
 
@@ -60,6 +61,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Compare scheduling policies on simulated clusters and recorded traces: tables and pictures; needs no KVM
+    Simulate {
+        /// `--quick`, `--traces FOLDER` (more days of PlanetLab), or scenario files instead of all
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Build the guest images
     Images {
         /// Only this one
@@ -78,6 +85,7 @@ fn main() -> anyhow::Result<()> {
         Command::Check { lints } => check::run_checks(&context, lints),
         Command::Bench { options } => bench::run_benchmarks(&context, &options),
         Command::Soak { options } => soak::run_soak(&context, &options),
+        Command::Simulate { options } => simulate::run_simulations(&context, &options),
         Command::Images { only: None } => images::build_all(&context),
         Command::Images { only: Some(image) } => images::build(&context, image),
         Command::Packages => packages::ensure_all(),

@@ -86,12 +86,32 @@ pub enum Command {
     Upgrade(commands::upgrade::UpgradeArgs),
     /// Let a drained node take VMs again.
     Uncordon(commands::uncordon::UncordonArgs),
+    /// Change labels, taints and reserves of a node.
+    #[command(subcommand)]
+    Node(commands::node::NodeCommand),
+    /// Show the VMs that wait for room.
+    Queue(commands::queue::QueueArgs),
+    /// Say why a VM is where it is, and why it does or does not move.
+    Explain(commands::explain::ExplainArgs),
+    /// Move every VM off a node, which goes on to take VMs.
+    Expel(commands::move_vms::MoveVmsArgs),
+    /// Move the VMs that were started on a node back to it.
+    Bring(commands::move_vms::MoveVmsArgs),
+    /// Keep a VM on its node.
+    Lock(commands::lock::LockArgs),
+    /// Let a VM be moved again.
+    Unlock(commands::lock::LockArgs),
+    /// Show or change the policy that plans are made with.
+    #[command(subcommand)]
+    Policy(commands::policy::PolicyCommand),
     /// Balance the cluster now, or show what would be done.
     Rebalance(commands::rebalance::RebalanceArgs),
     /// End a migration in doubt by an operator's decision.
     Resolve(commands::resolve::ResolveArgs),
     /// Show what the cluster did, and why.
     Events(commands::events::EventsArgs),
+    /// Compare placement and migration policies on a simulated cluster.
+    Simulate(commands::simulate::SimulateArgs),
     /// CPU features of nodes and of new VMs.
     #[command(subcommand)]
     Cpu(commands::cpu::CpuCommand),
@@ -130,8 +150,27 @@ mod tests {
             "shoal migrations defaults set --on-stall throttle --link-bandwidth 1GiB --cluster-bandwidth 0 --reset",
             "shoal upgrade node1 --parallel 4",
             "shoal ps -o json",
+            "shoal run linux --label app=web,user=ada --selector zone=a --selector disk!=slow --tolerate gpu",
+            "shoal run linux --affinity app=db --anti-affinity app=web --priority 0",
+            "shoal node label node1 zone=a disk-",
+            "shoal node taint node1 gpu dedicated=ml",
+            "shoal node reserve node1 --memory 1GiB --cpus 0.5",
+            "shoal lock a",
+            "shoal unlock a",
+            "shoal run linux --queue --label user=ada",
+            "shoal queue -o json",
+            "shoal explain a --nodes 5",
+            "shoal expel node1",
+            "shoal bring node1",
+            "shoal rebalance --mode pack --dry-run",
+            "shoal policy get",
+            "shoal policy get overcommit -o json",
+            "shoal policy set n_plus_one=on overcommit=2 automation=advise aggressiveness=4",
+            "shoal policy reset overcommit",
+            "shoal policy reset --all",
             "shoal logs -f a",
             "shoal rebalance --dry-run",
+            "shoal simulate leak.txt --policy shoal --policy openmosix --seed 7 --runs 2 --plot leak.svg -o json",
             "shoal resolve a --keep node1",
             "shoal cpu baseline",
             "shoal cpu baseline apply -o json",
@@ -154,8 +193,18 @@ mod tests {
             "shoal migrate a --on-stall hope",
             "shoal migrate a --priority 10",
             "shoal migrate a --connections 17",
+            "shoal simulate",
+            "shoal simulate leak.txt --policy best",
+            "shoal simulate leak.txt --runs 0",
             "shoal migrations --vm a show b",
             "shoal migrations set a --verify",
+            "shoal node label node1",
+            "shoal node reserve node1",
+            "shoal policy set",
+            "shoal policy set overcommit",
+            "shoal policy reset",
+            "shoal run linux --priority 10",
+            "shoal rebalance --mode tidy",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -25,6 +25,7 @@ mod image_source;
 mod local;
 mod output;
 mod policy_args;
+mod rule_args;
 mod view;
 
 use std::process::ExitCode;

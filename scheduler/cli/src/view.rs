@@ -40,6 +40,40 @@ pub struct VmView {
     pub message: String,
     /// Arguments for the workload.
     pub args: Vec<String>,
+    /// KEY=VALUE, by key.
+    pub labels: Vec<String>,
+    /// What it asks of its node.
+    pub rules: RulesView,
+    /// It is not to be moved.
+    pub locked: bool,
+    /// 0 to 9: the lower, the sooner it gives way.
+    pub priority: u32,
+    /// Where it was started; empty if not known.
+    pub home: String,
+}
+
+/// What a VM asks of its node, as terms.
+#[derive(Debug, Default, Serialize)]
+pub struct RulesView {
+    /// Of the node's labels.
+    pub selector: Vec<String>,
+    /// Taints that it does not mind.
+    pub tolerations: Vec<String>,
+    /// Of another VM on the node.
+    pub affinity: Vec<String>,
+    /// Of no other VM on the node.
+    pub anti_affinity: Vec<String>,
+}
+
+impl From<&cluster::Rules> for RulesView {
+    fn from(rules: &cluster::Rules) -> Self {
+        Self {
+            selector: rules.selector.clone(),
+            tolerations: rules.tolerations.clone(),
+            affinity: rules.affinity.clone(),
+            anti_affinity: rules.anti_affinity.clone(),
+        }
+    }
 }
 
 impl From<&cluster::Vm> for VmView {
@@ -59,6 +93,11 @@ impl From<&cluster::Vm> for VmView {
             exit_status: vm.exit_status,
             message: vm.message.clone(),
             args: vm.args.clone(),
+            labels: vm.labels.clone(),
+            rules: vm.rules.as_ref().map(RulesView::from).unwrap_or_default(),
+            locked: vm.locked,
+            priority: vm.priority,
+            home: vm.home.clone(),
         }
     }
 }
@@ -103,6 +142,14 @@ pub struct NodeView {
     pub pressure_memory: f64,
     /// PSI "some avg10" of CPU, percent.
     pub pressure_cpu: f64,
+    /// KEY=VALUE, by key.
+    pub labels: Vec<String>,
+    /// KEY or KEY=VALUE, by key.
+    pub taints: Vec<String>,
+    /// Memory kept free of VMs.
+    pub reserved_memory_bytes: u64,
+    /// CPUs that VMs are not counted on.
+    pub reserved_cpus: f64,
 }
 
 impl From<&cluster::Node> for NodeView {
@@ -124,6 +171,10 @@ impl From<&cluster::Node> for NodeView {
             vms: node.vms,
             pressure_memory: node.pressure_memory,
             pressure_cpu: node.pressure_cpu,
+            labels: node.labels.clone(),
+            taints: node.taints.clone(),
+            reserved_memory_bytes: node.reserved_memory_bytes,
+            reserved_cpus: node.reserved_cpus,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use shoal_plan::{round, text};
+use shoal_plan::{place_launches, round, text};
 
 fn main() -> ExitCode {
     let Some(path) = std::env::args_os().nth(1) else {
@@ -14,9 +14,17 @@ fn main() -> ExitCode {
         .and_then(|text| text::parse(&text).map_err(|error| error.to_string()));
     match scenario {
         Ok(scenario) => {
+            let plan = round(&scenario.snapshot, &scenario.policy);
+            let requests: Vec<_> = scenario
+                .launches
+                .iter()
+                .map(|(_, request)| request.clone())
+                .collect();
+            let placements = place_launches(&scenario.snapshot, &scenario.policy, &requests);
             print!(
-                "{}",
-                text::print_plan(&round(&scenario.snapshot, &scenario.policy))
+                "{}{}",
+                text::print_plan(&plan),
+                text::print_placements(&scenario.launches, &placements)
             );
             ExitCode::SUCCESS
         }

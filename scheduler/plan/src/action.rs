@@ -13,8 +13,18 @@ pub enum ActionKind {
     Usher,
     /// Its node is drained.
     Drain,
+    /// Its rules do not hold on its node.
+    Rules,
     /// The cluster is better balanced afterwards.
     Rebalance,
+    /// So it is when this VM and that of the next action, or of the one before, have changed places.
+    Swap,
+    /// Its node is emptied, or is short of CPU, where VMs are packed.
+    Pack,
+    /// Someone asked that its node be rid of its VMs.
+    Expel,
+    /// Someone asked that it come back to where it was started.
+    Bring,
 }
 
 impl fmt::Display for ActionKind {
@@ -22,7 +32,12 @@ impl fmt::Display for ActionKind {
         f.pad(match self {
             Self::Usher => "usher",
             Self::Drain => "drain",
+            Self::Rules => "rules",
             Self::Rebalance => "rebalance",
+            Self::Swap => "swap",
+            Self::Pack => "pack",
+            Self::Expel => "expel",
+            Self::Bring => "bring",
         })
     }
 }
@@ -64,10 +79,12 @@ impl Action {
 pub enum NoteKind {
     /// A node runs out of memory and nothing can be moved off it.
     UsherStuck,
-    /// A VM of a draining node cannot go.
+    /// A VM of a draining node, or one that is asked to go, cannot.
     DrainStuck,
-    /// A VM of a draining node goes later: limits, or a move that has just ended.
+    /// Such a VM goes later: limits, or a move that has just ended.
     DrainWaiting,
+    /// A VM is on a node against its rules and cannot go.
+    RulesStuck,
 }
 
 impl fmt::Display for NoteKind {
@@ -76,6 +93,7 @@ impl fmt::Display for NoteKind {
             Self::UsherStuck => "usher-stuck",
             Self::DrainStuck => "drain-stuck",
             Self::DrainWaiting => "drain-waiting",
+            Self::RulesStuck => "rules-stuck",
         })
     }
 }
@@ -104,4 +122,6 @@ pub struct Plan {
     pub score_before: f64,
     /// The same with `actions` done.
     pub score_after: f64,
+    /// Where VMs are packed: ready nodes that have none, or none any more when the migrations have ended.
+    pub empty_nodes: Vec<NodeName>,
 }

@@ -1,42 +1,26 @@
 //! The snapshot indexed for planning: nodes and VMs by dense numbers, sums kept per node, and moves applied to it as they
 //! are planned. A planned move counts as one under way: on both nodes.
 
+mod immobile;
+mod node;
+
 use std::collections::HashMap;
-use std::fmt;
 use std::time::Duration;
 
-use crate::model::{Bytes, CannotMove, ClusterSnapshot, NodeName, NodeState, NodeView, VmView};
-use crate::policy::Policy;
+use crate::failover::{Change, Failover, need};
+use crate::labels::Rules;
+use crate::model::{Bytes, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
+use crate::newcomer::Newcomer;
+use crate::policy::{Mode, Policy};
 use crate::score::Use;
+use crate::together::Together;
+
+pub use immobile::Immobile;
+pub(crate) use node::Node;
 
 /// Pre-copy makes little headway when the guest dirties this part of what the link carries.
 const CONVERGES_BELOW: f64 = 0.9;
 const LONGEST_MOVE_SECONDS: f64 = 1e7;
-
-/// A node with its sums. Memory is in bytes, as `f64` for the arithmetic (exact up to 8 PiB).
-#[derive(Debug)]
-pub(crate) struct Node<'a> {
-    pub view: &'a NodeView,
-    pub memory: f64,
-    /// Declared memory of all VMs here or arriving.
-    pub committed: f64,
-    /// Memory held now, with all of what arrives reserved.
-    pub occupied: f64,
-    /// Memory held when the moves under way have ended.
-    pub settled: f64,
-    /// `settled`, with growth to the policy's horizon.
-    pub projected: f64,
-    pub load_local: f64,
-    pub load_exported: f64,
-    /// CPUs times speed.
-    pub cpu_capacity: f64,
-    pub outgoing: usize,
-    pub incoming: usize,
-    /// Memory used by anything but VMs.
-    other: f64,
-    /// VMs that are here and those that arrive, as numbers.
-    vms: Vec<usize>,
-}
 
 /// A VM with what the planner derives about it.
 #[derive(Debug)]
@@ -54,6 +38,10 @@ pub(crate) struct Vm<'a> {
     pub growth: f64,
     /// CPUs it would use if it got them; all of its own while not reported.
     pub demand: f64,
+    /// Bytes it dirties per second, growth included.
+    pub dirty: f64,
+    /// Bytes per second that a migration of it gets.
+    pub link: f64,
     /// How long moving it takes alone on a link.
     pub move_seconds: f64,
     /// Bytes per second by which pre-copy gets ahead.
@@ -77,39 +65,6 @@ impl Vm<'_> {
     }
 }
 
-/// Why a VM cannot be moved now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Immobile {
-    /// As told in the snapshot.
-    Told(CannotMove),
-    /// It moves already.
-    Migrating(NodeName),
-    /// Its node does not answer.
-    NodeUnreachable(NodeName),
-    /// It moved, or tried to, not long ago.
-    CoolDown {
-        /// For how much longer.
-        left: Duration,
-    },
-}
-
-impl fmt::Display for Immobile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Told(reason) => reason.fmt(f),
-            Self::Migrating(to) => write!(f, "it is migrating to {to}"),
-            Self::NodeUnreachable(node) => write!(f, "its node {node} is unreachable"),
-            Self::CoolDown { left } => {
-                write!(
-                    f,
-                    "it has just moved, or failed to; not again for {:.0} s",
-                    left.as_secs_f64().ceil()
-                )
-            }
-        }
-    }
-}
-
 /// The whole, with the moves planned so far.
 #[derive(Debug)]
 pub(crate) struct Cluster<'a> {
@@ -118,14 +73,31 @@ pub(crate) struct Cluster<'a> {
     pub nodes: Vec<Node<'a>>,
     /// By id. VMs on nodes that the snapshot does not have are left out.
     pub vms: Vec<Vm<'a>>,
+    /// Who is on which node, as far as rules ask.
+    pub together: Together<'a>,
+    /// Logarithm of the policy's `cost_base`.
+    pub cost_rate: f64,
+    /// What becomes of the VMs of a node that dies, if the policy asks.
+    pub failover: Option<Failover>,
     /// Moves under way and planned.
     pub migrations: usize,
     node_numbers: HashMap<&'a str, usize>,
     largest_room: Option<f64>,
+    /// VMs that are to start and have a place.
+    reserved: usize,
 }
 
 impl<'a> Cluster<'a> {
     pub fn new(snapshot: &'a ClusterSnapshot, policy: &'a Policy) -> Self {
+        Self::with_rules(snapshot, policy, std::iter::empty())
+    }
+
+    /// With the rules of VMs that are to come.
+    pub fn with_rules(
+        snapshot: &'a ClusterSnapshot,
+        policy: &'a Policy,
+        to_come: impl Iterator<Item = &'a Rules>,
+    ) -> Self {
         let mut views: Vec<&NodeView> = snapshot.nodes.iter().collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views.dedup_by(|a, b| a.name == b.name);
@@ -135,16 +107,24 @@ impl<'a> Cluster<'a> {
             .map(|(number, view)| (view.name.as_str(), number))
             .collect();
         let nodes = views.into_iter().map(Node::new).collect();
+        let there = snapshot.vms.iter().filter_map(|vm| vm.rules.as_deref());
         let mut cluster = Self {
             policy,
             nodes,
-            vms: Vec::new(),
+            vms: Vec::with_capacity(snapshot.vms.len()),
+            together: Together::new(there.chain(to_come)),
+            cost_rate: policy.cost_base.ln(),
+            failover: None,
             migrations: 0,
             node_numbers,
             largest_room: None,
+            reserved: 0,
         };
         cluster.add_vms(snapshot);
         cluster.add_sums();
+        if policy.n_plus_one {
+            cluster.failover = Some(Failover::new(&cluster));
+        }
         cluster
     }
 
@@ -153,17 +133,20 @@ impl<'a> Cluster<'a> {
         views.sort_by(|a, b| a.id.cmp(&b.id));
         views.dedup_by(|a, b| a.id == b.id);
         let mut cpu_use = vec![0.0; self.nodes.len()];
-        for view in &views {
+        let mut placed: Vec<(usize, &VmView)> = Vec::with_capacity(views.len());
+        for view in views {
             if let Some(&node) = self.node_numbers.get(view.node.as_str()) {
                 cpu_use[node] += load(view.cpu_use);
+                placed.push((node, view));
             }
         }
-        for view in views {
-            let Some(&node) = self.node_numbers.get(view.node.as_str()) else {
-                continue;
-            };
+        for (node, view) in placed {
             let stretch = self.nodes[node].stretch(cpu_use[node]);
             let vm = self.vm(view, node, stretch);
+            if !self.together.is_empty() {
+                let marks = self.together.marks_of(&view.labels, view.rules.as_deref());
+                self.together.add_vm(self.vms.len(), marks);
+            }
             self.vms.push(vm);
         }
     }
@@ -176,7 +159,9 @@ impl<'a> Cluster<'a> {
         };
         let growth = view.growth.0 as f64;
         let dirty = view.dirty_rate.map_or(0.0, |rate| rate.0 as f64) + growth;
-        let link = self.policy.link_rate.0 as f64;
+        let measured = self.nodes[node].view.link_rate;
+        let link = measured.map_or(self.policy.link_rate, |rate| rate.min(self.policy.link_rate));
+        let link = (link.0 as f64).max(1.0);
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
         let cpu_use = load(view.cpu_use);
         let demand = match view.resident {
@@ -195,6 +180,8 @@ impl<'a> Cluster<'a> {
             resident,
             growth,
             demand,
+            dirty,
+            link,
             move_seconds: move_seconds(self.policy, resident, headway),
             headway,
             converges: dirty < link * CONVERGES_BELOW,
@@ -235,7 +222,7 @@ impl<'a> Cluster<'a> {
         let horizon = self.policy.usher_horizon.as_secs_f64();
         for (node, reported) in self.nodes.iter_mut().zip(reported) {
             let used = node.view.memory.0.saturating_sub(node.view.memory_available.0) as f64;
-            node.other = (used - reported).max(0.0);
+            node.other = (used - reported).max(node.view.reserved_memory.0 as f64).max(0.0);
             node.occupied += node.other;
             node.settled += node.other;
             node.projected += node.other + node.view.other_growth.0 as f64 * horizon;
@@ -248,7 +235,9 @@ impl<'a> Cluster<'a> {
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth += vm.growth;
         node.vms.push(number);
+        self.together.add(number, on);
     }
 
     fn arrive(&mut self, number: usize, on: usize) {
@@ -260,9 +249,11 @@ impl<'a> Cluster<'a> {
     }
 
     fn leave(&mut self, number: usize, from: usize) {
+        self.together.leave(number, from);
         let (vm, node) = (&self.vms[number], &mut self.nodes[from]);
         node.settled -= vm.resident;
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
+        node.growth -= vm.growth;
         node.load_local = (node.load_local - vm.demand).max(0.0);
         node.load_exported = (node.load_exported - vm.demand).max(0.0);
         node.outgoing += 1;
@@ -277,6 +268,50 @@ impl<'a> Cluster<'a> {
         self.arrive(number, to);
         self.migrations += 1;
         self.largest_room = None;
+        if let Some(failover) = &mut self.failover {
+            let vm = &self.vms[number];
+            failover.apply(Change {
+                to,
+                from: Some(from),
+                need: need(self.policy, vm.declared, vm.resident),
+            });
+        }
+    }
+
+    /// Counts a VM that is to start on a node, so that the next one finds less room.
+    pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
+        let number = usize::MAX - self.reserved;
+        self.reserved += 1;
+        self.together.add_vm(number, newcomer.marks.clone());
+        self.together.add(number, on);
+        let node = &mut self.nodes[on];
+        node.reserved += 1;
+        node.committed += newcomer.declared;
+        node.occupied += newcomer.usage.memory;
+        node.settled += newcomer.usage.memory;
+        node.projected += newcomer.at_horizon();
+        node.load_local += newcomer.usage.cpu;
+        node.load_exported += newcomer.usage.cpu;
+        self.largest_room = None;
+        if let Some(failover) = &mut self.failover {
+            failover.apply(newcomer.change(self.policy, on));
+        }
+    }
+
+    /// Whether one that stays or arrives would miss a VM that leaves, by its affinity.
+    pub fn is_needed(&self, number: usize) -> bool {
+        let node = self.vms[number].node;
+        let stays = |&other: &usize| {
+            let other = &self.vms[other];
+            other.to.map_or(!other.leaving, |to| to == node)
+        };
+        let others = self.nodes[node].vms.iter().copied().filter(stays);
+        !self.together.is_empty() && self.together.is_needed(number, node, others)
+    }
+
+    /// A VM by its id.
+    pub fn number(&self, vm: &VmId) -> Option<usize> {
+        self.vms.binary_search_by(|other| other.view.id.cmp(vm)).ok()
     }
 
     pub fn node_number(&self, name: &NodeName) -> Option<usize> {
@@ -363,6 +398,14 @@ impl<'a> Cluster<'a> {
         (!left.is_zero()).then_some(Immobile::CoolDown { left })
     }
 
+    /// By what the best node was chosen.
+    pub fn why_best(&self) -> &'static str {
+        match self.policy.mode {
+            Mode::Spread => "lowest cost of the nodes that fit",
+            Mode::Pack => "most used of the nodes that fit, or lowest cost",
+        }
+    }
+
     /// Whether the limits let one more move start out of this node.
     pub fn may_send(&self, node: usize) -> bool {
         self.migrations < self.policy.max_migrations
@@ -379,52 +422,6 @@ impl<'a> Cluster<'a> {
                 .map(|node| node.memory * threshold - node.projected)
                 .fold(0.0, f64::max)
         })
-    }
-}
-
-impl<'a> Node<'a> {
-    fn new(view: &'a NodeView) -> Self {
-        let speed = if view.speed.is_finite() {
-            view.speed.clamp(0.01, 100.0)
-        } else {
-            1.0
-        };
-        let load_local = load(view.load_local);
-        Self {
-            view,
-            memory: view.memory.0 as f64,
-            committed: 0.0,
-            occupied: 0.0,
-            settled: 0.0,
-            projected: 0.0,
-            load_local,
-            // What is exported is never less: it rises sooner and falls later.
-            load_exported: load(view.load_exported).max(load_local),
-            cpu_capacity: f64::from(view.cpus.max(1)) * speed,
-            outgoing: 0,
-            incoming: 0,
-            other: 0.0,
-            vms: Vec::new(),
-        }
-    }
-
-    /// On a node with more load than CPUs its VMs get less than they want: how many times more they want.
-    fn stretch(&self, cpu_use: f64) -> f64 {
-        let saturated = self.load_local > f64::from(self.view.cpus) && cpu_use > 0.0;
-        if saturated {
-            (self.load_local / cpu_use).max(1.0)
-        } else {
-            1.0
-        }
-    }
-
-    /// Memory pressure, percent.
-    pub fn pressure(&self) -> f64 {
-        if self.view.pressure_memory.is_finite() {
-            self.view.pressure_memory
-        } else {
-            0.0
-        }
     }
 }
 

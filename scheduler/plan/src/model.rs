@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::labels::{Labels, Rules};
+
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -153,6 +155,16 @@ pub struct NodeView {
     pub migration_tls: bool,
     /// Of which classes of VMs its CPU lacks features, and which, for people to read. Others can run here.
     pub cpu_lacks: CpuLacks,
+    /// What selectors ask about.
+    pub labels: Labels,
+    /// VMs that do not tolerate each of these do not come here; those here stay.
+    pub taints: Labels,
+    /// Memory kept free of VMs; what is used by anything else comes out of it.
+    pub reserved_memory: Bytes,
+    /// CPUs that VMs are not counted on.
+    pub reserved_cpus: f64,
+    /// What migrations out of it have got of its link, where that was measured.
+    pub link_rate: Option<BytesPerSecond>,
 }
 
 impl NodeView {
@@ -173,6 +185,11 @@ impl NodeView {
             pressure_cpu: 0.0,
             migration_tls: false,
             cpu_lacks: Arc::from([]),
+            labels: Labels::default(),
+            taints: Labels::default(),
+            reserved_memory: Bytes(0),
+            reserved_cpus: 0.0,
+            link_rate: None,
         }
     }
 
@@ -252,7 +269,18 @@ pub struct VmView {
     pub since_last_move: Option<Duration>,
     /// The CPU features it was given, where known.
     pub cpu_class: Option<CpuClass>,
+    /// What affinity asks about.
+    pub labels: Labels,
+    /// What it asks of its node.
+    pub rules: Option<Arc<Rules>>,
+    /// Where it was started, where known.
+    pub home: Option<NodeName>,
+    /// 0 to 9: the lower, the sooner it is moved, or suspended, for others.
+    pub priority: u32,
 }
+
+/// Of a VM of which nobody has said.
+pub const DEFAULT_PRIORITY: u32 = 5;
 
 impl VmView {
     /// A VM that runs, is movable, uses nothing and has not been reported yet.
@@ -272,6 +300,10 @@ impl VmView {
             in_flight: None,
             since_last_move: None,
             cpu_class: None,
+            labels: Labels::default(),
+            rules: None,
+            home: None,
+            priority: DEFAULT_PRIORITY,
         }
     }
 }

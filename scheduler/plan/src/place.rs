@@ -1,13 +1,16 @@
 //! Where a VM goes: filters, each with its reason, then the lowest opportunity cost. Ties go to the first name.
 
-use crate::cluster::{Cluster, Immobile, Node, Vm, bytes, expected_resident};
-use crate::model::{Bytes, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
-use crate::policy::Policy;
+use std::sync::Arc;
+
+use crate::cluster::{Cluster, Immobile, bytes};
+use crate::labels::{Labels, Rules};
+use crate::model::{Bytes, CannotMove, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
+use crate::newcomer::Newcomer;
+use crate::policy::{Mode, Policy};
 use crate::reject::{RejectReason, Rejection, summarise};
-use crate::score::Use;
 
 /// A VM to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LaunchRequest {
     /// Virtual CPUs.
     pub cpus: u32,
@@ -17,6 +20,10 @@ pub struct LaunchRequest {
     pub node: Option<NodeName>,
     /// The CPU features it is to have; none: those of the node it comes to.
     pub cpu_class: Option<CpuClass>,
+    /// What affinity asks about.
+    pub labels: Labels,
+    /// What it asks of its node.
+    pub rules: Option<Arc<Rules>>,
 }
 
 /// Where to, and why.
@@ -102,7 +109,29 @@ pub fn place_launch(
     policy: &Policy,
     request: &LaunchRequest,
 ) -> Result<Placement, PlaceError> {
-    let cluster = Cluster::new(snapshot, policy);
+    let mut cluster = Cluster::with_rules(snapshot, policy, request.rules.as_deref().into_iter());
+    place(&mut cluster, request)
+}
+
+/// Chooses the nodes for several VMs, in their order. Each that has a place takes it before the next is looked at.
+#[must_use]
+pub fn place_launches(
+    snapshot: &ClusterSnapshot,
+    policy: &Policy,
+    requests: &[LaunchRequest],
+) -> Vec<Result<Placement, PlaceError>> {
+    let rules = requests.iter().filter_map(|request| request.rules.as_deref());
+    let mut cluster = Cluster::with_rules(snapshot, policy, rules);
+    requests
+        .iter()
+        .map(|request| place(&mut cluster, request))
+        .collect()
+}
+
+pub(crate) fn place<'a>(
+    cluster: &mut Cluster<'a>,
+    request: &'a LaunchRequest,
+) -> Result<Placement, PlaceError> {
     let asked = match &request.node {
         Some(name) => Some(
             cluster
@@ -111,16 +140,18 @@ pub fn place_launch(
         ),
         None => None,
     };
-    let newcomer = Newcomer::launch(request, policy);
-    match best_node(&cluster, &newcomer, asked) {
-        Some(node) => Ok(Placement {
-            node: cluster.nodes[node].view.name.clone(),
-            reason: explain(&cluster, &newcomer, node, asked),
-        }),
-        None => Err(PlaceError::NothingFits {
-            rejections: rejections(&cluster, &newcomer, asked),
-        }),
-    }
+    let newcomer = Newcomer::launch(cluster, request);
+    let Some(node) = best_node(cluster, &newcomer, asked) else {
+        return Err(PlaceError::NothingFits {
+            rejections: rejections(cluster, &newcomer, asked),
+        });
+    };
+    let placement = Placement {
+        node: cluster.nodes[node].view.name.clone(),
+        reason: explain(cluster, &newcomer, node, asked),
+    };
+    cluster.reserve(&newcomer, node);
+    Ok(placement)
 }
 
 /// Chooses, or checks, the node for a VM to move to because someone asked for it. Cool-down and the limits on migrations
@@ -159,7 +190,7 @@ pub fn place_migration(
             reason,
         });
     }
-    let newcomer = Newcomer::migration(&cluster, vm);
+    let newcomer = Newcomer::migration(&cluster, number);
     if let Some(asked) = asked {
         let target = cluster.nodes[asked].view;
         match newcomer.check(&cluster, asked) {
@@ -207,7 +238,9 @@ pub fn place_handover(
     let number = number.map_err(|_| MigrateError::UnknownVm(vm.clone()))?;
     let vm = &cluster.vms[number];
     let (name, node) = (vm.view.name.clone(), &cluster.nodes[vm.node]);
-    if let Some(reason) = cluster.immobile(number, std::time::Duration::ZERO) {
+    let immobile = cluster.immobile(number, std::time::Duration::ZERO);
+    // It stays where it is locked to.
+    if let Some(reason) = immobile.filter(|why| *why != Immobile::Told(CannotMove::Locked)) {
         return Err(MigrateError::CannotMove { vm: name, reason });
     }
     if !shared && node.occupied + vm.resident > node.memory {
@@ -233,161 +266,64 @@ pub fn place_handover(
     })
 }
 
-/// A VM that looks for a node.
-#[derive(Debug)]
-pub(crate) struct Newcomer {
-    cpus: u32,
-    declared: f64,
-    /// Expected at once.
-    pub usage: Use,
-    /// Expected at the policy's horizon.
-    at_horizon: f64,
-    cpu_class: Option<CpuClass>,
-    /// Where it is.
-    from: Option<usize>,
-    /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
-    ahead: Option<f64>,
-}
-
-impl Newcomer {
-    fn launch(request: &LaunchRequest, policy: &Policy) -> Self {
-        let expected = expected_resident(request.memory, policy);
-        Self {
-            cpus: request.cpus,
-            declared: request.memory.0 as f64,
-            usage: Use {
-                cpu: f64::from(request.cpus),
-                memory: expected,
-            },
-            at_horizon: expected,
-            cpu_class: request.cpu_class.clone(),
-            from: None,
-            ahead: None,
-        }
-    }
-
-    fn migration(cluster: &Cluster<'_>, vm: &Vm<'_>) -> Self {
-        Self {
-            cpus: vm.view.cpus,
-            declared: vm.declared,
-            usage: vm.usage(),
-            at_horizon: vm.memory_at(cluster.policy.usher_horizon.as_secs_f64()),
-            cpu_class: vm.view.cpu_class.clone(),
-            from: Some(vm.node),
-            ahead: None,
-        }
-    }
-
-    /// A VM moved by a plan: its destination must stay below `ahead` of its memory, growth counted.
-    pub fn automatic(cluster: &Cluster<'_>, vm: usize, ahead: f64) -> Self {
-        Self {
-            ahead: Some(ahead),
-            ..Self::migration(cluster, &cluster.vms[vm])
-        }
-    }
-
-    /// Bytes it will hold at the horizon.
-    pub fn at_horizon(&self) -> f64 {
-        self.at_horizon
-    }
-
-    /// Whether a node can take it.
-    pub fn check(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
-        let (policy, node) = (cluster.policy, &cluster.nodes[number]);
-        if self.from == Some(number) {
-            return Err(RejectReason::SameNode);
-        }
-        if node.view.state != NodeState::Ready {
-            return Err(RejectReason::NotReady(node.view.state));
-        }
-        if self.cpus > node.view.cpus {
-            return Err(RejectReason::TooFewCpus {
-                needed: self.cpus,
-                has: node.view.cpus,
-            });
-        }
-        if let Some(lacking) = self.cpu_class.as_ref().and_then(|class| node.view.lacks(class)) {
-            return Err(RejectReason::CpuFeatures {
-                lacking: lacking.clone(),
-            });
-        }
-        if let Some(from) = self.from.map(|from| cluster.nodes[from].view)
-            && from.migration_tls != node.view.migration_tls
-        {
-            return Err(RejectReason::Tls {
-                from: from.name.clone(),
-                from_lacks: !from.migration_tls,
-            });
-        }
-        let limit = node.memory * policy.overcommit;
-        if node.committed + self.declared > limit {
-            let (declared, needed) = (bytes(node.committed), bytes(self.declared));
-            return Err(RejectReason::Committed {
-                declared,
-                needed,
-                limit: bytes(limit),
-            });
-        }
-        let limit = node.memory * policy.usher_threshold;
-        if node.occupied + self.usage.memory > limit {
-            let (used, needed) = (bytes(node.occupied), bytes(self.usage.memory));
-            return Err(RejectReason::Memory {
-                used,
-                needed,
-                limit: bytes(limit),
-            });
-        }
-        if node.pressure() >= policy.pressure_threshold {
-            return Err(RejectReason::Pressure {
-                percent: node.pressure(),
-                limit: policy.pressure_threshold,
-            });
-        }
-        self.ahead
-            .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
-    }
-
-    /// Whether some node has room and only takes as many as allowed right now.
-    pub fn waits_for_a_move(&self, cluster: &Cluster<'_>) -> bool {
-        let busy = |number| matches!(self.check(cluster, number), Err(RejectReason::Busy { .. }));
-        (0..cluster.nodes.len()).any(busy)
-    }
-
-    fn check_ahead(&self, policy: &Policy, node: &Node<'_>, ahead: f64) -> Result<(), RejectReason> {
-        let (predicted, limit) = (node.projected + self.at_horizon, node.memory * ahead);
-        if predicted > limit {
-            let seconds = policy.usher_horizon.as_secs();
-            return Err(RejectReason::Growth {
-                predicted: bytes(predicted),
-                seconds,
-                limit: bytes(limit),
-            });
-        }
-        if node.incoming >= policy.max_in_per_node {
-            return Err(RejectReason::Busy {
-                incoming: node.incoming,
-            });
-        }
-        Ok(())
-    }
-}
-
-/// The node that fits at the lowest cost.
-pub(crate) fn best_node(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Option<usize>) -> Option<usize> {
+/// The node that fits at the lowest cost. When the policy is to pack: the most used one that is not empty and keeps below
+/// the target of CPU, if there is one.
+pub(crate) fn best_node(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    asked: Option<usize>,
+) -> Option<usize> {
     let numbers = match asked {
         Some(number) => number..number + 1,
         None => 0..cluster.nodes.len(),
     };
-    let base = cluster.policy.cost_base;
-    numbers
-        .filter(|&number| newcomer.check(cluster, number).is_ok())
-        .map(|number| (number, cluster.nodes[number].charge(base, newcomer.usage)))
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map(|(number, _)| number)
+    let fits = |number: &usize| newcomer.check_node(cluster, *number).is_ok();
+    if cluster.policy.mode == Mode::Pack {
+        let used = numbers.clone().filter(|&number| {
+            !cluster.nodes[number].is_empty() && has_cpu(cluster, number, newcomer.usage.cpu)
+        });
+        let used = used
+            .filter(fits)
+            .map(|number| (-cluster.nodes[number].use_part(0.0, 0.0), number));
+        if let Some(number) = least(cluster, newcomer, used) {
+            return Some(number);
+        }
+    }
+    let rate = cluster.cost_rate;
+    let charges = numbers
+        .filter(fits)
+        .map(|number| (cluster.nodes[number].charge(rate, newcomer.usage), number));
+    least(cluster, newcomer, charges)
+}
+
+/// The node with the least of something that also keeps N+1, which is looked at last.
+fn least(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    nodes: impl Iterator<Item = (f64, usize)>,
+) -> Option<usize> {
+    let order = |a: &(f64, usize), b: &(f64, usize)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+    if cluster.failover.is_none() || !newcomer.n_plus_one {
+        return nodes.min_by(order).map(|(_, number)| number);
+    }
+    let mut nodes: Vec<(f64, usize)> = nodes.collect();
+    nodes.sort_unstable_by(order);
+    let keeps = |number: &usize| newcomer.check_failover(cluster, *number).is_ok();
+    nodes.into_iter().map(|(_, number)| number).find(keeps)
+}
+
+/// Whether a node has so many CPUs left below the target of packing.
+pub(crate) fn has_cpu(cluster: &Cluster<'_>, number: usize, cpus: f64) -> bool {
+    let node = &cluster.nodes[number];
+    node.load_exported + cpus <= cluster.policy.cpu_target * node.cpu_capacity
 }
 
 /// Why each node cannot take it.
-pub(crate) fn rejections(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Option<usize>) -> Vec<Rejection> {
+pub(crate) fn rejections(
+    cluster: &Cluster<'_>,
+    newcomer: &Newcomer<'_>,
+    asked: Option<usize>,
+) -> Vec<Rejection> {
     let reason = |number: usize| match asked {
         Some(asked) if asked != number => Err(RejectReason::NotAskedFor {
             asked: cluster.nodes[asked].view.name.clone(),
@@ -403,12 +339,12 @@ pub(crate) fn rejections(cluster: &Cluster<'_>, newcomer: &Newcomer, asked: Opti
         .collect()
 }
 
-fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer, number: usize, asked: Option<usize>) -> String {
+fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, asked: Option<usize>) -> String {
     let node = &cluster.nodes[number];
     let why = if asked.is_some() {
         "asked for"
     } else {
-        "lowest cost of the nodes that fit"
+        cluster.why_best()
     };
     format!(
         "{why}: load {:.2} to {:.2} on {} CPUs, memory {} to {} of {}",

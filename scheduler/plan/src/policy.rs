@@ -1,7 +1,10 @@
 //! The constants of every decision, in one place. docs/scheduling.md explains each.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
+use crate::labels::Labels;
 use crate::model::BytesPerSecond;
 
 /// A policy value that cannot be used.
@@ -12,6 +15,50 @@ pub struct PolicyError {
     pub field: &'static str,
     /// What it should be.
     pub expected: &'static str,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$variant_doc])* $variant,)* }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(match self { $(Self::$variant => $word,)* })
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ();
+
+            fn from_str(text: &str) -> Result<Self, ()> {
+                match text { $($word => Ok(Self::$variant),)* _ => Err(()) }
+            }
+        }
+    };
+}
+
+words! {
+    /// What is done with plans. What someone asks for is done in any case, drains included.
+    Automation {
+        /// Nothing.
+        Manual = "manual",
+        /// They are told.
+        Advise = "advise",
+        /// They are carried out.
+        Automatic = "automatic",
+    }
+}
+
+words! {
+    /// What balancing aims for.
+    Mode {
+        /// Equal use of all nodes.
+        Spread = "spread",
+        /// As few nodes as possible.
+        Pack = "pack",
+    }
 }
 
 /// What the planner may do and what it aims for.
@@ -47,10 +94,30 @@ pub struct Policy {
     pub stability: f64,
     /// The least a rebalance move must lower the score, its own cost taken off.
     pub min_gain: f64,
-    /// What one second of migration costs, in score.
+    /// What a migration costs while it runs, in score.
     pub cost_per_second: f64,
+    /// What a VM's pause costs while it lasts, in score.
+    pub cost_of_downtime: f64,
+    /// The pause that migrations aim for.
+    pub max_downtime: Duration,
+    /// In this time a move for balance must gain more than it costs, at aggressiveness 3.
+    pub payback: Duration,
+    /// 1 to 5, as in DRS: 1 moves nothing for balance, 3 asks for `min_gain` and `payback`, 5 for a quarter of the gain.
+    pub aggressiveness: u32,
+    /// What is done with plans.
+    pub automation: Automation,
+    /// What balancing aims for.
+    pub mode: Mode,
+    /// Packing fills a node's CPUs up to this part.
+    pub cpu_target: f64,
+    /// One that has waited in the queue for so long is not overtaken any more.
+    pub queue_patience: Duration,
+    /// Weights of users in the queue, by the value of their label `user`; 1 for others.
+    pub shares: Labels,
     /// Base of the opportunity cost `base ^ utilisation`.
     pub cost_base: f64,
+    /// New VMs start, and VMs move for balance, only where the cluster still fits if any one node dies afterwards.
+    pub n_plus_one: bool,
 }
 
 impl Default for Policy {
@@ -71,8 +138,18 @@ impl Default for Policy {
             retry_after: Duration::from_secs(5),
             stability: 1.3,
             min_gain: 2.0,
-            cost_per_second: 0.05,
+            cost_per_second: 1.0,
+            cost_of_downtime: 100.0,
+            max_downtime: Duration::from_millis(50),
+            payback: Duration::from_secs(600),
+            aggressiveness: 3,
+            automation: Automation::Automatic,
+            mode: Mode::Spread,
+            cpu_target: 0.8,
+            queue_patience: Duration::from_secs(300),
+            shares: Labels::default(),
             cost_base: 16.0,
+            n_plus_one: false,
         }
     }
 }
@@ -127,6 +204,25 @@ impl Policy {
                 "0 to 1000000",
             ),
             (
+                "cost_of_downtime",
+                (0.0..=1e6).contains(&self.cost_of_downtime),
+                "0 to 1000000",
+            ),
+            ("max_downtime", self.max_downtime <= hour, "at most 1 h"),
+            (
+                "payback",
+                (Duration::from_secs(1)..=24 * hour).contains(&self.payback),
+                "1 s to 24 h",
+            ),
+            ("cpu_target", (0.05..=1.0).contains(&self.cpu_target), "0.05 to 1"),
+            ("queue_patience", self.queue_patience <= 24 * hour, "at most 24 h"),
+            (
+                "shares",
+                self.shares.iter().all(|share| is_weight(share.value())),
+                "USER=WEIGHT, weights 1 to 1000000",
+            ),
+            ("aggressiveness", (1..=5).contains(&self.aggressiveness), "1 to 5"),
+            (
                 "cost_base",
                 (1.1..=1e6).contains(&self.cost_base),
                 "1.1 to 1000000",
@@ -137,6 +233,11 @@ impl Policy {
             None => Ok(()),
         }
     }
+}
+
+fn is_weight(text: &str) -> bool {
+    text.parse()
+        .is_ok_and(|weight: u32| (1..=1_000_000).contains(&weight))
 }
 
 #[cfg(test)]

@@ -9,12 +9,13 @@ use std::collections::BinaryHeap;
 
 use crate::action::{Action, ActionKind, Plan};
 use crate::cluster::{Cluster, bytes};
+use crate::cost::{Cost, Terms, cost};
+use crate::destinations::Destinations;
 use crate::model::NodeState;
-use crate::place::Newcomer;
+use crate::newcomer::Newcomer;
 use crate::score::Use;
+use crate::swap::swap;
 
-/// Destinations tried for each VM: those where an average VM costs least. Small clusters are tried whole.
-const FEWEST_DESTINATIONS: usize = 64;
 /// Once a good move is known, so many VMs are tried for a better one.
 const TRIES: usize = 2000;
 
@@ -22,6 +23,8 @@ const TRIES: usize = 2000;
 #[derive(Debug, Clone, Copy)]
 struct Bound {
     gain: f64,
+    saving: f64,
+    cost: Cost,
     vm: usize,
 }
 
@@ -46,24 +49,27 @@ impl Eq for Bound {}
 struct Move {
     vm: usize,
     to: usize,
+    /// What is left of the benefit.
     gain: f64,
+    benefit: f64,
+    cost: Cost,
 }
 
 /// Plans the moves that are worth it, the best first, into `plan`.
 pub(crate) fn rebalance(cluster: &mut Cluster<'_>, plan: &mut Plan) {
+    let Some(terms) = Terms::new(cluster.policy) else {
+        return;
+    };
     if cluster.migrations >= cluster.policy.max_migrations {
         return;
     }
     let mut bounds: BinaryHeap<Bound> = (0..cluster.vms.len())
-        .filter_map(|vm| bound(cluster, vm))
+        .filter_map(|vm| bound(cluster, terms, vm))
         .collect();
-    if bounds.is_empty() {
-        return;
-    }
-    let destinations = destinations(cluster);
+    let mut destinations = Destinations::new(cluster);
     while cluster.migrations < cluster.policy.max_migrations {
-        let Some(best) = best_move(cluster, &mut bounds, &destinations) else {
-            return;
+        let Some(best) = best_move(cluster, terms, &mut bounds, &mut destinations) else {
+            return swap(cluster, terms, &destinations, plan);
         };
         let reason = reason(cluster, best);
         plan.actions.push(Action::new(
@@ -78,7 +84,7 @@ pub(crate) fn rebalance(cluster: &mut Cluster<'_>, plan: &mut Plan) {
 }
 
 /// What moving this VM would gain if its destination were free of charge; none if that is too little or it cannot move.
-fn bound(cluster: &Cluster<'_>, number: usize) -> Option<Bound> {
+fn bound(cluster: &Cluster<'_>, terms: Terms, number: usize) -> Option<Bound> {
     let (policy, vm) = (cluster.policy, &cluster.vms[number]);
     let node = &cluster.nodes[vm.node];
     let may_leave = matches!(node.view.state, NodeState::Ready | NodeState::Cordoned)
@@ -90,39 +96,36 @@ fn bound(cluster: &Cluster<'_>, number: usize) -> Option<Bound> {
         || cluster
             .immobile(number, policy.cool_down.max(policy.retry_after))
             .is_some()
+        || cluster.is_needed(number)
     {
         return None;
     }
-    let gain = node.saving(policy.cost_base, vm.usage()) - policy.cost_per_second * vm.move_seconds;
-    (gain >= policy.min_gain).then_some(Bound { gain, vm: number })
-}
-
-/// The nodes where a VM of average size costs least.
-fn destinations(cluster: &Cluster<'_>) -> Vec<usize> {
-    let base = cluster.policy.cost_base;
-    let count = cluster.vms.len().max(1) as f64;
-    let average = Use {
-        cpu: cluster.vms.iter().map(|vm| vm.demand).sum::<f64>() / count,
-        memory: cluster.vms.iter().map(|vm| vm.resident).sum::<f64>() / count,
-    };
-    let mut nodes: Vec<(usize, f64)> = (0..cluster.nodes.len())
-        .filter(|&node| cluster.nodes[node].view.state == NodeState::Ready)
-        .map(|node| (node, cluster.nodes[node].charge(base, average)))
-        .collect();
-    nodes.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-    nodes.truncate(FEWEST_DESTINATIONS.max(4 * cluster.policy.max_migrations));
-    let mut nodes: Vec<usize> = nodes.into_iter().map(|(node, _)| node).collect();
-    nodes.sort_unstable();
-    nodes
+    let saving = node.saving(cluster.cost_rate, vm.usage());
+    if saving < terms.min_gain {
+        return None;
+    }
+    let cost = cost(policy, vm);
+    let gain = terms.net(saving, cost);
+    (gain >= terms.min_gain).then_some(Bound {
+        gain,
+        saving,
+        cost,
+        vm: number,
+    })
 }
 
 /// The best move. VMs are tried in the order of their bounds, until no bound can beat the best.
-fn best_move(cluster: &Cluster<'_>, bounds: &mut BinaryHeap<Bound>, destinations: &[usize]) -> Option<Move> {
+fn best_move<'a>(
+    cluster: &Cluster<'a>,
+    terms: Terms,
+    bounds: &mut BinaryHeap<Bound>,
+    destinations: &mut Destinations<'a>,
+) -> Option<Move> {
     let mut best: Option<Move> = None;
     let mut tried = Vec::new();
     while let Some(stale) = bounds.pop() {
         // Moves planned since may have lowered it.
-        let Some(fresh) = bound(cluster, stale.vm) else {
+        let Some(fresh) = bound(cluster, terms, stale.vm) else {
             continue;
         };
         if best.is_some_and(|best| best.gain >= fresh.gain) {
@@ -132,7 +135,7 @@ fn best_move(cluster: &Cluster<'_>, bounds: &mut BinaryHeap<Bound>, destinations
             }
             continue;
         }
-        let found = best_destination(cluster, fresh, destinations);
+        let found = best_destination(cluster, terms, fresh, destinations);
         if let Some(found) = found
             && best.is_none_or(|best| found.gain > best.gain)
         {
@@ -151,24 +154,35 @@ fn best_move(cluster: &Cluster<'_>, bounds: &mut BinaryHeap<Bound>, destinations
     best
 }
 
-fn best_destination(cluster: &Cluster<'_>, bound: Bound, destinations: &[usize]) -> Option<Move> {
+fn best_destination<'a>(
+    cluster: &Cluster<'a>,
+    terms: Terms,
+    bound: Bound,
+    destinations: &mut Destinations<'a>,
+) -> Option<Move> {
     let policy = cluster.policy;
-    let newcomer = Newcomer::automatic(cluster, bound.vm, policy.usher_target);
+    let newcomer = Newcomer::balanced(cluster, bound.vm);
     let charged = Use {
         cpu: newcomer.usage.cpu * policy.stability,
         memory: newcomer.usage.memory * policy.stability,
     };
     let mut best: Option<Move> = None;
-    for &to in destinations {
-        if cluster.nodes[to].outgoing > 0 || newcomer.check(cluster, to).is_err() {
+    for &to in destinations.of(cluster, bound.vm).iter() {
+        if cluster.nodes[to].outgoing > 0 {
             continue;
         }
-        let gain = bound.gain - cluster.nodes[to].charge(policy.cost_base, charged);
-        if gain >= policy.min_gain && best.is_none_or(|best| gain > best.gain) {
+        let benefit = bound.saving - cluster.nodes[to].charge(cluster.cost_rate, charged);
+        let gain = terms.net(benefit, bound.cost);
+        if gain >= terms.min_gain
+            && best.is_none_or(|best| gain > best.gain)
+            && newcomer.check(cluster, to).is_ok()
+        {
             best = Some(Move {
                 vm: bound.vm,
                 to,
                 gain,
+                benefit,
+                cost: bound.cost,
             });
         }
     }
@@ -179,10 +193,14 @@ fn reason(cluster: &Cluster<'_>, best: Move) -> String {
     let vm = &cluster.vms[best.vm];
     let (from, to) = (&cluster.nodes[vm.node], &cluster.nodes[best.to]);
     format!(
-        "better balance by {:.2}, its cost of {:.1} s taken off: {} goes from load {:.2} to {:.2} on {} CPUs and from {} to \
+        "better balance by {:.2}, its cost taken off ({:.1} s, a pause of {:.0} ms; paid back after {:.0} s): {} goes from load {:.2} to {:.2} on {} CPUs and from {} to \
          {} of {}, {} from {:.2} to {:.2} on {} CPUs and from {} to {} of {}",
         best.gain,
-        vm.move_seconds,
+        best.cost.seconds,
+        best.cost.downtime * 1e3,
+        Terms::pays_back_after(best.benefit, best.cost)
+            .as_secs_f64()
+            .ceil(),
         from.view.name,
         from.load_local,
         (from.load_local - vm.demand).max(0.0),

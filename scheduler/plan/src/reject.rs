@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::labels::{Label, Term};
 use crate::model::{Bytes, NodeName, NodeState};
 
 /// Why a node cannot take a VM.
@@ -17,6 +18,40 @@ pub enum RejectReason {
     SameNode,
     /// It takes no VMs.
     NotReady(NodeState),
+    /// Its labels are not as the VM asks.
+    Selector {
+        /// What is asked.
+        term: Term,
+    },
+    /// The VM does not tolerate one of its taints.
+    Taint {
+        /// Which.
+        taint: Label,
+    },
+    /// The VM asks to be with others, and none of them is there.
+    Affinity {
+        /// With which.
+        term: Term,
+    },
+    /// The VM refuses to be with others, and one of them is there.
+    AntiAffinity {
+        /// With which.
+        term: Term,
+    },
+    /// A VM there refuses to be with this one.
+    AntiAffinityThere {
+        /// What it refuses.
+        term: Term,
+    },
+    /// If some node died, its VMs would not fit on the others any more.
+    NPlusOne {
+        /// That node.
+        node: NodeName,
+        /// What a VM of it would need.
+        needed: Bytes,
+        /// The largest room that would be left.
+        room: Bytes,
+    },
     /// The VM has more CPUs than the node.
     TooFewCpus {
         /// CPUs of the VM.
@@ -83,6 +118,24 @@ impl fmt::Display for RejectReason {
             Self::NotAskedFor { asked } => write!(f, "{asked} was asked for"),
             Self::SameNode => f.write_str("the VM is there already"),
             Self::NotReady(state) => write!(f, "it is {state}"),
+            Self::Selector { term } => write!(f, "its labels are not '{term}', which the VM asks for"),
+            Self::Taint { taint } => write!(f, "it has the taint '{taint}', which the VM does not tolerate"),
+            Self::Affinity { term } => {
+                write!(f, "no VM there is '{term}', and the VM is to be with one")
+            }
+            Self::AntiAffinity { term } => {
+                write!(f, "a VM there is '{term}', and the VM is not to be with one")
+            }
+            Self::AntiAffinityThere { term } => {
+                write!(f, "a VM there is not to be with one that is '{term}'")
+            }
+            Self::NPlusOne { node, needed, room } => {
+                write!(
+                    f,
+                    "the cluster would not fit any more if {node} died: a VM of it needs {needed}, the largest room \
+                     left would be {room}"
+                )
+            }
             Self::TooFewCpus { needed, has } => write!(f, "it has {has} CPUs, the VM asks for {needed}"),
             Self::CpuFeatures { lacking } => write!(f, "its CPU lacks {lacking}, which the VM has"),
             Self::Tls { from, from_lacks } if *from_lacks => write!(

@@ -1,10 +1,12 @@
-//! One round: ushering, then draining, then rebalancing, sharing the limits on migrations at once.
+//! One round: ushering, then draining, then rules, then rebalancing or packing, sharing the limits on migrations at once.
 
 use crate::action::Plan;
 use crate::cluster::Cluster;
+use crate::comply::comply;
 use crate::drain::drain;
 use crate::model::ClusterSnapshot;
-use crate::policy::Policy;
+use crate::pack::pack;
+use crate::policy::{Mode, Policy};
 use crate::rebalance::rebalance;
 use crate::usher::usher;
 
@@ -14,7 +16,7 @@ pub fn round(snapshot: &ClusterSnapshot, policy: &Policy) -> Plan {
     plan(snapshot, policy, true)
 }
 
-/// As [`round`] without rebalancing: for clusters whose owner wants moves only where they must be.
+/// As [`round`] without rebalancing or packing: for clusters whose owner wants moves only where they must be.
 #[must_use]
 pub fn urgent(snapshot: &ClusterSnapshot, policy: &Policy) -> Plan {
     plan(snapshot, policy, false)
@@ -28,8 +30,11 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
     };
     usher(&mut cluster, &mut plan);
     drain(&mut cluster, &mut plan);
-    if balance {
-        rebalance(&mut cluster, &mut plan);
+    comply(&mut cluster, &mut plan);
+    match policy.mode {
+        Mode::Spread if balance => rebalance(&mut cluster, &mut plan),
+        Mode::Pack if balance => pack(&mut cluster, &mut plan),
+        _ => {}
     }
     plan.score_after = cluster.score();
     plan

@@ -19,13 +19,13 @@ pub fn score(snapshot: &ClusterSnapshot, policy: &Policy) -> f64 {
     Cluster::new(snapshot, policy).score()
 }
 
-/// `base ^ utilisation - 1`, for any utilisation from 0.
-pub(crate) fn cost(base: f64, utilisation: f64) -> f64 {
+/// `base ^ utilisation - 1`, for any utilisation from 0; `rate` is the logarithm of the base.
+pub(crate) fn cost(rate: f64, utilisation: f64) -> f64 {
     if utilisation <= LINEAR_FROM {
-        base.powf(utilisation.max(0.0)) - 1.0
+        (rate * utilisation.max(0.0)).exp() - 1.0
     } else {
-        let edge = base.powf(LINEAR_FROM);
-        edge * (1.0 + base.ln() * (utilisation - LINEAR_FROM)) - 1.0
+        let edge = (rate * LINEAR_FROM).exp();
+        edge * (1.0 + rate * (utilisation - LINEAR_FROM)) - 1.0
     }
 }
 
@@ -38,39 +38,52 @@ pub(crate) struct Use {
 
 impl Node<'_> {
     /// What it costs the node to take `more`, by the load it exports.
-    pub fn charge(&self, base: f64, more: Use) -> f64 {
+    pub fn charge(&self, rate: f64, more: Use) -> f64 {
         let cpu =
-            self.cpu_cost(base, self.load_exported + more.cpu) - self.cpu_cost(base, self.load_exported);
+            self.cpu_cost(rate, self.load_exported + more.cpu) - self.cpu_cost(rate, self.load_exported);
         let memory =
-            self.memory_cost(base, self.settled + more.memory) - self.memory_cost(base, self.settled);
+            self.memory_cost(rate, self.settled + more.memory) - self.memory_cost(rate, self.settled);
         cpu + memory
     }
 
     /// What it saves the node to lose `less`, by the load it sees itself.
-    pub fn saving(&self, base: f64, less: Use) -> f64 {
-        let cpu = self.cpu_cost(base, self.load_local) - self.cpu_cost(base, self.load_local - less.cpu);
+    pub fn saving(&self, rate: f64, less: Use) -> f64 {
+        let cpu = self.cpu_cost(rate, self.load_local) - self.cpu_cost(rate, self.load_local - less.cpu);
         let memory =
-            self.memory_cost(base, self.settled) - self.memory_cost(base, self.settled - less.memory);
+            self.memory_cost(rate, self.settled) - self.memory_cost(rate, self.settled - less.memory);
         cpu + memory
     }
 
-    fn cpu_cost(&self, base: f64, load: f64) -> f64 {
-        cost(base, load / self.cpu_capacity)
+    /// What it costs, by the load it sees itself.
+    pub fn local_cost(&self, rate: f64) -> f64 {
+        self.cpu_cost(rate, self.load_local) + self.memory_cost(rate, self.settled)
     }
 
-    fn memory_cost(&self, base: f64, memory: f64) -> f64 {
-        cost(base, memory / self.memory.max(1.0))
+    /// What a change costs the node, negative if it saves: by the view of its load that says more.
+    pub fn worse(&self, rate: f64, change: Use) -> f64 {
+        let by = |load: f64| self.cpu_cost(rate, load + change.cpu) - self.cpu_cost(rate, load);
+        let memory =
+            self.memory_cost(rate, self.settled + change.memory) - self.memory_cost(rate, self.settled);
+        by(self.load_local).max(by(self.load_exported)) + memory
+    }
+
+    fn cpu_cost(&self, rate: f64, load: f64) -> f64 {
+        cost(rate, load / self.cpu_capacity)
+    }
+
+    fn memory_cost(&self, rate: f64, memory: f64) -> f64 {
+        cost(rate, memory / self.memory.max(1.0))
     }
 }
 
 impl Cluster<'_> {
     /// The score with all moves done that have been planned or are under way.
     pub fn score(&self) -> f64 {
-        let base = self.policy.cost_base;
+        let rate = self.cost_rate;
         self.nodes
             .iter()
             .filter(|node| node.view.state != NodeState::Unreachable)
-            .map(|node| node.cpu_cost(base, node.load_exported) + node.memory_cost(base, node.settled))
+            .map(|node| node.cpu_cost(rate, node.load_exported) + node.memory_cost(rate, node.settled))
             .sum()
     }
 }
@@ -81,19 +94,19 @@ mod tests {
 
     #[test]
     fn cost_rises_and_is_convex_everywhere() {
-        for base in [1.1, 16.0, 1e6] {
-            let mut last = (cost(base, 0.0), 0.0);
+        for rate in [1.1, 16.0, 1e6].map(f64::ln) {
+            let mut last = (cost(rate, 0.0), 0.0);
             assert_eq!(last.0, 0.0);
             for step in 1..1000 {
-                let now = cost(base, f64::from(step) / 100.0);
+                let now = cost(rate, f64::from(step) / 100.0);
                 let slope = now - last.0;
                 assert!(
                     now.is_finite() && slope >= last.1 * 0.999_999,
-                    "base {base} step {step}"
+                    "rate {rate} step {step}"
                 );
                 last = (now, slope);
             }
-            assert!(cost(base, 1e12).is_finite());
+            assert!(cost(rate, 1e12).is_finite());
         }
     }
 }

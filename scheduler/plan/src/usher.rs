@@ -9,9 +9,13 @@
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
-use crate::model::NodeState;
-use crate::place::{Newcomer, best_node, rejections};
+use crate::last_resort;
+use crate::model::{DEFAULT_PRIORITY, NodeState};
+use crate::newcomer::Newcomer;
+use crate::place::{has_cpu, rejections};
+use crate::policy::Mode;
 use crate::reject::summarise;
+use crate::score::cost;
 
 /// So many notes a round list the nodes that were tried; that takes time in a large cluster.
 const DETAILED_NOTES: usize = 16;
@@ -23,6 +27,12 @@ const LONGEST_CHAIN: usize = 16;
 const NEARLY_DONE_SECONDS: f64 = 0.5;
 /// Moves under way that take at least this long are not waited for if another ends sooner.
 const LONG_SECONDS: f64 = 10.0;
+
+/// The long run, in horizons: how a destination is chosen.
+const LONG_RUN: f64 = 10.0;
+
+/// So many VMs of a node that runs out are tried once the rules give way; it is looked at again the next second.
+const LAST_RESORT_TRIES: usize = 8;
 
 /// Plans the moves that are urgent, into `plan`.
 pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
@@ -51,7 +61,7 @@ fn is_pressed(cluster: &Cluster<'_>, node: usize) -> bool {
 struct Candidate {
     vm: usize,
     frees: f64,
-    /// Needed memory freed per second of transfer.
+    /// Needed memory freed per second of transfer, weighed by priority.
     worth: f64,
 }
 
@@ -104,6 +114,10 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
     {
         return false;
     }
+    let placed = placed.or_else(|| {
+        let mut candidates = candidates.iter().take(LAST_RESORT_TRIES);
+        candidates.find_map(|candidate| Some((candidate, beyond_the_rules(cluster, node, candidate.vm)?)))
+    });
     match placed {
         Some((candidate, to)) => {
             let reason = reason(cluster, node, candidate, to, &alarm);
@@ -200,7 +214,7 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
             Candidate {
                 vm,
                 frees,
-                worth: frees.min(needed) / cluster.vms[vm].move_seconds.max(1e-3),
+                worth: frees.min(needed) * precedence(cluster, vm) / cluster.vms[vm].move_seconds.max(1e-3),
             }
         })
         .filter(|candidate| candidate.worth > 0.0)
@@ -214,24 +228,84 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
     candidates
 }
 
+/// How much sooner a VM leaves for its priority: 1 at the default, 2 at the lowest, a fifth at the highest.
+fn precedence(cluster: &Cluster<'_>, vm: usize) -> f64 {
+    f64::from(10 - cluster.vms[vm].view.priority.min(9)) / f64::from(10 - DEFAULT_PRIORITY)
+}
+
 /// Whether a VM could go to a node that takes as many as allowed right now.
 fn waits_for_a_move(cluster: &Cluster<'_>, vm: usize) -> bool {
-    Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold).waits_for_a_move(cluster)
+    Newcomer::evicted(cluster, vm).waits_for_a_move(cluster, None)
 }
 
 /// Where a VM can go and stay below the threshold.
 fn destination(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
-    let newcomer = Newcomer::automatic(cluster, vm, cluster.policy.usher_threshold);
+    let newcomer = Newcomer::evicted(cluster, vm);
     if newcomer.at_horizon() > cluster.largest_room() {
         return None;
     }
-    best_node(cluster, &newcomer, None)
+    roomiest(cluster, &newcomer, vm)
+}
+
+/// Of the nodes that take it, the one that will be least filled in the long run: its own VMs may grow, too, and a node that
+/// is soon full itself would only pass the VM on. When the policy is to pack, one that is not empty and stays below its
+/// threshold in the long run goes first.
+fn roomiest(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, vm: usize) -> Option<usize> {
+    let seconds = LONG_RUN * cluster.policy.usher_horizon.as_secs_f64();
+    let vm = &cluster.vms[vm];
+    let rate = cluster.cost_rate;
+    (0..cluster.nodes.len())
+        .filter(|&number| newcomer.check(cluster, number).is_ok())
+        .map(|number| {
+            let node = &cluster.nodes[number];
+            let part = node.part_later(vm, newcomer.at_horizon(), seconds);
+            let second_choice = cluster.policy.mode == Mode::Pack
+                && (node.is_empty()
+                    || !has_cpu(cluster, number, newcomer.usage.cpu)
+                    || part > cluster.policy.usher_threshold);
+            (
+                number,
+                second_choice,
+                cost(rate, part) + node.charge(rate, newcomer.usage),
+            )
+        })
+        .min_by(|a, b| a.1.cmp(&b.1).then(a.2.total_cmp(&b.2)))
+        .map(|(number, ..)| number)
+}
+
+/// Where a VM can go if nothing fits by the rules and its node would run out of memory for good. Declared memory is a rule for
+/// admission; it is no reason to have a VM killed beside a node with room. If all nodes are near the threshold, what is above
+/// it is shared: a node may be filled to the middle between threshold and all of its memory. A node whose VMs cannot outgrow it
+/// does not run out.
+fn beyond_the_rules(cluster: &mut Cluster<'_>, node: usize, vm: usize) -> Option<usize> {
+    let (memory, threshold) = (cluster.nodes[node].memory, cluster.policy.usher_threshold);
+    if cluster.nodes[node].committed <= memory {
+        return None;
+    }
+    let newcomer = Newcomer::last_resort(cluster, vm, threshold);
+    let below = if newcomer.at_horizon() > cluster.largest_room() {
+        None
+    } else {
+        roomiest(cluster, &newcomer, vm)
+    };
+    if below.is_some() || cluster.peak(node) <= memory {
+        return below;
+    }
+    let newcomer = Newcomer::last_resort(cluster, vm, f64::midpoint(threshold, 1.0));
+    roomiest(cluster, &newcomer, vm)
 }
 
 fn reason(cluster: &Cluster<'_>, node: usize, candidate: &Candidate, to: usize, alarm: &Alarm) -> String {
     let (vm, target) = (&cluster.vms[candidate.vm], &cluster.nodes[to]);
+    let beyond = if target.projected + candidate.frees > target.memory * cluster.policy.usher_threshold {
+        ", since nothing fits and a VM would be killed"
+    } else if target.committed + vm.declared > target.lends * cluster.policy.overcommit {
+        ", its declared memory beyond the limit, since nothing else fits"
+    } else {
+        ""
+    };
     format!(
-        "{}; '{}' holds {} and grows {}: moving it takes about {:.1} s; {} then holds at most {} of its limit {}",
+        "{}; '{}' holds {} and grows {}: moving it takes about {:.1} s; {} then holds at most {} of its limit {}{beyond}",
         describe(cluster, node, alarm),
         vm.view.name,
         bytes(vm.resident),
@@ -293,7 +367,7 @@ fn stuck(
             cluster.vms[smallest.vm].view.name.clone(),
             bytes(cluster.largest_room()),
         );
-        let newcomer = Newcomer::automatic(cluster, smallest.vm, cluster.policy.usher_threshold);
+        let newcomer = Newcomer::evicted(cluster, smallest.vm);
         let needs = bytes(smallest.frees);
         let tried = if detailed {
             format!(": {}", summarise(&rejections(cluster, &newcomer, None)))
@@ -302,7 +376,8 @@ fn stuck(
         };
         return format!(
             "{alarm}; nothing fits elsewhere: the smallest VM that can move, '{name}', needs {needs}, \
-             the most any node has left is {room}{tried}"
+             the most any node has left is {room}{tried}; {}",
+            last_resort::describe(cluster, node)
         );
     }
     let mut held: Vec<String> = Vec::new();
@@ -314,5 +389,9 @@ fn stuck(
     if held.is_empty() {
         return format!("{alarm}; no VM stays there that could be moved");
     }
-    format!("{alarm}; none of its VMs can be moved: {}", held.join("; "))
+    format!(
+        "{alarm}; none of its VMs can be moved: {}; {}",
+        held.join("; "),
+        last_resort::describe(cluster, node)
+    )
 }

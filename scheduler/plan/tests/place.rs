@@ -33,6 +33,7 @@ fn launch(cpus: u32, memory: Bytes, node: Option<&str>) -> Result<String, String
         memory,
         node: node.map(NodeName::new),
         cpu_class: None,
+        ..LaunchRequest::default()
     };
     match place_launch(&cluster(), &Policy::default(), &request) {
         Ok(placement) => Ok(placement.node.to_string()),
@@ -61,6 +62,7 @@ fn every_node_says_why_it_cannot_take_a_launch() {
         memory: Bytes::gib(2),
         node: None,
         cpu_class: None,
+        ..LaunchRequest::default()
     };
     let Err(PlaceError::NothingFits { rejections }) = place_launch(&cluster(), &Policy::default(), &request)
     else {
@@ -96,6 +98,7 @@ fn an_empty_cluster_says_so() {
         memory: Bytes::mib(64),
         node: None,
         cpu_class: None,
+        ..LaunchRequest::default()
     };
     let error =
         place_launch(&ClusterSnapshot::default(), &Policy::default(), &request).expect_err("no nodes");
@@ -196,6 +199,7 @@ fn what_is_on_its_way_is_reserved_once() {
         memory: Bytes::mib(mib),
         node: Some(NodeName::new("node2")),
         cpu_class: None,
+        ..LaunchRequest::default()
     };
     // 728 MiB are used or reserved; up to 921 there is room for two thirds of 288, not of 300.
     assert!(place_launch(&snapshot, &Policy::default(), &request(288)).is_ok());
@@ -236,6 +240,7 @@ fn a_vm_never_goes_where_its_cpu_features_are_not() {
             memory: Bytes::mib(64),
             node: Some(NodeName::new("node4")),
             cpu_class: class.map(CpuClass::new),
+            ..LaunchRequest::default()
         };
         place_launch(&snapshot, &Policy::default(), &request).is_ok()
     };
@@ -279,7 +284,7 @@ fn a_vm_never_goes_where_one_node_has_a_certificate_and_the_other_has_none() {
         cpus: 1,
         memory: Bytes::mib(64),
         node: Some(NodeName::new("node4")),
-        cpu_class: None,
+        ..LaunchRequest::default()
     };
     assert!(place_launch(&snapshot, &Policy::default(), &request).is_ok());
 }

@@ -8,8 +8,8 @@ use common::{clusters, finish, start};
 use proptest::prelude::*;
 use shoal_plan::score::score;
 use shoal_plan::{
-    ActionKind, Bytes, ClusterSnapshot, LaunchRequest, NodeName, NodeState, NodeView, PlaceError, Policy,
-    VmId, VmView, place_launch, place_migration, round, text,
+    ActionKind, Bytes, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, PlaceError,
+    Policy, RejectReason, Rules, VmId, VmView, place_launch, place_launches, place_migration, round, text,
 };
 
 fn policies() -> impl Strategy<Value = Policy> {
@@ -20,9 +20,23 @@ fn policies() -> impl Strategy<Value = Policy> {
         1usize..20,
         1usize..4,
         1usize..4,
+        (
+            1u32..6,
+            prop_oneof![2 => Just(Mode::Spread), 1 => Just(Mode::Pack)],
+        ),
     )
         .prop_map(
-            |(overcommit, usher_threshold, part, max_migrations, max_out_per_node, max_in_per_node)| Policy {
+            |(
+                overcommit,
+                usher_threshold,
+                part,
+                max_migrations,
+                max_out_per_node,
+                max_in_per_node,
+                (aggressiveness, mode),
+            )| Policy {
+                aggressiveness,
+                mode,
                 overcommit,
                 usher_threshold,
                 usher_target: usher_threshold * part,
@@ -76,6 +90,88 @@ fn occupied(snapshot: &ClusterSnapshot, policy: &Policy, name: &NodeName) -> f64
         .sum()
 }
 
+/// The first rule of a VM that would not hold on a node, with the moves under way having ended.
+fn broken_rule(after: &ClusterSnapshot, vm: &VmView, to: &NodeView, group_moves: bool) -> Option<String> {
+    let nothing = Rules::default();
+    let rules = vm.rules.as_deref().unwrap_or(&nothing);
+    if let Some(term) = rules.selector.iter().find(|term| !term.matches(&to.labels)) {
+        return Some(format!("selector {term}"));
+    }
+    if let Some(taint) = Rules::untolerated(Some(rules), &to.taints) {
+        return Some(format!("taint {taint}"));
+    }
+    let others = || after.vms.iter().filter(|other| other.id != vm.id);
+    for other in others().filter(|other| counts_on(other, &to.name)) {
+        if let Some(term) = rules
+            .anti_affinity
+            .iter()
+            .find(|term| term.matches(&other.labels))
+        {
+            return Some(format!("anti-affinity {term}"));
+        }
+        let theirs = other.rules.iter().flat_map(|rules| &rules.anti_affinity);
+        if let Some(term) = theirs.into_iter().find(|term| term.matches(&vm.labels)) {
+            return Some(format!("anti-affinity there {term}"));
+        }
+    }
+    for term in &rules.affinity {
+        let ends = |other: &VmView| match &other.in_flight {
+            Some(flight) => flight.to.clone(),
+            None => other.node.clone(),
+        };
+        let wanted = || others().filter(|other| term.matches(&other.labels));
+        let first = wanted().next().is_none() && (term.matches(&vm.labels) || group_moves);
+        // They were all on its node, or on their way to it, when it left.
+        let leads = group_moves && wanted().all(|other| other.node == vm.node || ends(other) == vm.node);
+        if !first && !leads && !wanted().any(|other| ends(other) == to.name) {
+            return Some(format!("affinity {term}"));
+        }
+    }
+    None
+}
+
+/// What does not fit if each node in turn dies, where every VM needs what it holds and what is expected of a new one.
+fn unfit_without_one(snapshot: &ClusterSnapshot, policy: &Policy) -> Option<NodeName> {
+    let need = |vm: &VmView| expected(vm, policy).max(vm.declared.0 as f64 / policy.overcommit);
+    let ends = |vm: &VmView| {
+        vm.in_flight
+            .as_ref()
+            .map_or(vm.node.clone(), |flight| flight.to.clone())
+    };
+    let on = |name: &NodeName| -> Vec<f64> {
+        snapshot
+            .vms
+            .iter()
+            .filter(|vm| ends(vm) == *name)
+            .map(need)
+            .collect()
+    };
+    let dies = |dead: &&NodeView| {
+        let ready = snapshot
+            .nodes
+            .iter()
+            .filter(|node| node.state == NodeState::Ready);
+        let mut rooms: Vec<f64> = ready
+            .filter(|node| node.name != dead.name)
+            .map(|node| {
+                let usable = node.memory.0 as f64 * policy.usher_threshold - node.reserved_memory.0 as f64;
+                usable - on(&node.name).iter().sum::<f64>()
+            })
+            .collect();
+        let mut needs = on(&dead.name);
+        needs.sort_by(f64::total_cmp);
+        while let Some(need) = needs.pop() {
+            rooms.sort_by(f64::total_cmp);
+            match rooms.last_mut() {
+                Some(room) if *room >= need => *room -= need,
+                _ => return true,
+            }
+        }
+        false
+    };
+    snapshot.nodes.iter().find(dies).map(|node| node.name.clone())
+}
+
 /// With growth to the horizon, the moves under way having ended.
 fn projected(snapshot: &ClusterSnapshot, policy: &Policy, name: &NodeName) -> f64 {
     let stays = |vm: &&VmView| arrives_at(vm, name) || vm.node == *name && vm.in_flight.is_none();
@@ -104,15 +200,30 @@ proptest! {
             prop_assert!(to.pressure_memory < policy.pressure_threshold);
             prop_assert!(vm.cpus <= to.cpus);
             prop_assert_ne!(node(&snapshot, &action.from).state, NodeState::Unreachable);
-            let rest = if action.kind == ActionKind::Rebalance { policy.cool_down } else { policy.retry_after };
+            let balance = matches!(action.kind, ActionKind::Rebalance | ActionKind::Swap | ActionKind::Pack);
+            let rest = if balance { policy.cool_down } else { policy.retry_after };
             prop_assert!(vm.since_last_move.is_none_or(|age| age >= rest));
             prop_assert!(!action.reason.is_empty());
 
             let memory = to.memory.0 as f64;
-            prop_assert!(declared(&after, &to.name) <= memory * policy.overcommit);
-            prop_assert!(occupied(&after, &policy, &to.name) <= memory * policy.usher_threshold);
-            let ahead = projected(&after, &policy, &to.name);
-            prop_assert!(ahead <= memory * policy.usher_threshold, "{} of {memory}", ahead);
+            // Ushering goes beyond the limits where a node would run out and nothing fits, but never to all of a node.
+            let runs_out = declared(&after, &action.from) > node(&snapshot, &action.from).memory.0 as f64;
+            let last_resort = action.kind == ActionKind::Usher && runs_out;
+            let part = if last_resort {
+                f64::midpoint(policy.usher_threshold, 1.0)
+            } else {
+                let lends = to.memory.0.saturating_sub(to.reserved_memory.0) as f64;
+                prop_assert!(declared(&after, &to.name) <= lends * policy.overcommit);
+                policy.usher_threshold
+            };
+            let reserved = to.reserved_memory.0 as f64;
+            let used = occupied(&after, &policy, &to.name) + reserved;
+            prop_assert!(used <= memory * part);
+            let ahead = projected(&after, &policy, &to.name) + reserved;
+            prop_assert!(ahead <= memory * part, "{} of {memory}", ahead);
+
+            let group_moves = matches!(action.kind, ActionKind::Usher | ActionKind::Drain);
+            prop_assert_eq!(broken_rule(&after, vm, to, group_moves), None, "{}", &action.reason);
 
             let out = after.vms.iter().filter(|vm| vm.node == action.from && vm.in_flight.is_some()).count();
             let into = after.vms.iter().filter(|vm| arrives_at(vm, &action.to)).count();
@@ -126,15 +237,27 @@ proptest! {
     fn every_rebalance_move_lowers_the_score(snapshot in clusters(), policy in policies()) {
         let plan = round(&snapshot, &policy);
         let mut now = snapshot.clone();
+        let mut exchanged = None;
         prop_assert!((score(&now, &policy) - plan.score_before).abs() <= 1e-6 * plan.score_before.abs());
         for action in &plan.actions {
             let before = score(&now, &policy);
             start(&mut now, &shoal_plan::Plan { actions: vec![action.clone()], ..Default::default() });
             let after = score(&now, &policy);
-            if action.kind == ActionKind::Rebalance {
-                prop_assert!(after < before, "{before} to {after}: {}", action.reason);
+            match (action.kind, exchanged) {
+                (ActionKind::Rebalance, _) => prop_assert!(after < before, "{before} to {after}: {}", action.reason),
+                (ActionKind::Swap, None) => {
+                    exchanged = Some((before, action.from.clone(), action.to.clone()));
+                    continue;
+                }
+                (ActionKind::Swap, Some((before, from, to))) => {
+                    prop_assert_eq!((&from, &to), (&action.to, &action.from));
+                    prop_assert!(after < before, "{before} to {after}: {}", action.reason);
+                }
+                (_, exchanged) => prop_assert_eq!(exchanged, None),
             }
+            exchanged = None;
         }
+        prop_assert_eq!(exchanged, None);
         prop_assert!((score(&now, &policy) - plan.score_after).abs() <= 1e-6 * plan.score_after.abs().max(1.0));
     }
 
@@ -154,6 +277,38 @@ proptest! {
     }
 
     #[test]
+    fn packing_opens_no_node_and_ends_on_no_more_than_before(mut snapshot in clusters(), policy in policies()) {
+        let policy = Policy { cool_down: Duration::ZERO, mode: Mode::Pack, ..policy };
+        finish(&mut snapshot);
+        let used = |snapshot: &ClusterSnapshot| {
+            let nodes: std::collections::BTreeSet<_> = snapshot.vms.iter().map(|vm| vm.node.clone()).collect();
+            nodes
+        };
+        for _ in 0..2000 {
+            let mut open = used(&snapshot);
+            let plan = round(&snapshot, &policy);
+            let packing = |action: &shoal_plan::Action| action.kind == ActionKind::Pack;
+            if !plan.actions.iter().all(packing) || plan.actions.is_empty() {
+                return Ok(());
+            }
+            let short = |name: &NodeName| {
+                let node = node(&snapshot, name);
+                node.load_local > f64::from(node.cpus.max(1)) * node.speed
+            };
+            for action in &plan.actions {
+                prop_assert!(open.contains(&action.to) || short(&action.from), "{}", action.reason);
+                open.insert(action.to.clone());
+            }
+            start(&mut snapshot, &plan);
+            finish(&mut snapshot);
+            for name in &plan.empty_nodes {
+                prop_assert!(!used(&snapshot).contains(name), "{name}");
+            }
+        }
+        prop_assert!(false, "still packing after 2000 rounds");
+    }
+
+    #[test]
     fn order_does_not_matter(mut snapshot in clusters(), policy in policies()) {
         let plan = round(&snapshot, &policy);
         prop_assert_eq!(&plan, &round(&snapshot, &policy));
@@ -167,7 +322,9 @@ proptest! {
         snapshot in clusters(), policy in policies(), cpus in 1u32..20, mib in 1u64..10_000, pin in 0usize..12,
     ) {
         let pinned = snapshot.nodes.get(pin).map(|node| node.name.clone());
-        let request = LaunchRequest { cpus, memory: Bytes::mib(mib), node: pinned.clone(), cpu_class: None };
+        let request = LaunchRequest {
+            cpus, memory: Bytes::mib(mib), node: pinned.clone(), ..LaunchRequest::default()
+        };
         match place_launch(&snapshot, &policy, &request) {
             Ok(placement) => {
                 let to = node(&snapshot, &placement.node);
@@ -175,15 +332,70 @@ proptest! {
                 prop_assert!(pinned.is_none_or(|pinned| pinned == placement.node));
                 prop_assert!(cpus <= to.cpus);
                 let memory = to.memory.0 as f64;
+                let lends = to.memory.0.saturating_sub(to.reserved_memory.0) as f64;
                 let needed = request.memory.0 as f64;
-                prop_assert!(declared(&snapshot, &to.name) + needed <= memory * policy.overcommit);
-                let used = occupied(&snapshot, &policy, &to.name) + (needed / policy.overcommit).floor();
+                prop_assert!(declared(&snapshot, &to.name) + needed <= lends * policy.overcommit);
+                let used = occupied(&snapshot, &policy, &to.name) + to.reserved_memory.0 as f64
+                    + (needed / policy.overcommit).floor();
                 prop_assert!(used <= memory * policy.usher_threshold);
             }
             Err(PlaceError::NothingFits { rejections }) => {
                 prop_assert_eq!(rejections.len(), snapshot.nodes.len());
             }
             Err(error) => prop_assert!(false, "{error}"),
+        }
+    }
+
+    #[test]
+    fn several_launches_obey_the_rules_of_all(
+        mut snapshot in clusters(), policy in policies(), n_plus_one in any::<bool>(),
+    ) {
+        // Half of the VMs are there, the other half are to start with the same labels and rules.
+        let policy = Policy { n_plus_one, ..policy };
+        snapshot.nodes.iter_mut().for_each(|node| node.pressure_memory = 0.0);
+        let to_start = snapshot.vms.split_off(snapshot.vms.len() / 2);
+        let requests: Vec<LaunchRequest> = to_start
+            .iter()
+            .map(|vm| LaunchRequest {
+                cpus: 1,
+                memory: vm.declared,
+                labels: vm.labels.clone(),
+                rules: vm.rules.clone(),
+                ..LaunchRequest::default()
+            })
+            .collect();
+        finish(&mut snapshot);
+        let placements = place_launches(&snapshot, &policy, &requests);
+        prop_assert_eq!(&placements, &place_launches(&snapshot, &policy, &requests));
+        for (vm, placement) in to_start.into_iter().zip(placements) {
+            let started = |name: &NodeName| VmView {
+                node: name.clone(),
+                cpus: 1,
+                resident: None,
+                in_flight: None,
+                ..vm.clone()
+            };
+            match placement {
+                Ok(placement) => {
+                    let to = node(&snapshot, &placement.node).clone();
+                    prop_assert_eq!(broken_rule(&snapshot, &started(&to.name), &to, false), None);
+                    snapshot.vms.push(started(&to.name));
+                    if n_plus_one {
+                        prop_assert_eq!(unfit_without_one(&snapshot, &policy), None);
+                    }
+                }
+                Err(PlaceError::NothingFits { rejections }) => {
+                    prop_assert_eq!(rejections.len(), snapshot.nodes.len());
+                    for rejection in rejections {
+                        if matches!(rejection.reason, RejectReason::NPlusOne { .. }) {
+                            let mut with = snapshot.clone();
+                            with.vms.push(started(&rejection.node));
+                            prop_assert!(unfit_without_one(&with, &policy).is_some());
+                        }
+                    }
+                }
+                Err(error) => prop_assert!(false, "{error}"),
+            }
         }
     }
 
@@ -220,6 +432,7 @@ proptest! {
         for node in snapshot.nodes.iter_mut().step_by(2) {
             (node.speed, node.load_local, node.load_exported) = (float, float, float);
             (node.pressure_memory, node.memory, node.cpus) = (float, Bytes(integer), 0);
+            (node.reserved_memory, node.reserved_cpus) = (Bytes(integer), float);
         }
         for vm in snapshot.vms.iter_mut().step_by(2) {
             vm.cpu_use = float;
@@ -227,10 +440,11 @@ proptest! {
             (vm.growth.0, vm.cpus) = (integer, 0);
             vm.in_flight = Some(shoal_plan::InFlight { to: vm.node.clone(), received: Bytes(integer) });
         }
+        let _ = round(&snapshot, &Policy { n_plus_one: true, ..Policy::default() });
         let plan = round(&snapshot, &Policy::default());
         let _ = text::print_plan(&plan);
         let _ = text::print(&snapshot, &Policy::default());
-        let request = LaunchRequest { cpus: u32::MAX, memory: Bytes(integer), node: None, cpu_class: None };
+        let request = LaunchRequest { cpus: u32::MAX, memory: Bytes(integer), ..LaunchRequest::default() };
         let _ = place_launch(&snapshot, &Policy::default(), &request);
         let _ = place_migration(&snapshot, &Policy::default(), &VmId::new("vm00"), None);
     }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use shoal_plan::{round, text};
+use shoal_plan::{place_launches, round, text};
 
 #[test]
 fn every_scenario_gives_its_plan() {
@@ -20,7 +20,14 @@ fn every_scenario_gives_its_plan() {
         let name = path.display();
         let written = fs::read_to_string(&path).expect("a scenario");
         let scenario = text::parse(&written).unwrap_or_else(|error| panic!("{name}: {error}"));
-        let plan = text::print_plan(&round(&scenario.snapshot, &scenario.policy));
+        let mut plan = text::print_plan(&round(&scenario.snapshot, &scenario.policy));
+        let requests: Vec<_> = scenario
+            .launches
+            .iter()
+            .map(|(_, request)| request.clone())
+            .collect();
+        let placements = place_launches(&scenario.snapshot, &scenario.policy, &requests);
+        plan.push_str(&text::print_placements(&scenario.launches, &placements));
         let plan_path = path.with_extension("plan");
         if std::env::var_os("SHOAL_WRITE_PLANS").is_some() {
             fs::write(&plan_path, &plan).expect("to write the plan");

@@ -4,16 +4,20 @@
 mod cancel_migration;
 mod drain_node;
 mod errors;
+mod explain_vm;
 mod get_cpu_baseline;
 mod get_migration;
 mod get_migration_defaults;
 mod get_vm;
 mod import_image;
+mod labels;
 mod list_images;
 mod list_migrations;
 mod list_nodes;
+mod list_queue;
 mod list_vms;
 mod migrate_vm;
+mod move_vms;
 mod rebalance;
 mod remove_vm;
 mod resolve_vm;
@@ -21,12 +25,15 @@ mod run_vm;
 mod set_cpu_baseline;
 mod set_migration;
 mod set_migration_defaults;
+mod set_policy;
 mod stop_vm;
 mod stream_events;
 mod stream_logs;
 #[cfg(test)]
 mod tests;
 mod uncordon_node;
+mod update_node;
+mod update_vm;
 mod wait_vm;
 mod write_console;
 
@@ -36,13 +43,15 @@ use std::sync::Arc;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse, Event, GetCpuBaselineRequest,
-    GetMigrationDefaultsRequest, GetMigrationRequest, GetVmRequest, Image, ImportImageRequest,
-    ListImagesRequest, ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest,
-    ListNodesResponse, ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse,
-    Migration, MigrationDefaults, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
-    RemoveVmResponse, ResolveVmRequest, RunVmRequest, SetCpuBaselineRequest, SetMigrationRequest,
-    StopVmRequest, StreamEventsRequest, StreamLogsRequest, UncordonNodeRequest, Vm, WriteConsoleRequest,
+    CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse, Event, ExplainVmRequest,
+    Explanation, GetCpuBaselineRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest,
+    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListMigrationsRequest,
+    ListMigrationsResponse, ListNodesRequest, ListNodesResponse, ListQueueRequest, ListQueueResponse,
+    ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse, Migration,
+    MigrationDefaults, MoveVmsRequest, MoveVmsResponse, Node, RebalanceRequest, RebalanceResponse,
+    RemoveVmRequest, RemoveVmResponse, ResolveVmRequest, RunVmRequest, SchedulingPolicy,
+    SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
+    StreamLogsRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm, WriteConsoleRequest,
     WriteConsoleResponse,
 };
 use shoal_proto::vm::MigrationPolicy;
@@ -73,6 +82,7 @@ impl Cluster for ClusterApi {
     type MigrateVmStream = AnswerStream<MigrateVmResponse>;
     type DrainNodeStream = AnswerStream<DrainNodeResponse>;
     type StreamEventsStream = AnswerStream<Event>;
+    type MoveVmsStream = AnswerStream<MoveVmsResponse>;
 
     async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Answer<Image> {
         import_image::call(&self.0, request.into_inner())
@@ -213,6 +223,42 @@ impl Cluster for ClusterApi {
     async fn stream_events(&self, request: Request<StreamEventsRequest>) -> Answer<Self::StreamEventsStream> {
         Ok(Response::new(stream_events::call(&self.0, &request.into_inner())))
     }
+
+    async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<Node> {
+        update_node::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Answer<Vm> {
+        update_vm::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_policy(&self, _: Request<GetPolicyRequest>) -> Answer<SchedulingPolicy> {
+        Ok(Response::new(self.0.policy.view()))
+    }
+
+    async fn explain_vm(&self, request: Request<ExplainVmRequest>) -> Answer<Explanation> {
+        explain_vm::call(&self.0, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_queue(&self, _: Request<ListQueueRequest>) -> Answer<ListQueueResponse> {
+        Ok(Response::new(list_queue::call(&self.0)))
+    }
+
+    async fn move_vms(&self, request: Request<MoveVmsRequest>) -> Answer<Self::MoveVmsStream> {
+        move_vms::call(&self.0, &request.into_inner()).map(Response::new)
+    }
+
+    async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Answer<SchedulingPolicy> {
+        set_policy::call(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
 }
 
 /// A VM by id or name.
@@ -223,6 +269,12 @@ fn find_vm(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
         ));
     }
     scheduler.vms.find(name).ok_or_else(|| {
+        if let Some(waiting) = scheduler.queue.find(name) {
+            let name = &waiting.record.vm.name;
+            return Status::failed_precondition(format!(
+                "VM {name} waits for room: `shoal queue` shows it, `shoal rm {name}` takes it out"
+            ));
+        }
         let name = crate::limits::shorten(name);
         Status::not_found(format!("vm: there is no VM '{name}'; `shoal ps` lists them"))
     })

@@ -23,10 +23,8 @@ pub struct SchedulerConfig {
     pub vmm_binary: Option<PathBuf>,
     /// Where Prometheus finds metrics, if anywhere. Other than loopback only with `insecure`.
     pub metrics: Option<SocketAddr>,
-    /// Constants of the planner.
+    /// What plans are made with, and whether they are carried out, unless operators have set otherwise.
     pub policy: Policy,
-    /// Moves what the planner wants moved, each second. Off: only what users ask for happens, drains included.
-    pub automatic: bool,
     /// The scheduler ends when this completes. VMs go on running.
     pub shutdown: Shutdown,
 }
@@ -38,7 +36,6 @@ impl fmt::Debug for SchedulerConfig {
             .field("insecure", &self.insecure)
             .field("state_dir", &self.state_dir)
             .field("vmm_binary", &self.vmm_binary)
-            .field("automatic", &self.automatic)
             .finish_non_exhaustive()
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_plan::{ActionKind, Note, NoteKind, Plan};
+use shoal_plan::{Action, ActionKind, Automation, Note, NoteKind, Plan, Policy};
 use tokio::time::MissedTickBehavior;
 
 use crate::drain;
@@ -12,6 +12,7 @@ use crate::events::{Kind, NewEvent};
 use crate::execute::migrate;
 use crate::migrations::OpenMigration;
 use crate::observe;
+use crate::queue;
 use crate::record::Cordon;
 use crate::scheduler::Shared;
 
@@ -26,29 +27,45 @@ pub enum Wanted {
     Drains,
 }
 
-/// Goes on until the scheduler ends. `automatic`: what the planner wants is done, not only what someone asked for.
-pub async fn run(scheduler: Shared, automatic: bool) {
+/// Goes on until the scheduler ends. What of its plans is done is in the policy.
+pub async fn run(scheduler: Shared) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = BTreeSet::new();
+    let mut advised = BTreeSet::new();
     loop {
         ticks.tick().await;
         housekeeping(&scheduler).await;
-        let wanted = if automatic { Wanted::All } else { Wanted::Drains };
-        let (plan, _) = round(&scheduler, wanted).await;
+        let automation = scheduler.policy.get().automation;
+        let wanted = match automation {
+            Automation::Automatic => Wanted::All,
+            Automation::Advise | Automation::Manual => Wanted::Drains,
+        };
+        let (mut plan, _) = round(&scheduler, wanted).await;
+        if automation == Automation::Advise {
+            plan = self::plan(&scheduler, Wanted::All).await;
+        }
+        advise(&scheduler, automation, &plan, &mut advised);
         announce_stuck(&scheduler, &plan.notes, &mut told);
         finish_drains(&scheduler).await;
+        queue::advance(&scheduler).await;
     }
 }
 
 /// Plans without doing anything. Off the async threads: a large cluster takes a while.
 pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
+    let policy = scheduler.policy.get();
+    plan_with(scheduler, wanted, policy).await
+}
+
+/// The same with another policy.
+pub async fn plan_with(scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) -> Plan {
     let shared = Arc::clone(scheduler);
     let planned = tokio::task::spawn_blocking(move || {
         let snapshot = observe::snapshot(&shared);
         match wanted {
-            Wanted::All => shoal_plan::round(&snapshot, &shared.policy),
-            Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &shared.policy)),
+            Wanted::All => shoal_plan::round(&snapshot, &policy),
+            Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &policy)),
         }
     });
     planned.await.unwrap_or_else(|error| {
@@ -66,8 +83,24 @@ fn drains(mut plan: Plan) -> Plan {
 
 /// Plans, and begins what is planned.
 pub async fn round(scheduler: &Shared, wanted: Wanted) -> (Plan, Vec<Arc<OpenMigration>>) {
+    let policy = scheduler.policy.get();
+    round_with(scheduler, wanted, policy).await
+}
+
+/// The same with another policy.
+pub async fn round_with(
+    scheduler: &Shared,
+    wanted: Wanted,
+    policy: Arc<Policy>,
+) -> (Plan, Vec<Arc<OpenMigration>>) {
     let _planning = scheduler.planning.lock().await;
-    let plan = plan(scheduler, wanted).await;
+    let plan = plan_with(scheduler, wanted, policy).await;
+    let begun = begin(scheduler, &plan).await;
+    (plan, begun)
+}
+
+/// Begins what is planned. The caller holds the planning lock since the snapshot was taken.
+pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
     let mut begun = Vec::new();
     for action in &plan.actions {
         match migrate::begin_planned(scheduler, action).await {
@@ -76,7 +109,7 @@ pub async fn round(scheduler: &Shared, wanted: Wanted) -> (Plan, Vec<Arc<OpenMig
             Err(error) => tracing::info!(vm = %action.vm, %error, "a planned move does not begin"),
         }
     }
-    (plan, begun)
+    begun
 }
 
 async fn housekeeping(scheduler: &Shared) {
@@ -99,6 +132,37 @@ async fn housekeeping(scheduler: &Shared) {
             "events cannot be stored"
         );
     }
+}
+
+/// Tells what the planner would do and is not to: each move once, while it goes on to be wanted.
+fn advise(scheduler: &Shared, automation: Automation, plan: &Plan, advised: &mut BTreeSet<(String, String)>) {
+    if automation != Automation::Advise {
+        advised.clear();
+        return;
+    }
+    let key = |action: &Action| (action.vm.to_string(), action.to.to_string());
+    for action in plan
+        .actions
+        .iter()
+        .filter(|action| !advised.contains(&key(action)))
+    {
+        let message = format!(
+            "{} to {}: {}: {}",
+            action.from, action.to, action.kind, action.reason
+        );
+        let event = NewEvent::new(Kind::MigrationAdvised, message);
+        let vm = action
+            .vm
+            .as_str()
+            .parse()
+            .ok()
+            .and_then(|id| scheduler.vms.get(id));
+        scheduler.events.publish(match vm {
+            Some(vm) => event.vm(&vm.record()),
+            None => event,
+        });
+    }
+    *advised = plan.actions.iter().map(key).collect();
 }
 
 /// Tells what the planner cannot do: once when it begins, not each second.

@@ -19,6 +19,10 @@ const BATCH: usize = 512;
 pub enum Kind {
     /// A VM runs for the first time.
     VmStarted,
+    /// A VM waits for room.
+    VmQueued,
+    /// A VM that waited is not to be started any more.
+    VmWithdrawn,
     /// A VM could not be started.
     VmLaunchFailed,
     /// The guest ended.
@@ -35,6 +39,8 @@ pub enum Kind {
     VmResolved,
     /// A move was decided on; the message is its reason.
     MigrationPlanned,
+    /// The planner would move a VM, and is to advise only.
+    MigrationAdvised,
     /// The VM runs on its new node.
     MigrationCompleted,
     /// The VM stayed, or was lost; the message says which.
@@ -59,6 +65,12 @@ pub enum Kind {
     PlanStuck,
     /// An image was imported.
     ImageImported,
+    /// An operator changed labels, taints or reserves of a node.
+    NodeUpdated,
+    /// The owner of a VM changed what is wished for it.
+    VmUpdated,
+    /// An operator changed the planner's policy.
+    PolicyChanged,
 }
 
 impl Kind {
@@ -66,6 +78,8 @@ impl Kind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::VmStarted => "vm-started",
+            Self::VmQueued => "vm-queued",
+            Self::VmWithdrawn => "vm-withdrawn",
             Self::VmLaunchFailed => "vm-launch-failed",
             Self::VmExited => "vm-exited",
             Self::VmFailed => "vm-failed",
@@ -74,6 +88,7 @@ impl Kind {
             Self::VmInDoubt => "vm-in-doubt",
             Self::VmResolved => "vm-resolved",
             Self::MigrationPlanned => "migration-planned",
+            Self::MigrationAdvised => "migration-advised",
             Self::MigrationCompleted => "migration-completed",
             Self::MigrationFailed => "migration-failed",
             Self::MigrationPostCopy => "migration-post-copy",
@@ -86,6 +101,9 @@ impl Kind {
             Self::NodeUncordoned => "node-uncordoned",
             Self::PlanStuck => "plan-stuck",
             Self::ImageImported => "image-imported",
+            Self::NodeUpdated => "node-updated",
+            Self::VmUpdated => "vm-updated",
+            Self::PolicyChanged => "policy-changed",
         }
     }
 }

@@ -5,9 +5,9 @@
 //! - what agents call: `registry`; what they report goes through `observe` into `nodes`
 //! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`, `history`
 //! - what is in memory: `vms`, `nodes`, `migrations`
-//! - how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
+//! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
-//!   not agree), `drain`; `agent` is how a node is told
+//!   not agree), `drain`, `moves` (all VMs of a node), `queue` (VMs that wait); `agent` is how a node is told
 #![forbid(unsafe_code)]
 
 mod agent;
@@ -25,9 +25,12 @@ mod limits;
 mod logs;
 mod metrics;
 mod migrations;
+mod moves;
 mod nodes;
 mod observe;
+mod planner_policy;
 mod policy;
+mod queue;
 mod reconcile;
 mod record;
 mod registry;
@@ -41,4 +44,4 @@ mod vms;
 
 pub use config::{SchedulerConfig, Shutdown};
 pub use server::{ServerError, serve};
-pub use shoal_plan::Policy;
+pub use shoal_plan::{Automation, Policy};

@@ -7,6 +7,7 @@ pub const DEFAULT_MEMORY_BYTES: u64 = 256 << 20;
 const MIN_MEMORY_BYTES: u64 = 2 << 20;
 const MAX_MEMORY_BYTES: u64 = 4 << 40;
 const MAX_CPUS: u32 = 64;
+const MAX_PRIORITY: u32 = 9;
 /// Linux keeps 2,048 bytes of its command line, the last one a NUL.
 const MAX_CMDLINE_BYTES: usize = 2047;
 const MAX_ARGS: usize = 256;
@@ -45,6 +46,19 @@ pub fn cpus(cpus: u32) -> Result<(), FieldError> {
             "cpus",
             &cpus.to_string(),
             &format!("1 to {MAX_CPUS}"),
+        ))
+    }
+}
+
+/// A VM's priority.
+pub fn priority(priority: u32) -> Result<(), FieldError> {
+    if priority <= MAX_PRIORITY {
+        Ok(())
+    } else {
+        Err(FieldError::new(
+            "priority",
+            &priority.to_string(),
+            &format!("0 to {MAX_PRIORITY}"),
         ))
     }
 }

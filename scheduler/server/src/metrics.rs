@@ -238,7 +238,17 @@ fn on_stall(on_stall: OnStall) -> Word {
 
 /// By the first word of why it was asked for.
 fn cause(reason: &str) -> Word {
-    let known = ["requested", "usher", "drain", "rebalance"];
+    let known = [
+        "requested",
+        "usher",
+        "drain",
+        "rules",
+        "rebalance",
+        "swap",
+        "pack",
+        "expel",
+        "bring",
+    ];
     let found = known.into_iter().find(|word| reason.starts_with(word));
     Word(found.unwrap_or("found"))
 }

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::agent::Agent;
-use crate::record::{Cordon, NodeRecord};
+use crate::record::{Cordon, NodeRecord, NodeWishes};
 
 /// A node that has not reported for this long is unreachable. It may be well and cut off: nothing is restarted.
 pub const SILENCE: Duration = Duration::from_secs(5);
@@ -74,6 +74,8 @@ struct Inner {
     /// When this scheduler began to listen for it.
     since: Instant,
     announced_ready: bool,
+    /// Bytes per second that migrations out of it got.
+    link_rate: Option<u64>,
     observed: Observed,
     /// Its VMs, in every state, at every epoch.
     vms: HashMap<(VmId, Epoch), ObservedVm>,
@@ -96,6 +98,7 @@ impl NodeEntry {
                 last_report: None,
                 since: Instant::now(),
                 announced_ready: known,
+                link_rate: None,
                 observed: Observed::default(),
                 vms: HashMap::new(),
             }),
@@ -147,6 +150,23 @@ impl NodeEntry {
     /// Changes the operator's will; the caller has stored it.
     pub fn set_cordon(&self, cordon: Cordon) {
         self.lock().record.cordon = cordon;
+    }
+
+    /// Bytes per second that migrations out of it got lately, if one was large enough to tell.
+    pub fn link_rate(&self) -> Option<u64> {
+        self.lock().link_rate
+    }
+
+    /// Keeps what a migration out of it got: the mean of that and what was known.
+    pub fn measured_link(&self, bytes_per_second: u64) {
+        let mut inner = self.lock();
+        let known = inner.link_rate.unwrap_or(bytes_per_second);
+        inner.link_rate = Some(known.midpoint(bytes_per_second));
+    }
+
+    /// Changes more of the operator's will; the caller has stored it.
+    pub fn set_wishes(&self, wishes: NodeWishes) {
+        self.lock().record.wishes = wishes;
     }
 
     /// Begins a session; the caller has stored the record.

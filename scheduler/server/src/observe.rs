@@ -177,6 +177,11 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         pressure_memory: observed.pressure.memory,
         pressure_cpu: observed.pressure.cpu,
         migration_tls: record.migration_tls,
+        labels: record.wishes.labels,
+        taints: record.wishes.taints,
+        reserved_memory: Bytes(record.wishes.reserved_memory_bytes),
+        reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
+        link_rate: entry.link_rate().map(BytesPerSecond),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }
@@ -203,6 +208,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
     let seen = scheduler
@@ -234,6 +240,13 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         in_flight,
         since_last_move: entry.since_last_move(),
         cpu_class: record.cpu.as_ref().map(CpuDigest::class),
+        labels: record.wishes.labels.clone(),
+        rules: record.wishes.rules.clone(),
+        priority: record.wishes.priority,
+        home: record
+            .home
+            .as_ref()
+            .map(|home| shoal_plan::NodeName::new(home.as_str())),
         ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
     })
 }

@@ -60,7 +60,7 @@ pub fn resolve(asked: &MigrationPolicy, defaults: &MigrationPolicy, cause: Cause
     let mut policy = merge(asked, &merge(defaults, &built_in()));
     let said = asked.on_stall != 0 || defaults.on_stall != 0;
     match cause {
-        Cause::Planned(ActionKind::Rebalance) => policy.set_on_stall(OnStall::Cancel),
+        Cause::Planned(ActionKind::Rebalance | ActionKind::Swap) => policy.set_on_stall(OnStall::Cancel),
         Cause::Planned(ActionKind::Usher | ActionKind::Drain) if !said => {
             policy.set_on_stall(OnStall::Throttle);
         }
@@ -234,7 +234,9 @@ mod tests {
         for (kind, unsaid, with_defaults) in [
             (ActionKind::Usher, OnStall::Throttle, OnStall::PostCopy),
             (ActionKind::Drain, OnStall::Throttle, OnStall::PostCopy),
+            (ActionKind::Rules, OnStall::Cancel, OnStall::PostCopy),
             (ActionKind::Rebalance, OnStall::Cancel, OnStall::Cancel),
+            (ActionKind::Swap, OnStall::Cancel, OnStall::Cancel),
         ] {
             let resolved = |defaults| resolve(&nothing, defaults, Cause::Planned(kind)).on_stall();
             assert_eq!(

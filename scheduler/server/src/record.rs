@@ -1,9 +1,11 @@
 //! What the store keeps. Each record is the whole truth about its subject: nothing else has to be asked to go on
 //! after a restart.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use shoal_plan::{Labels, Rules};
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, VmName, node, vm};
 
 use crate::cpus::CpuDigest;
@@ -132,6 +134,53 @@ pub struct VmRecord {
     /// They were those of a baseline; otherwise all that its node had.
     #[serde(default)]
     pub cpu_baseline: bool,
+    /// What its owner wishes.
+    #[serde(default)]
+    pub wishes: VmWishes,
+    /// Where it was started, where known.
+    #[serde(default)]
+    pub home: Option<NodeName>,
+    /// Why there.
+    #[serde(default)]
+    pub placement: String,
+}
+
+/// A VM that waits for room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuedRecord {
+    /// In order of arrival.
+    pub sequence: u64,
+    /// The VM as it will be, but for its node.
+    pub vm: VmRecord,
+    /// The only node it may go to, if there is one.
+    pub pinned: Option<NodeName>,
+}
+
+/// What the owner of a VM wishes. The default is what older records mean.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmWishes {
+    /// What others may ask to be with.
+    #[serde(with = "texts::labels")]
+    pub labels: Labels,
+    /// What it asks of its node.
+    #[serde(with = "texts::rules")]
+    pub rules: Option<Arc<Rules>>,
+    /// It is not to be moved.
+    pub locked: bool,
+    /// 0 to 9: the lower, the sooner it gives way.
+    pub priority: u32,
+}
+
+impl Default for VmWishes {
+    fn default() -> Self {
+        Self {
+            labels: Labels::default(),
+            rules: None,
+            locked: false,
+            priority: shoal_plan::DEFAULT_PRIORITY,
+        }
+    }
 }
 
 impl VmRecord {
@@ -227,7 +276,28 @@ pub struct NodeRecord {
     /// Its CPU's model.
     #[serde(default)]
     pub cpu_model: String,
+    /// More of its operator's will.
+    #[serde(default)]
+    pub wishes: NodeWishes,
 }
+
+/// What the operator of a node wishes. The default is what older records mean.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeWishes {
+    /// What selectors ask about.
+    #[serde(with = "texts::labels")]
+    pub labels: Labels,
+    /// What keeps VMs away that do not tolerate it.
+    #[serde(with = "texts::labels")]
+    pub taints: Labels,
+    /// Memory kept free of VMs.
+    pub reserved_memory_bytes: u64,
+    /// Thousandths of CPUs that VMs are not counted on.
+    pub reserved_millicpus: u32,
+}
+
+mod texts;
 
 /// Milliseconds since 1970.
 pub fn now_unix_ms() -> i64 {

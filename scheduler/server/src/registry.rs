@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::limits;
 use crate::nodes::{InvalidAddress, NodeEntry, ReportSender};
 use crate::observe;
-use crate::record::{Cordon, NodeRecord};
+use crate::record::{Cordon, NodeRecord, NodeWishes};
 use crate::scheduler::Shared;
 use crate::store::Write;
 
@@ -172,6 +172,9 @@ pub async fn begin(
         } else {
             cpuid.model()
         },
+        wishes: old
+            .as_ref()
+            .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
     };
     crate::agent::Agent::new(&record).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use shoal_plan::Policy;
 use shoal_proto::{NodeName, node};
 
 use crate::agent::{Agent, AgentError};
@@ -16,7 +15,9 @@ use crate::logs::LogStore;
 use crate::metrics::Metrics;
 use crate::migrations::MigrationTable;
 use crate::nodes::NodeTable;
+use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
+use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
 use crate::store::{Store, StoreError, Write};
@@ -47,10 +48,12 @@ pub struct Scheduler {
     pub logs: LogStore,
     /// Events.
     pub events: Events,
+    /// VMs that wait for room.
+    pub queue: Queue,
     /// VMs whose record and node do not agree.
     pub reconcile: ReconcileQueue,
-    /// Constants of the planner.
-    pub policy: Policy,
+    /// What plans are made with.
+    pub policy: PlannerPolicy,
     /// When this scheduler began to listen.
     pub started: Instant,
     /// Looks at images before they are kept.

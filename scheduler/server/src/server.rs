@@ -23,7 +23,9 @@ use crate::logs::LogStore;
 use crate::metrics::{self, Metrics};
 use crate::migrations::MigrationTable;
 use crate::nodes::{InvalidAddress, NodeTable};
+use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
+use crate::queue::Queue;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord};
 use crate::registry::RegistryApi;
@@ -64,6 +66,9 @@ pub enum ServerError {
     /// The policy cannot be used.
     #[error(transparent)]
     Policy(#[from] shoal_plan::PolicyError),
+    /// The stored policy cannot be used.
+    #[error("store: policy: {0}; it was set with a scheduler that took it")]
+    StoredPolicy(#[from] PolicyTextError),
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -95,13 +100,12 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
         address: config.listen,
         source,
     })?;
-    let automatic = config.automatic;
     let (scheduler, subjects, intents) = open(&config)?;
     reconcile::recover(&scheduler, intents);
 
     let mut tasks = JoinSet::new();
     tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
-    tasks.spawn(control::run(Arc::clone(&scheduler), automatic));
+    tasks.spawn(control::run(Arc::clone(&scheduler)));
     if let Some(listener) = metrics {
         tasks.spawn(metrics::http::serve(Arc::clone(&scheduler), listener));
     }
@@ -130,7 +134,8 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
     };
     std::fs::create_dir_all(directory).map_err(state_dir)?;
     let (store, contents) = Store::open(&directory.join("shoal.redb"))?;
-    let used = blobs(&contents.vms);
+    let waiting = contents.queue.iter().map(|waiting| &waiting.vm);
+    let used = blobs(contents.vms.iter().chain(waiting));
     let images = ImageStore::open(directory.join("blobs"), contents.images, &used).map_err(state_dir)?;
     let (reconcile, subjects) = ReconcileQueue::new();
     let history = History::new(contents.history, contents.sampled);
@@ -145,8 +150,9 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
         defaults: Defaults::new(contents.migration_defaults),
         logs: LogStore::new(directory.join("logs")),
         events: Events::new(contents.events),
+        queue: Queue::new(contents.queue),
         reconcile,
-        policy: config.policy.clone(),
+        policy: PlannerPolicy::new(config.policy.clone(), contents.scheduling_policy)?,
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
@@ -155,10 +161,9 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
     Ok((Arc::new(scheduler), subjects, contents.intents))
 }
 
-fn blobs(vms: &[VmRecord]) -> Vec<String> {
-    let kernels = vms.iter().map(|vm| vm.kernel.sha256.clone());
+fn blobs<'a>(vms: impl Iterator<Item = &'a VmRecord> + Clone) -> Vec<String> {
+    let kernels = vms.clone().map(|vm| vm.kernel.sha256.clone());
     let initrds = vms
-        .iter()
         .filter_map(|vm| vm.initrd.as_ref())
         .map(|initrd| initrd.sha256.clone());
     kernels.chain(initrds).collect()

@@ -1,6 +1,7 @@
 //! The durable state: one redb file. It is read once, at start; afterwards it is only written, each batch in one
 //! transaction that is on the disk before [`Store::apply`] returns.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use shoal_proto::{VmId, cluster, vm};
 
 use crate::cpus::{CpuDigest, StoredCpus};
 use crate::history;
-use crate::record::{ImageRecord, Intent, NodeRecord, VmRecord};
+use crate::record::{ImageRecord, Intent, NodeRecord, QueuedRecord, VmRecord};
 
 /// Raised with every change that an older scheduler could not read.
 const SCHEMA_VERSION: u64 = 2;
@@ -29,9 +30,12 @@ const SAMPLES: Bytes = TableDefinition::new("samples");
 /// What operators set. Key: name.
 const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
 const MIGRATION_DEFAULTS: &str = "migration-defaults";
+const SCHEDULING_POLICY: &str = "scheduling-policy";
 /// CPUID tables, features only, by their digests; under [`BASELINE`] a digest.
 const CPUS: Bytes = TableDefinition::new("cpus");
 const BASELINE: &[u8] = b"baseline";
+/// VMs that wait for room. Key: sequence number (big endian).
+const QUEUE: Bytes = TableDefinition::new("queue");
 const NODES: Bytes = TableDefinition::new("nodes");
 const IMAGES: Bytes = TableDefinition::new("images");
 /// Key: sequence number (big endian).
@@ -104,6 +108,12 @@ pub enum Write {
     DeleteSamples(u64),
     /// Replaces the cluster's defaults for migrations.
     PutMigrationDefaults(Box<cluster::MigrationDefaults>),
+    /// Replaces what operators have set of the planner's policy.
+    PutSchedulingPolicy(BTreeMap<String, String>),
+    /// Inserts or replaces a VM that waits.
+    PutQueued(Arc<QueuedRecord>),
+    /// Removes one from the queue.
+    DeleteQueued(u64),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
     /// Keeps a kind of CPU.
@@ -131,6 +141,10 @@ pub struct Contents {
     pub sampled: Vec<u64>,
     /// The cluster's defaults for migrations.
     pub migration_defaults: cluster::MigrationDefaults,
+    /// What operators have set of the planner's policy.
+    pub scheduling_policy: BTreeMap<String, String>,
+    /// VMs that wait, in order of arrival.
+    pub queue: Vec<QueuedRecord>,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
     /// Kinds of CPUs.
@@ -215,7 +229,7 @@ impl Store {
                 _ => return Err(corrupt(path, "the schema version")),
             }
         }
-        for table in [VMS, INTENTS, HISTORY, SAMPLES, NODES, CPUS, IMAGES, EVENTS] {
+        for table in [VMS, INTENTS, HISTORY, SAMPLES, QUEUE, NODES, CPUS, IMAGES, EVENTS] {
             transaction
                 .open_table(table)
                 .map_err(|e| database_error(path, e))?;
@@ -238,7 +252,11 @@ impl Store {
             intents: self.scan(INTENTS, "intents", json)?,
             history,
             sampled,
-            migration_defaults: self.migration_defaults()?,
+            migration_defaults: self.setting(MIGRATION_DEFAULTS, |value| {
+                cluster::MigrationDefaults::decode(value).ok()
+            })?,
+            scheduling_policy: self.setting(SCHEDULING_POLICY, |value| serde_json::from_slice(value).ok())?,
+            queue: self.scan(QUEUE, "queue", json)?,
             nodes: self.scan(NODES, "nodes", json)?,
             cpus: self.cpus()?,
             images: self.scan(IMAGES, "images", json)?,
@@ -279,20 +297,18 @@ impl Store {
         Ok(value.map(|value| value.value().to_vec()))
     }
 
-    fn migration_defaults(&self) -> Result<cluster::MigrationDefaults, StoreError> {
+    /// What an operator has set, or the default.
+    fn setting<T: Default>(&self, name: &str, decode: impl Fn(&[u8]) -> Option<T>) -> Result<T, StoreError> {
         let path = self.path.as_path();
         let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
         let table = transaction
             .open_table(SETTINGS)
             .map_err(|e| database_error(path, e))?;
-        let value = table
-            .get(MIGRATION_DEFAULTS)
-            .map_err(|e| database_error(path, e))?;
-        match value {
-            None => Ok(cluster::MigrationDefaults::default()),
-            Some(value) => cluster::MigrationDefaults::decode(value.value())
-                .map_err(|_| corrupt(path, "the setting 'migration-defaults'")),
-        }
+        let value = table.get(name).map_err(|e| database_error(path, e))?;
+        value.map_or_else(
+            || Ok(T::default()),
+            |value| decode(value.value()).ok_or_else(|| corrupt(path, &format!("the setting '{name}'"))),
+        )
     }
 
     fn cpus(&self) -> Result<StoredCpus, StoreError> {
@@ -359,6 +375,15 @@ impl Store {
             table
                 .retain_in(from..=through, |_, _| false)
                 .map_err(|e| database_error(path, e))
+        };
+        let set = |name: &str, value: Vec<u8>| -> Result<(), StoreError> {
+            let mut settings = transaction
+                .open_table(SETTINGS)
+                .map_err(|e| database_error(path, e))?;
+            settings
+                .insert(name, value.as_slice())
+                .map_err(|e| database_error(path, e))?;
+            Ok(())
         };
         match write {
             Write::PutVm(vm) => put(VMS, vm.id.as_bytes(), serde_json::to_vec(vm.as_ref())?),
@@ -430,15 +455,14 @@ impl Store {
                 let key = number.to_be_bytes();
                 remove(SAMPLES, &key, &key)
             }
-            Write::PutMigrationDefaults(defaults) => {
-                let mut settings = transaction
-                    .open_table(SETTINGS)
-                    .map_err(|e| database_error(path, e))?;
-                settings
-                    .insert(MIGRATION_DEFAULTS, defaults.encode_to_vec().as_slice())
-                    .map_err(|e| database_error(path, e))?;
-                Ok(())
-            }
+            Write::PutMigrationDefaults(defaults) => set(MIGRATION_DEFAULTS, defaults.encode_to_vec()),
+            Write::PutSchedulingPolicy(fields) => set(SCHEDULING_POLICY, serde_json::to_vec(fields)?),
+            Write::PutQueued(queued) => put(
+                QUEUE,
+                &queued.sequence.to_be_bytes(),
+                serde_json::to_vec(queued.as_ref())?,
+            ),
+            Write::DeleteQueued(number) => remove(QUEUE, &number.to_be_bytes(), &number.to_be_bytes()),
             Write::PutNode(node) => put(NODES, node.name.as_str().as_bytes(), serde_json::to_vec(node)?),
             Write::PutCpu(digest, table) => put(CPUS, digest.0.as_bytes(), table.to_bytes()),
             Write::SetCpuBaseline(Some(digest)) => put(CPUS, BASELINE, digest.0.as_bytes().to_vec()),

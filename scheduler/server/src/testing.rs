@@ -542,6 +542,9 @@ impl Cluster {
             message: String::new(),
             cpu: None,
             cpu_baseline: false,
+            wishes: Default::default(),
+            home: None,
+            placement: String::new(),
         }
     }
 
@@ -580,8 +583,10 @@ fn open(directory: &std::path::Path) -> Shared {
         state_dir: directory.to_owned(),
         vmm_binary: None,
         metrics: None,
-        policy: shoal_plan::Policy::default(),
-        automatic: false,
+        policy: shoal_plan::Policy {
+            automation: shoal_plan::Automation::Manual,
+            ..shoal_plan::Policy::default()
+        },
         shutdown: Box::pin(std::future::pending()),
     };
     let (scheduler, subjects, intents) = crate::server::open(&config).expect("opened");
@@ -603,6 +608,7 @@ async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>
         cordon: Cordon::Open,
         cpu: None,
         cpu_model: String::new(),
+        wishes: Default::default(),
     };
     let node = FakeNode {
         state: Arc::default(),

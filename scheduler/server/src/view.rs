@@ -1,8 +1,10 @@
 //! Records and reports as users see them.
 
+use shoal_plan::{Rules, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
 use crate::nodes::NodeEntry;
+use crate::queue::Waiting;
 use crate::record::{Cordon, ImageRecord, Outcome, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
@@ -36,6 +38,42 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         args: record.args.clone(),
         migrations: Vec::new(),
         image_digest: record.image_digest.clone(),
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        rules: record.wishes.rules.as_deref().map(rules),
+        locked: record.wishes.locked,
+        priority: record.wishes.priority,
+        home: record.home.as_ref().map(ToString::to_string).unwrap_or_default(),
+    }
+}
+
+/// A VM that waits for room.
+pub fn queued(waiting: &Waiting) -> cluster::Vm {
+    let record = &waiting.record.vm;
+    cluster::Vm {
+        id: record.id.to_string(),
+        name: record.name.to_string(),
+        phase: VmPhase::Pending.into(),
+        image: record.image.clone(),
+        image_digest: record.image_digest.clone(),
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        created_unix_ms: record.created_unix_ms,
+        message: waiting.message(),
+        args: record.args.clone(),
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        rules: record.wishes.rules.as_deref().map(rules),
+        priority: record.wishes.priority,
+        ..cluster::Vm::default()
+    }
+}
+
+fn rules(rules: &Rules) -> cluster::Rules {
+    let texts = |terms: &[Term]| terms.iter().map(ToString::to_string).collect();
+    cluster::Rules {
+        selector: texts(&rules.selector),
+        tolerations: texts(&rules.tolerations),
+        affinity: texts(&rules.affinity),
+        anti_affinity: texts(&rules.anti_affinity),
     }
 }
 
@@ -107,6 +145,10 @@ pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         pressure_memory: observed.pressure.memory,
         pressure_cpu: observed.pressure.cpu,
+        labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
+        taints: record.wishes.taints.iter().map(ToString::to_string).collect(),
+        reserved_memory_bytes: record.wishes.reserved_memory_bytes,
+        reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
     }
 }
 

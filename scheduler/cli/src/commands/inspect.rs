@@ -68,6 +68,24 @@ fn text(inspection: &Inspection) -> String {
             format::age(vm.age_seconds)
         ),
     ];
+    lines.push(format!("priority:    {}", vm.priority));
+    if !vm.home.is_empty() {
+        lines.push(format!("home:        {}", vm.home));
+    }
+    for (name, texts) in [
+        ("labels:      ", &vm.labels),
+        ("selector:    ", &vm.rules.selector),
+        ("tolerates:   ", &vm.rules.tolerations),
+        ("affinity:    ", &vm.rules.affinity),
+        ("anti-affin.: ", &vm.rules.anti_affinity),
+    ] {
+        if !texts.is_empty() {
+            lines.push(format!("{name}{}", texts.join(", ")));
+        }
+    }
+    if vm.locked {
+        lines.push("locked:      to its node".to_owned());
+    }
     if let Some(status) = vm.exit_status {
         lines.push(format!("exit status: {status}"));
     }

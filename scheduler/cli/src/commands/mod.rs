@@ -7,18 +7,25 @@ pub mod cpu;
 pub mod down;
 pub mod drain;
 pub mod events;
+pub mod explain;
 pub mod image;
 pub mod inspect;
+pub mod lock;
 pub mod logs;
 pub mod migrate;
 pub mod migrations;
+pub mod move_vms;
+pub mod node;
 pub mod nodes;
+pub mod policy;
 pub mod ps;
+pub mod queue;
 pub mod rebalance;
 pub mod resolve;
 pub mod rm;
 pub mod run;
 pub mod scheduler;
+pub mod simulate;
 pub mod stop;
 pub mod uncordon;
 pub mod up;
@@ -26,6 +33,7 @@ pub mod upgrade;
 
 use std::process::ExitCode;
 
+use shoal_proto::cluster::move_vms_request::Direction;
 use tokio::runtime::Builder;
 
 use crate::args::{Cli, Command};
@@ -69,9 +77,18 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Drain(args) => drain::run(context, args).await,
         Command::Upgrade(args) => upgrade::run(context, args).await,
         Command::Uncordon(args) => uncordon::run(context, args).await,
+        Command::Node(command) => node::run(context, command).await,
+        Command::Queue(args) => queue::run(context, args).await,
+        Command::Explain(args) => explain::run(context, args).await,
+        Command::Expel(args) => move_vms::run(context, args, Direction::Expel).await,
+        Command::Bring(args) => move_vms::run(context, args, Direction::Bring).await,
+        Command::Lock(args) => lock::run(context, args, true).await,
+        Command::Unlock(args) => lock::run(context, args, false).await,
+        Command::Policy(command) => policy::run(context, command).await,
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,
         Command::Events(args) => events::run(context, args).await,
+        Command::Simulate(args) => simulate::run(context, &args),
         Command::Cpu(command) => cpu::run(context, command).await,
         Command::Certs(command) => certs::run(context, command),
         Command::Completions(args) => completions::run(context, &args),

@@ -39,6 +39,8 @@ pub fn node_table(nodes: &[NodeView]) -> String {
             "MEMORY",
             "AVAILABLE",
             "USED",
+            "LABELS",
+            "TAINTS",
         ],
         nodes.iter().map(|node| {
             [
@@ -51,6 +53,8 @@ pub fn node_table(nodes: &[NodeView]) -> String {
                 format::size(node.memory_bytes),
                 format::size(node.memory_available_bytes),
                 format!("{}%", percent_used(node)),
+                node.labels.join(","),
+                node.taints.join(","),
             ]
         }),
     )

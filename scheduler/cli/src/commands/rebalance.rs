@@ -16,6 +16,9 @@ pub struct RebalanceArgs {
     /// Show what would be done, and why, and do nothing.
     #[arg(long)]
     pub dry_run: bool,
+    /// Balance for equal use of all nodes, or for as few nodes as possible; otherwise as the policy says.
+    #[arg(long, value_name = "MODE", value_parser = ["spread", "pack"])]
+    pub mode: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -26,6 +29,7 @@ struct RebalanceView {
     score_after: f64,
     summary: String,
     results: Vec<MigrationView>,
+    empty_nodes: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -41,6 +45,7 @@ struct MoveView {
 pub async fn run(context: &Context, args: RebalanceArgs) -> Result<(), CliError> {
     let request = RebalanceRequest {
         dry_run: args.dry_run,
+        mode: args.mode.unwrap_or_default(),
     };
     let response = context.client().await?.rebalance(request).await?.into_inner();
     let view = view(response, args.dry_run);
@@ -71,6 +76,7 @@ fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
         score_after: response.score_after,
         summary: response.summary,
         results: response.results.iter().map(MigrationView::from).collect(),
+        empty_nodes: response.empty_nodes,
     }
 }
 

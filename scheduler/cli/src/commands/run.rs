@@ -8,6 +8,7 @@ use shoal_proto::cluster::{GetVmRequest, RunVmRequest, StreamLogsRequest, Vm, Vm
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
 use crate::format::parse_size;
+use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
 
 /// What a shell reports of a command that Ctrl-C ended.
@@ -30,6 +31,14 @@ pub struct RunArgs {
     /// On this node; otherwise where it fits best.
     #[arg(long)]
     pub node: Option<String>,
+    /// The lower, the sooner it gives way to others; 5 unless said.
+    #[arg(long, value_name = "0..9", value_parser = clap::value_parser!(u32).range(0..=9))]
+    pub priority: Option<u32>,
+    /// Wait if it fits nowhere, or others wait; `shoal queue` shows who waits and why.
+    #[arg(long)]
+    pub queue: bool,
+    #[command(flatten)]
+    rules: RuleArgs,
     /// Return when it runs, instead of showing its console until it ends.
     #[arg(long, short)]
     pub detach: bool,
@@ -44,6 +53,12 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
     let mut client = context.client().await?;
     let detach = args.detach;
     let vm = client.run_vm(request(args)).await?.into_inner();
+    if vm.phase() == VmPhase::Pending {
+        context.output.show(&VmView::from(&vm), |vm| {
+            format!("{} waits for room: {}", vm.name, vm.message)
+        })?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if detach {
         context.output.show(&VmView::from(&vm), |vm| {
             format!("{} runs on {}", vm.name, vm.node)
@@ -70,6 +85,10 @@ fn request(args: RunArgs) -> RunVmRequest {
         memory_set: args.memory.is_some(),
         memory_bytes: args.memory.unwrap_or_default(),
         node: args.node.unwrap_or_default(),
+        rules: Some(args.rules.rules()),
+        priority: args.priority,
+        queue: args.queue,
+        labels: args.rules.labels,
         args: args.args,
     }
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use shoal_plan::{BytesPerSecond, Policy};
+use shoal_plan::{Automation, BytesPerSecond, Policy};
 use shoal_server::SchedulerConfig;
 
 use crate::daemon;
@@ -29,7 +29,7 @@ pub struct SchedulerArgs {
     /// Serve metrics for Prometheus at http://ADDRESS/metrics; otherwise nowhere.
     #[arg(long, value_name = "ADDRESS")]
     pub metrics: Option<SocketAddr>,
-    /// Move nothing unless asked to.
+    /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
     /// Bytes per second that a migration gets of the network. Taken too high, VMs leave a full node too late.
@@ -46,6 +46,11 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
     };
     let policy = Policy {
         link_rate: BytesPerSecond(args.link_rate),
+        automation: if args.manual {
+            Automation::Manual
+        } else {
+            Automation::Automatic
+        },
         ..Policy::default()
     };
     policy
@@ -58,7 +63,6 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
         metrics: args.metrics,
         policy,
-        automatic: !args.manual,
         shutdown: daemon::shutdown()?,
     };
     shoal_server::serve(config)

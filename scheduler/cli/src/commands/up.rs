@@ -64,7 +64,7 @@ pub struct UpArgs {
     /// What guest memory is made of: as for `shoal agent`.
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     pub memory_backing: MemoryBacking,
-    /// Move nothing unless asked to.
+    /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
 }

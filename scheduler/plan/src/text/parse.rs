@@ -4,16 +4,21 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::HEADER;
+use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, SIZE, TERMS, cut, parse_from_str};
+use super::policy::set_policy;
 use super::print::cannot_move;
-use super::value::{parse_duration, parse_name, parse_number, parse_size};
+use super::value::{parse_duration, parse_name, parse_size};
+use crate::labels::{Rules, parse_terms};
 use crate::model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
     NodeView, VmId, VmView,
 };
+use crate::place::LaunchRequest;
 use crate::policy::Policy;
 
 const MOST_NODES: usize = 100_000;
 const MOST_VMS: usize = 1_000_000;
+const MOST_LAUNCHES: usize = 10_000;
 
 /// What a text holds.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -22,6 +27,8 @@ pub struct Scenario {
     pub snapshot: ClusterSnapshot,
     /// The policy; checked.
     pub policy: Policy,
+    /// VMs to start, with their names, in order.
+    pub launches: Vec<(String, LaunchRequest)>,
 }
 
 /// What is wrong with a text.
@@ -99,8 +106,20 @@ fn parse_line(line: &str, scenario: &mut Scenario) -> Result<(), String> {
             scenario.snapshot.vms.push(vm(&id, &mut fields)?);
             fields.finish()
         }
+        Some("launch") => {
+            let name = words
+                .next()
+                .and_then(parse_name)
+                .ok_or("launch: a name must follow")?;
+            if scenario.launches.len() == MOST_LAUNCHES {
+                return Err(format!("more than {MOST_LAUNCHES} launches"));
+            }
+            let mut fields = Fields::new(&format!("launch {}", cut(&name)), words)?;
+            scenario.launches.push((name, launch(&mut fields)?));
+            fields.finish()
+        }
         word => Err(format!(
-            "'{}' is none of policy, node, vm",
+            "'{}' is none of policy, node, vm, launch",
             cut(word.unwrap_or_default())
         )),
     }
@@ -130,41 +149,6 @@ fn check(scenario: &Scenario) -> Result<(), String> {
     Ok(())
 }
 
-fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result<(), String> {
-    fields.number("overcommit", &mut policy.overcommit)?;
-    fields.number("usher_threshold", &mut policy.usher_threshold)?;
-    fields.number("usher_target", &mut policy.usher_target)?;
-    fields.number("pressure_threshold", &mut policy.pressure_threshold)?;
-    fields.set(
-        "usher_horizon",
-        DURATION,
-        parse_duration,
-        &mut policy.usher_horizon,
-    )?;
-    fields.set("detect", DURATION, parse_duration, &mut policy.detect)?;
-    fields.set(
-        "migration_overhead",
-        DURATION,
-        parse_duration,
-        &mut policy.migration_overhead,
-    )?;
-    fields.rate("link_rate", &mut policy.link_rate)?;
-    fields.set("max_migrations", COUNT, parse_count, &mut policy.max_migrations)?;
-    fields.set(
-        "max_out_per_node",
-        COUNT,
-        parse_count,
-        &mut policy.max_out_per_node,
-    )?;
-    fields.set("max_in_per_node", COUNT, parse_count, &mut policy.max_in_per_node)?;
-    fields.set("cool_down", DURATION, parse_duration, &mut policy.cool_down)?;
-    fields.set("retry_after", DURATION, parse_duration, &mut policy.retry_after)?;
-    fields.number("stability", &mut policy.stability)?;
-    fields.number("min_gain", &mut policy.min_gain)?;
-    fields.number("cost_per_second", &mut policy.cost_per_second)?;
-    fields.number("cost_base", &mut policy.cost_base)
-}
-
 fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     let mut node = NodeView::new(name, fields.required("cpus", COUNT, parse_cpus)?, Bytes(0));
     node.memory = Bytes(fields.required("memory", SIZE, parse_size)?);
@@ -186,6 +170,12 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.set("migration_tls", "yes or no", parse_yes, &mut node.migration_tls)?;
     let lacks = "CLASS:FEATURES, separated by ;";
     fields.set("cpu_lacks", lacks, parse_cpu_lacks, &mut node.cpu_lacks)?;
+    fields.set("labels", LABELS, parse_from_str, &mut node.labels)?;
+    fields.set("taints", LABELS, parse_from_str, &mut node.taints)?;
+    fields.set("reserved_memory", SIZE, parse_size, &mut node.reserved_memory.0)?;
+    fields.number("reserved_cpus", &mut node.reserved_cpus)?;
+    let rate = |text: &str| parse_size(text).map(|rate| Some(BytesPerSecond(rate)));
+    fields.set("link_rate", SIZE, rate, &mut node.link_rate)?;
     if node.memory_available > node.memory {
         return Err(format!("node {}: available: must be at most memory", cut(name)));
     }
@@ -242,17 +232,41 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_name(text).map(|name| Some(CpuClass::new(&name))),
         &mut vm.cpu_class,
     )?;
+    fields.set("labels", LABELS, parse_from_str, &mut vm.labels)?;
+    vm.rules = rules(fields)?;
+    let home = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
+    fields.set("home", NAME, home, &mut vm.home)?;
+    let priority = |text: &str| text.parse().ok().filter(|priority| *priority <= 9);
+    fields.set("priority", "0 to 9", priority, &mut vm.priority)?;
     Ok(vm)
 }
 
-const SIZE: &str = "a size like 384MiB or bytes";
-const DURATION: &str = "a duration like 5s or 500ms";
-const COUNT: &str = "a whole number";
-const NUMBER: &str = "a number from 0";
-const NAME: &str = "a name";
+fn launch(fields: &mut Fields<'_>) -> Result<LaunchRequest, String> {
+    let mut request = LaunchRequest {
+        cpus: fields.required("cpus", COUNT, parse_cpus)?,
+        memory: Bytes(fields.required("memory", SIZE, parse_size)?),
+        ..LaunchRequest::default()
+    };
+    let named = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
+    fields.set("node", NAME, named, &mut request.node)?;
+    let class = |text: &str| parse_name(text).map(|name| Some(CpuClass::new(&name)));
+    fields.set("cpu_class", NAME, class, &mut request.cpu_class)?;
+    fields.set("labels", LABELS, parse_from_str, &mut request.labels)?;
+    request.rules = rules(fields)?;
+    Ok(request)
+}
 
-fn parse_count(text: &str) -> Option<usize> {
-    text.parse().ok()
+fn rules(fields: &mut Fields<'_>) -> Result<Option<Arc<Rules>>, String> {
+    let mut rules = Rules::default();
+    for (key, terms) in [
+        ("selector", &mut rules.selector),
+        ("tolerate", &mut rules.tolerations),
+        ("affinity", &mut rules.affinity),
+        ("anti_affinity", &mut rules.anti_affinity),
+    ] {
+        fields.set(key, TERMS, |text| parse_terms(text).ok(), terms)?;
+    }
+    Ok((!rules.is_empty()).then(|| Arc::new(rules)))
 }
 
 fn parse_cpus(text: &str) -> Option<u32> {
@@ -293,83 +307,6 @@ fn parse_cannot_move(text: &str) -> Option<CannotMove> {
         .find(|&why| cannot_move(why) == text)
 }
 
-/// The `KEY=VALUE` of one line. What is not taken in the end was not understood.
-struct Fields<'a> {
-    of: String,
-    left: Vec<(&'a str, &'a str)>,
-}
-
-impl<'a> Fields<'a> {
-    fn new(of: &str, words: impl Iterator<Item = &'a str>) -> Result<Self, String> {
-        let mut left: Vec<(&str, &str)> = Vec::new();
-        for word in words {
-            let Some((key, value)) = word.split_once('=') else {
-                return Err(format!("{of}: '{}' is not KEY=VALUE", cut(word)));
-            };
-            // The longest line has some twenty keys.
-            if left.len() == 32 {
-                return Err(format!("{of}: too many fields"));
-            }
-            if left.iter().any(|(other, _)| *other == key) {
-                return Err(format!("{of}: {} is there twice", cut(key)));
-            }
-            left.push((key, value));
-        }
-        Ok(Self {
-            of: of.to_owned(),
-            left,
-        })
-    }
-
-    /// Sets `value` if the key is there.
-    fn set<T>(
-        &mut self,
-        key: &str,
-        expected: &str,
-        parse: impl Fn(&str) -> Option<T>,
-        value: &mut T,
-    ) -> Result<(), String> {
-        let Some(index) = self.left.iter().position(|(other, _)| *other == key) else {
-            return Ok(());
-        };
-        let (_, text) = self.left.swap_remove(index);
-        let wrong = || format!("{}: {key}: '{}' is not {expected}", self.of, cut(text));
-        *value = parse(text).ok_or_else(wrong)?;
-        Ok(())
-    }
-
-    fn required<T>(
-        &mut self,
-        key: &str,
-        expected: &str,
-        parse: impl Fn(&str) -> Option<T>,
-    ) -> Result<T, String> {
-        let mut value = None;
-        self.set(key, expected, |text| parse(text).map(Some), &mut value)?;
-        value.ok_or_else(|| format!("{}: {key} is missing: {expected}", self.of))
-    }
-
-    fn number(&mut self, key: &str, value: &mut f64) -> Result<(), String> {
-        self.set(key, NUMBER, parse_number, value)
-    }
-
-    fn rate(&mut self, key: &str, value: &mut BytesPerSecond) -> Result<(), String> {
-        self.set(key, SIZE, parse_size, &mut value.0)
-    }
-
-    fn finish(self) -> Result<(), String> {
-        match self.left.first() {
-            Some((key, _)) => Err(format!("{}: {}: no such field", self.of, cut(key))),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Enough of a value to recognise it by.
-fn cut(text: &str) -> String {
-    text.chars().take(60).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,7 +316,7 @@ mod tests {
         let node = "node n cpus=2 memory=1GiB";
         for (body, message) in [
             ("node", "line 2: node: a name must follow"),
-            ("host n", "line 2: 'host' is none of policy, node, vm"),
+            ("host n", "line 2: 'host' is none of policy, node, vm, launch"),
             (
                 "node n cpus=2",
                 "line 2: node n: memory is missing: a size like 384MiB or bytes",

@@ -5,23 +5,26 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use super::HEADER;
+use super::policy::print_policy;
 use super::value::{print_duration, print_name, print_size};
 use crate::action::Plan;
-use crate::model::{CannotMove, ClusterSnapshot, NodeState, NodeView, VmView};
+use crate::labels::{Labels, Rules, print_terms};
+use crate::model::{CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmView};
+use crate::place::{LaunchRequest, PlaceError, Placement};
 use crate::policy::Policy;
 
 /// One line of `KEY=VALUE`.
-struct Line(String);
+pub(super) struct Line(pub(super) String);
 
 impl Line {
-    fn field(&mut self, key: &str, value: &str) {
+    pub(super) fn field(&mut self, key: &str, value: &str) {
         self.0.push(' ');
         self.0.push_str(key);
         self.0.push('=');
         self.0.push_str(value);
     }
 
-    fn size(&mut self, key: &str, bytes: u64) {
+    pub(super) fn size(&mut self, key: &str, bytes: u64) {
         self.field(key, &print_size(bytes));
     }
 
@@ -31,14 +34,36 @@ impl Line {
         }
     }
 
-    fn number(&mut self, key: &str, value: f64, default: f64) {
+    pub(super) fn number(&mut self, key: &str, value: f64, default: f64) {
         if value != default {
             self.field(key, &value.to_string());
         }
     }
 
-    fn duration(&mut self, key: &str, value: Duration) {
+    pub(super) fn duration(&mut self, key: &str, value: Duration) {
         self.field(key, &print_duration(value));
+    }
+}
+
+impl Line {
+    fn labels(&mut self, key: &str, labels: &Labels) {
+        if !labels.is_empty() {
+            self.field(key, &labels.to_string());
+        }
+    }
+
+    fn rules(&mut self, rules: Option<&Rules>) {
+        let Some(rules) = rules else { return };
+        for (key, terms) in [
+            ("selector", &rules.selector),
+            ("tolerate", &rules.tolerations),
+            ("affinity", &rules.affinity),
+            ("anti_affinity", &rules.anti_affinity),
+        ] {
+            if !terms.is_empty() {
+                self.field(key, &print_terms(terms));
+            }
+        }
     }
 }
 
@@ -57,29 +82,6 @@ pub fn print(snapshot: &ClusterSnapshot, policy: &Policy) -> String {
         text.push('\n');
     }
     text
-}
-
-fn print_policy(policy: &Policy) -> String {
-    let mut line = Line("policy".to_owned());
-    // No number equals NaN: every value is printed, so that the text stands for itself when defaults change.
-    line.number("overcommit", policy.overcommit, f64::NAN);
-    line.number("usher_threshold", policy.usher_threshold, f64::NAN);
-    line.number("usher_target", policy.usher_target, f64::NAN);
-    line.number("pressure_threshold", policy.pressure_threshold, f64::NAN);
-    line.duration("usher_horizon", policy.usher_horizon);
-    line.duration("detect", policy.detect);
-    line.duration("migration_overhead", policy.migration_overhead);
-    line.size("link_rate", policy.link_rate.0);
-    line.field("max_migrations", &policy.max_migrations.to_string());
-    line.field("max_out_per_node", &policy.max_out_per_node.to_string());
-    line.field("max_in_per_node", &policy.max_in_per_node.to_string());
-    line.duration("cool_down", policy.cool_down);
-    line.duration("retry_after", policy.retry_after);
-    line.number("stability", policy.stability, f64::NAN);
-    line.number("min_gain", policy.min_gain, f64::NAN);
-    line.number("cost_per_second", policy.cost_per_second, f64::NAN);
-    line.number("cost_base", policy.cost_base, f64::NAN);
-    line.0
 }
 
 fn print_node(node: &NodeView) -> String {
@@ -105,6 +107,13 @@ fn print_node(node: &NodeView) -> String {
             .iter()
             .map(|(class, lacking)| format!("{class}:{lacking}"));
         line.field("cpu_lacks", &print_name(&lacks.collect::<Vec<_>>().join(";")));
+    }
+    line.labels("labels", &node.labels);
+    line.labels("taints", &node.taints);
+    line.size_unless_zero("reserved_memory", node.reserved_memory.0);
+    line.number("reserved_cpus", node.reserved_cpus, 0.0);
+    if let Some(rate) = node.link_rate {
+        line.size("link_rate", rate.0);
     }
     line.0
 }
@@ -138,7 +147,37 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(class) = &vm.cpu_class {
         line.field("cpu_class", &print_name(class.as_str()));
     }
+    line.labels("labels", &vm.labels);
+    line.rules(vm.rules.as_deref());
+    if let Some(home) = &vm.home {
+        line.field("home", &print_name(home.as_str()));
+    }
+    if vm.priority != DEFAULT_PRIORITY {
+        line.field("priority", &vm.priority.to_string());
+    }
     line.0
+}
+
+/// VMs to start, as [`super::parse`] reads them back.
+#[must_use]
+pub fn print_launches(launches: &[(String, LaunchRequest)]) -> String {
+    let mut text = String::new();
+    for (name, request) in launches {
+        let mut line = Line(format!("launch {}", print_name(name)));
+        line.field("cpus", &request.cpus.to_string());
+        line.size("memory", request.memory.0);
+        if let Some(node) = &request.node {
+            line.field("node", &print_name(node.as_str()));
+        }
+        if let Some(class) = &request.cpu_class {
+            line.field("cpu_class", &print_name(class.as_str()));
+        }
+        line.labels("labels", &request.labels);
+        line.rules(request.rules.as_deref());
+        text.push_str(&line.0);
+        text.push('\n');
+    }
+    text
 }
 
 pub(super) fn cannot_move(why: CannotMove) -> &'static str {
@@ -168,6 +207,26 @@ pub fn print_plan(plan: &Plan) -> String {
         let _ = match &note.vm {
             Some(vm) => writeln!(text, "{} {} on {}: {}", note.kind, vm, note.node, note.text),
             None => writeln!(text, "{} {}: {}", note.kind, note.node, note.text),
+        };
+    }
+    if !plan.empty_nodes.is_empty() {
+        let names: Vec<&str> = plan.empty_nodes.iter().map(NodeName::as_str).collect();
+        let _ = writeln!(text, "empty {}", names.join(" "));
+    }
+    text
+}
+
+/// Where VMs that are to start go, or why not: one line each.
+#[must_use]
+pub fn print_placements(
+    launches: &[(String, LaunchRequest)],
+    placements: &[Result<Placement, PlaceError>],
+) -> String {
+    let mut text = String::new();
+    for ((name, _), placement) in launches.iter().zip(placements) {
+        let _ = match placement {
+            Ok(placement) => writeln!(text, "start {name} on {}: {}", placement.node, placement.reason),
+            Err(error) => writeln!(text, "no place for {name}: {error}"),
         };
     }
     text

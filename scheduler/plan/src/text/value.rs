@@ -11,7 +11,9 @@ const SIZES: [(&str, u64); 4] = [
 ];
 const TIMES: [(&str, u64); 4] = [("ms", 1_000_000), ("us", 1000), ("ns", 1), ("s", 1_000_000_000)];
 
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+/// Bytes, or whole KiB, MiB, GiB or TiB.
+#[must_use]
+pub fn parse_size(text: &str) -> Option<u64> {
     for (unit, size) in SIZES {
         if let Some(number) = text.strip_suffix(unit) {
             return digits(number)?.checked_mul(size);
@@ -30,7 +32,9 @@ pub(super) fn print_size(bytes: u64) -> String {
     }
 }
 
-pub(super) fn parse_duration(text: &str) -> Option<Duration> {
+/// Whole s, ms, us or ns.
+#[must_use]
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let (unit, nanoseconds) = TIMES.iter().find(|(unit, _)| text.ends_with(unit))?;
     let number = digits(text.strip_suffix(unit)?)?;
     if *nanoseconds == 1_000_000_000 {
@@ -54,8 +58,9 @@ pub(super) fn print_duration(duration: Duration) -> String {
     }
 }
 
-/// A number that is not negative.
-pub(super) fn parse_number(text: &str) -> Option<f64> {
+/// A number that is finite and not negative.
+#[must_use]
+pub fn parse_number(text: &str) -> Option<f64> {
     text.parse()
         .ok()
         .filter(|number: &f64| number.is_finite() && *number >= 0.0)

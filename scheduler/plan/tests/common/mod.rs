@@ -1,10 +1,12 @@
 //! What several tests need: random clusters, and plans carried out at once.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeName, NodeState, NodeView, Plan, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, Labels, NodeName, NodeState, NodeView,
+    Plan, Rules, VmView,
 };
 
 /// A cluster whose numbers agree with each other, as a server makes it.
@@ -47,19 +49,58 @@ fn node() -> impl Strategy<Value = NodeView> {
         1 => Just(NodeState::Unreachable),
     ];
     let pressure = prop_oneof![9 => Just(0.0), 1 => 0.0..100.0f64];
+    let labels = prop_oneof![Just(""), Just("zone=a"), Just("zone=b,disk=ssd")];
+    let taints = prop_oneof![5 => Just(""), 1 => Just("gpu")];
+    let reserved = prop_oneof![4 => Just(0u64), 1 => 0u64..2048];
     (
         1u32..17,
         256u64..8192,
         prop_oneof![Just(1.0), 0.5..3.0f64],
-        state,
-        pressure,
+        (state, pressure),
+        (labels, taints, reserved),
     )
-        .prop_map(|(cpus, mib, speed, state, pressure_memory)| NodeView {
-            speed,
-            state,
-            pressure_memory,
-            ..NodeView::new("", cpus, Bytes::mib(mib))
-        })
+        .prop_map(
+            |(cpus, mib, speed, (state, pressure_memory), (labels, taints, reserved))| NodeView {
+                speed,
+                state,
+                pressure_memory,
+                labels: parse_labels(labels),
+                taints: parse_labels(taints),
+                reserved_memory: Bytes::mib(reserved.min(mib)),
+                ..NodeView::new("", cpus, Bytes::mib(mib))
+            },
+        )
+}
+
+pub fn parse_labels(text: &str) -> Labels {
+    if text.is_empty() {
+        Labels::default()
+    } else {
+        text.parse().expect("labels")
+    }
+}
+
+/// Mostly none.
+fn rules() -> impl Strategy<Value = Option<Arc<Rules>>> {
+    let terms = |choices: &'static [&'static str]| {
+        prop_oneof![
+            3 => Just(Vec::new()),
+            1 => prop::sample::select(choices).prop_map(|text| vec![text.parse().expect("a term")]),
+        ]
+    };
+    let rules = (
+        terms(&["zone=a", "zone", "zone!=b", "disk=ssd"]),
+        terms(&["gpu"]),
+        terms(&["app=web", "app=db", "tier"]),
+        terms(&["app=web", "app=db", "app!=db", "tier"]),
+    );
+    prop_oneof![
+        2 => Just(None),
+        1 => rules.prop_map(|(selector, tolerations, affinity, anti_affinity)| {
+            let rules = Rules { selector, tolerations, affinity, anti_affinity };
+            (!rules.is_empty()).then(|| Arc::new(rules))
+        }),
+    ]
 }
 
 fn vm() -> impl Strategy<Value = VmView> {
@@ -76,6 +117,9 @@ fn vm() -> impl Strategy<Value = VmView> {
     let moved = prop_oneof![2 => Just(None), 1 => (0u64..120).prop_map(|s| Some(Duration::from_secs(s)))];
     let resident = prop_oneof![1 => Just(None), 9 => (0.0..1.0f64).prop_map(Some)];
     let dirty = prop::option::of((0u64..200 << 20).prop_map(BytesPerSecond));
+    let labels = prop_oneof![
+        2 => Just(""), 1 => Just("app=web"), 1 => Just("app=db"), 1 => Just("app=db,tier=back"),
+    ];
     (
         (1u32..5, 16u64..2048, resident, 0.0..1.0f64),
         growth,
@@ -83,10 +127,22 @@ fn vm() -> impl Strategy<Value = VmView> {
         cannot_move,
         in_flight,
         moved,
+        (labels, rules(), prop_oneof![Just(5u32), 0u32..10]),
     )
         .prop_map(
-            |((cpus, mib, resident, busy), growth, dirty_rate, cannot_move, in_flight, since_last_move)| {
+            |(
+                (cpus, mib, resident, busy),
+                growth,
+                dirty_rate,
+                cannot_move,
+                in_flight,
+                since_last_move,
+                (labels, rules, priority),
+            )| {
                 VmView {
+                    labels: parse_labels(labels),
+                    rules,
+                    priority,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
                     cpu_use: busy * f64::from(cpus),
                     growth: BytesPerSecond(growth),

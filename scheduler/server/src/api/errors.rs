@@ -62,6 +62,7 @@ pub fn launch(error: LaunchError) -> Status {
         LaunchError::Place(PlaceError::NothingFits { ref rejections }) => {
             nothing_fits(&error.to_string(), rejections)
         }
+        LaunchError::QueueFull => Status::failed_precondition(error.to_string()),
         LaunchError::Failed {
             code: Code::Ok | Code::AlreadyExists,
             ..

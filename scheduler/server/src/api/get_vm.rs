@@ -7,6 +7,9 @@ use crate::scheduler::Scheduler;
 use crate::view;
 
 pub fn call(scheduler: &Scheduler, request: &GetVmRequest) -> Result<Vm, Status> {
+    if let Some(waiting) = scheduler.queue.find(&request.vm) {
+        return Ok(view::queued(&waiting));
+    }
     let entry = super::find_vm(scheduler, &request.vm)?;
     Ok(view::vm_with_history(scheduler, &entry))
 }

@@ -1,4 +1,4 @@
-//! ListVms: oldest first.
+//! ListVms: oldest first, those that wait for room among them.
 
 use shoal_proto::cluster::ListVmsResponse;
 
@@ -11,6 +11,7 @@ pub fn call(scheduler: &Scheduler) -> ListVmsResponse {
         .list()
         .iter()
         .map(|entry| view::vm(scheduler, entry))
+        .chain(scheduler.queue.list().iter().map(view::queued))
         .collect();
     vms.sort_by(|a, b| (a.created_unix_ms, &a.name).cmp(&(b.created_unix_ms, &b.name)));
     ListVmsResponse { vms }

@@ -2,21 +2,24 @@
 
 use std::sync::Arc;
 
-use shoal_plan::Plan;
+use shoal_plan::{NodeName, Plan, Policy};
 use shoal_proto::cluster::{Migration, PlannedMove, RebalanceRequest, RebalanceResponse};
 use tonic::Status;
 
+use super::errors;
 use crate::control::{self, Wanted};
+use crate::limits::FieldError;
 use crate::migrations::OpenMigration;
 use crate::scheduler::{Scheduler, Shared};
 
 pub async fn call(scheduler: &Shared, request: &RebalanceRequest) -> Result<RebalanceResponse, Status> {
+    let policy = policy(scheduler, &request.mode)?;
     if request.dry_run {
-        let plan = control::plan(scheduler, Wanted::All).await;
+        let plan = control::plan_with(scheduler, Wanted::All, policy).await;
         return Ok(response(scheduler, &plan, Vec::new()));
     }
     let shared = Arc::clone(scheduler);
-    let (plan, begun) = tokio::spawn(async move { control::round(&shared, Wanted::All).await })
+    let (plan, begun) = tokio::spawn(async move { control::round_with(&shared, Wanted::All, policy).await })
         .await
         .map_err(super::ended)?;
     let mut results = Vec::new();
@@ -24,6 +27,21 @@ pub async fn call(scheduler: &Shared, request: &RebalanceRequest) -> Result<Reba
         results.extend(outcome(&migration).await);
     }
     Ok(response(scheduler, &plan, results))
+}
+
+/// The policy, with the mode asked for.
+fn policy(scheduler: &Scheduler, mode: &str) -> Result<Arc<Policy>, Status> {
+    let policy = scheduler.policy.get();
+    if mode.is_empty() {
+        return Ok(policy);
+    }
+    let mode = mode
+        .parse()
+        .map_err(|()| errors::field(&FieldError::new("mode", mode, "spread or pack")))?;
+    Ok(Arc::new(Policy {
+        mode,
+        ..Policy::clone(&policy)
+    }))
 }
 
 async fn outcome(migration: &OpenMigration) -> Option<Migration> {
@@ -54,6 +72,10 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
         1 => "1 move".to_owned(),
         many => format!("{many} moves"),
     };
+    if !plan.empty_nodes.is_empty() {
+        let names: Vec<&str> = plan.empty_nodes.iter().map(NodeName::as_str).collect();
+        summary = format!("{summary}; empty then: {}", names.join(", "));
+    }
     if !notes.is_empty() {
         summary = format!("{summary}; {}", notes.join("; "));
     }
@@ -63,5 +85,6 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
         score_after: plan.score_after,
         summary,
         results,
+        empty_nodes: plan.empty_nodes.iter().map(ToString::to_string).collect(),
     }
 }

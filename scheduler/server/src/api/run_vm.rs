@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use shoal_proto::cluster::{RunVmRequest, Vm};
+use shoal_plan::{DEFAULT_PRIORITY, PlaceError, Rules};
+use shoal_proto::cluster::{self, RunVmRequest, Vm};
 use shoal_proto::{Epoch, NodeName, VmId, VmName};
 use tonic::Status;
 
-use super::errors;
+use super::{errors, labels};
 use crate::execute::launch::{self, LaunchError};
 use crate::limits;
-use crate::record::{ImageRecord, Phase, VmRecord, now_unix_ms};
+use crate::queue;
+use crate::record::{ImageRecord, Phase, VmRecord, VmWishes, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
 use crate::view;
 
@@ -18,8 +20,13 @@ pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Statu
         "" => None,
         name => Some(super::find_node(scheduler, name)?.record().name),
     };
+    let may_wait = request.queue;
     let draft = draft(scheduler, request)?;
     let shared = Arc::clone(scheduler);
+    if may_wait {
+        let task = tokio::spawn(async move { run_or_wait(&shared, draft, pinned).await });
+        return task.await.map_err(super::ended)?.map_err(errors::launch);
+    }
     // On its own task: a start that has begun is brought to its end even if the caller goes away.
     let task = tokio::spawn(async move {
         let (entry, guard) = launch::submit(&shared, draft, pinned.as_ref()).await?;
@@ -28,6 +35,27 @@ pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Statu
     });
     let entry = task.await.map_err(super::ended)?.map_err(errors::launch)?;
     Ok(view::vm(scheduler, &entry))
+}
+
+/// Starts the VM, or has it wait if it fits nowhere or others wait already.
+async fn run_or_wait(
+    scheduler: &Shared,
+    draft: VmRecord,
+    pinned: Option<NodeName>,
+) -> Result<Vm, LaunchError> {
+    if scheduler.queue.is_empty() {
+        match launch::submit(scheduler, draft.clone(), pinned.as_ref()).await {
+            Ok((entry, guard)) => {
+                launch::start(scheduler, &entry, &guard).await?;
+                return Ok(view::vm(scheduler, &entry));
+            }
+            Err(LaunchError::Place(PlaceError::NothingFits { .. })) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let waiting = queue::enqueue(scheduler, draft, pinned).await?;
+    let started = scheduler.vms.get(waiting.record.vm.id);
+    Ok(started.map_or_else(|| view::queued(&waiting), |entry| view::vm(scheduler, &entry)))
 }
 
 /// The record as it will be, but for its node.
@@ -55,6 +83,11 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     limits::memory_bytes(memory_bytes).map_err(|error| errors::field(&error))?;
     let cmdline = limits::cmdline_with_args(&image.cmdline, image.initrd.is_some(), &request.args)
         .map_err(|error| errors::field(&error))?;
+    let wishes = wishes(
+        &request.labels,
+        &request.rules.unwrap_or_default(),
+        request.priority.unwrap_or(DEFAULT_PRIORITY),
+    )?;
     Ok(VmRecord {
         id: VmId::new(),
         name,
@@ -76,6 +109,26 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         message: String::new(),
         cpu: None,
         cpu_baseline: false,
+        wishes,
+        home: None,
+        placement: String::new(),
+    })
+}
+
+/// What the owner wishes, checked.
+fn wishes(labels: &[String], rules: &cluster::Rules, priority: u32) -> Result<VmWishes, Status> {
+    limits::priority(priority).map_err(|error| errors::field(&error))?;
+    let rules = Rules {
+        selector: labels::terms("selector", &rules.selector)?,
+        tolerations: labels::terms("tolerations", &rules.tolerations)?,
+        affinity: labels::terms("affinity", &rules.affinity)?,
+        anti_affinity: labels::terms("anti_affinity", &rules.anti_affinity)?,
+    };
+    Ok(VmWishes {
+        labels: labels::all("labels", labels)?,
+        rules: (!rules.is_empty()).then(|| Arc::new(rules)),
+        locked: false,
+        priority,
     })
 }
 

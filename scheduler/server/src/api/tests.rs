@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use shoal_proto::cluster::cluster_server::Cluster as _;
+use shoal_proto::cluster::move_vms_request::Direction;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, GetMigrationDefaultsRequest, GetMigrationRequest, ListMigrationsRequest,
-    MigrateVmRequest, Migration, MigrationDefaults, SetMigrationRequest,
+    CancelMigrationRequest, ExplainVmRequest, GetMigrationDefaultsRequest, GetMigrationRequest,
+    GetPolicyRequest, ListMigrationsRequest, ListQueueRequest, ListVmsRequest, MigrateVmRequest, Migration,
+    MigrationDefaults, MoveVmsRequest, RemoveVmRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest,
+    UpdateNodeRequest, UpdateVmRequest, VmPhase,
 };
 use shoal_proto::vm::{MigrationPolicy, MigrationResult, OnStall};
 use tokio_stream::StreamExt as _;
@@ -13,6 +16,7 @@ use tonic::{Code, Request, Status};
 
 use super::ClusterApi;
 use crate::execute::launch;
+use crate::queue;
 use crate::testing::{Cluster, Script, until};
 use crate::vms::VmEntry;
 
@@ -362,5 +366,318 @@ async fn defaults_are_kept_over_a_restart() {
     assert_eq!(
         set_defaults(&cluster, bad).await.expect_err("bad").code(),
         Code::InvalidArgument
+    );
+}
+
+#[tokio::test]
+async fn a_locked_vm_stays_until_it_is_unlocked() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let update = |locked| {
+        let request = UpdateVmRequest {
+            vm: "a".to_owned(),
+            locked: Some(locked),
+            priority: None,
+        };
+        let api = api(&cluster);
+        async move {
+            api.update_vm(Request::new(request))
+                .await
+                .map(tonic::Response::into_inner)
+        }
+    };
+    assert!(update(true).await.expect("locked").locked);
+    let refused = begin(&cluster, "a", MigrationPolicy::default()).await;
+    let text = refused.expect_err("locked").message().to_owned();
+    assert!(text.ends_with("it is locked to its node"), "{text}");
+    assert!(!update(false).await.expect("unlocked").locked);
+    migrate(&cluster, "a", "node2").await;
+    assert_eq!(vm.record().node.as_str(), "node2");
+}
+
+#[tokio::test]
+async fn what_is_wished_for_nodes_and_vms_decides_where_they_go() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    cluster.report();
+    let request = UpdateNodeRequest {
+        node: "node2".to_owned(),
+        set_labels: vec!["zone=b".to_owned()],
+        set_taints: vec!["gpu".to_owned()],
+        reserved_memory_bytes: Some(512 * MIB),
+        reserved_cpus: Some(0.5),
+        ..Default::default()
+    };
+    let update = |request: UpdateNodeRequest| {
+        let api = api(&cluster);
+        async move {
+            api.update_node(Request::new(request))
+                .await
+                .map(tonic::Response::into_inner)
+        }
+    };
+    let node = update(request.clone()).await.expect("updated");
+    assert_eq!(
+        (node.labels, node.taints),
+        (vec!["zone=b".to_owned()], vec!["gpu".to_owned()])
+    );
+    assert_eq!((node.reserved_memory_bytes, node.reserved_cpus), (512 * MIB, 0.5));
+
+    let mut draft = cluster.draft("picky", 64 * MIB);
+    let rules = |tolerations: &str| {
+        Some(Arc::new(shoal_plan::Rules {
+            selector: shoal_plan::labels::parse_terms("zone=b").expect("terms"),
+            tolerations: shoal_plan::labels::parse_terms(tolerations).expect("terms"),
+            ..Default::default()
+        }))
+    };
+    draft.wishes.rules = rules("other");
+    let refused = launch::submit(&cluster.scheduler, draft.clone(), None).await;
+    let text = refused.expect_err("not tolerated").to_string();
+    assert!(text.contains("node1: its labels are not 'zone=b'"), "{text}");
+    assert!(text.contains("node2: it has the taint 'gpu'"), "{text}");
+    draft.wishes.rules = rules("gpu");
+    let (entry, _guard) = launch::submit(&cluster.scheduler, draft, None)
+        .await
+        .expect("placed");
+    assert_eq!(entry.record().node.as_str(), "node2");
+
+    let large = cluster.draft("large", 800 * MIB);
+    let on_node2 = "node2".parse().expect("a name");
+    let refused = launch::submit(&cluster.scheduler, large, Some(&on_node2)).await;
+    assert!(refused.is_err(), "half of it is reserved, and tainted");
+
+    for (bad, field) in [
+        (
+            UpdateNodeRequest {
+                set_labels: vec!["=".to_owned()],
+                ..request.clone()
+            },
+            "labels: ",
+        ),
+        (
+            UpdateNodeRequest {
+                set_taints: vec!["a b".to_owned()],
+                ..request.clone()
+            },
+            "taints: ",
+        ),
+        (
+            UpdateNodeRequest {
+                reserved_cpus: Some(f64::NAN),
+                ..request.clone()
+            },
+            "reserved_cpus: ",
+        ),
+        (
+            UpdateNodeRequest {
+                reserved_memory_bytes: Some(u64::MAX),
+                ..request.clone()
+            },
+            "reserved_memory_bytes: ",
+        ),
+    ] {
+        let status = update(bad).await.expect_err(field);
+        assert!(
+            status.code() == Code::InvalidArgument && status.message().starts_with(field),
+            "{status}"
+        );
+    }
+    let removed = UpdateNodeRequest {
+        node: "node2".to_owned(),
+        remove_labels: vec!["zone".to_owned()],
+        remove_taints: vec!["gpu".to_owned()],
+        ..Default::default()
+    };
+    let node = update(removed).await.expect("updated");
+    assert!(node.labels.is_empty() && node.taints.is_empty() && node.reserved_memory_bytes > 0);
+}
+
+#[tokio::test]
+async fn the_policy_is_shown_changed_and_kept() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    let set = |name: &str, value: &str| {
+        let request = SetPolicyRequest {
+            values: [(name.to_owned(), value.to_owned())].into(),
+            reset: Vec::new(),
+        };
+        let api = api(&cluster);
+        async move { api.set_policy(Request::new(request)).await }
+    };
+    set("n_plus_one", "on").await.expect("set");
+    let refused = set("usher_threshold", "7").await.expect_err("out of range");
+    assert_eq!(refused.message(), "policy usher_threshold: must be 0.1 to 1");
+    let shown = api(&cluster).get_policy(Request::new(GetPolicyRequest {})).await;
+    let fields = shown.expect("shown").into_inner().fields;
+    let set: Vec<_> = fields
+        .iter()
+        .filter(|field| field.set)
+        .map(|field| field.name.as_str())
+        .collect();
+    assert_eq!(set, ["n_plus_one"]);
+    assert!(cluster.scheduler.policy.get().n_plus_one);
+    // With one node nothing would be left if it died.
+    cluster.report();
+    let draft = cluster.draft("a", 64 * MIB);
+    let refused = launch::submit(&cluster.scheduler, draft, None).await;
+    let text = refused.expect_err("not N+1").to_string();
+    assert!(
+        text.contains("node1: the cluster would not fit any more if node1 died"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn expelled_vms_leave_and_are_brought_back() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let locked = start(&cluster, "stays").await;
+    // What has moved may move again at once.
+    let request = SetPolicyRequest {
+        values: [("retry_after".to_owned(), "0s".to_owned())].into(),
+        reset: Vec::new(),
+    };
+    api(&cluster)
+        .set_policy(Request::new(request))
+        .await
+        .expect("set");
+    let request = UpdateVmRequest {
+        vm: "stays".to_owned(),
+        locked: Some(true),
+        priority: Some(9),
+    };
+    api(&cluster)
+        .update_vm(Request::new(request))
+        .await
+        .expect("locked");
+    let move_vms = |direction: Direction| {
+        let request = MoveVmsRequest {
+            node: "node1".to_owned(),
+            direction: direction.into(),
+        };
+        let api = api(&cluster);
+        async move {
+            let answer = api.move_vms(Request::new(request)).await.expect("begun");
+            let steps: Vec<_> = answer.into_inner().collect().await;
+            steps.into_iter().next_back().expect("a step").expect("good")
+        }
+    };
+    cluster.report();
+    let end = move_vms(Direction::Expel).await;
+    assert!(end.done && (end.moved, end.remaining) == (1, 1), "{end:?}");
+    assert!(end.message.contains("it is locked to its node"), "{end:?}");
+    assert_eq!(vm.record().node.as_str(), "node2");
+    assert_eq!(locked.record().node.as_str(), "node1");
+
+    let why = api(&cluster)
+        .explain_vm(Request::new(ExplainVmRequest {
+            vm: "a".to_owned(),
+            limit: 0,
+        }))
+        .await
+        .expect("explained")
+        .into_inner();
+    assert!(
+        why.placement
+            .starts_with("moved here from node1: expel: node1 expels its VMs"),
+        "{why:?}"
+    );
+    assert!(
+        why.verdict.starts_with("stays: ") && why.nodes.len() == 1,
+        "{why:?}"
+    );
+
+    cluster.report();
+    let end = move_vms(Direction::Bring).await;
+    assert!(end.done && (end.moved, end.remaining) == (1, 0), "{end:?}");
+    assert_eq!(vm.record().node.as_str(), "node1");
+    let refused = MoveVmsRequest {
+        node: "node1".to_owned(),
+        direction: 9,
+    };
+    assert!(api(&cluster).move_vms(Request::new(refused)).await.is_err());
+}
+
+#[tokio::test]
+async fn what_fits_nowhere_waits_for_its_turn() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    start(&cluster, "large").await;
+    let request = UpdateNodeRequest {
+        node: "node1".to_owned(),
+        reserved_memory_bytes: Some(900 * MIB),
+        ..Default::default()
+    };
+    let api = api(&cluster);
+    api.update_node(Request::new(request.clone()))
+        .await
+        .expect("reserved");
+    let mut draft = cluster.draft("waits", 256 * MIB);
+    draft.wishes.labels = "user=ada".parse().expect("labels");
+    cluster.report();
+    let waiting = queue::enqueue(&cluster.scheduler, draft, None)
+        .await
+        .expect("queued");
+    assert!(
+        waiting
+            .message()
+            .starts_with("place 1 in the queue: nothing fits: node1: "),
+        "{waiting:?}"
+    );
+    let draft = cluster.draft("waits", 64 * MIB);
+    let taken = launch::submit(&cluster.scheduler, draft, None)
+        .await
+        .expect_err("taken");
+    assert!(taken.to_string().contains("a VM named 'waits' exists"), "{taken}");
+    cluster.report();
+    let second = cluster.draft("second", 512 * MIB);
+    queue::enqueue(&cluster.scheduler, second, None)
+        .await
+        .expect("queued");
+
+    let listed = api
+        .list_queue(Request::new(ListQueueRequest {}))
+        .await
+        .expect("listed");
+    let listed = listed.into_inner().vms;
+    // Who has no label runs one VM already.
+    let names: Vec<_> = listed
+        .iter()
+        .map(|vm| (vm.place, vm.name.as_str(), vm.user.as_str()))
+        .collect();
+    assert_eq!(names, [(1, "waits", "ada"), (2, "second", "")]);
+    let vms = api
+        .list_vms(Request::new(ListVmsRequest {}))
+        .await
+        .expect("listed")
+        .into_inner()
+        .vms;
+    assert_eq!(vms.iter().filter(|vm| vm.phase() == VmPhase::Pending).count(), 2);
+    let stop = StopVmRequest {
+        vm: "second".to_owned(),
+    };
+    let refused = api.stop_vm(Request::new(stop)).await.expect_err("waits");
+    assert!(refused.message().contains("waits for room"), "{refused}");
+    let remove = RemoveVmRequest {
+        vm: "second".to_owned(),
+        force: false,
+    };
+    api.remove_vm(Request::new(remove)).await.expect("taken out");
+    assert_eq!(cluster.scheduler.queue.list().len(), 1);
+
+    let free = UpdateNodeRequest {
+        reserved_memory_bytes: Some(0),
+        ..request
+    };
+    api.update_node(Request::new(free)).await.expect("free again");
+    cluster.report();
+    queue::advance(&cluster.scheduler).await;
+    assert!(cluster.scheduler.queue.is_empty());
+    let started = cluster.scheduler.vms.find("waits").expect("started");
+    until("it to run", || {
+        started.record().phase == crate::record::Phase::Running
+    })
+    .await;
+    assert_eq!(
+        started.record().home.as_ref().map(ToString::to_string).as_deref(),
+        Some("node1")
     );
 }

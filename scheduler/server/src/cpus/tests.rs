@@ -60,7 +60,12 @@ async fn run(cluster: &Cluster, name: &str, node: usize) -> Arc<VmRecord> {
 fn may_move(cluster: &Cluster, vm: &VmRecord, to: &str) -> Result<(), String> {
     let scheduler = &cluster.scheduler;
     let (id, to) = (plan::VmId::new(&vm.id.to_string()), plan::NodeName::new(to));
-    let place = plan::place_migration(&observe::snapshot(scheduler), &scheduler.policy, &id, Some(&to));
+    let place = plan::place_migration(
+        &observe::snapshot(scheduler),
+        &scheduler.policy.get(),
+        &id,
+        Some(&to),
+    );
     place.map(drop).map_err(|error| error.to_string())
 }
 

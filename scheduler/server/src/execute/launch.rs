@@ -30,6 +30,9 @@ pub enum LaunchError {
     /// No place for it.
     #[error(transparent)]
     Place(#[from] plan::PlaceError),
+    /// Too many wait already.
+    #[error("the queue is full: `shoal queue` shows who waits, `shoal rm` takes one out")]
+    QueueFull,
     /// The node refused or failed to start it; nothing is left of it.
     #[error("node {node} could not start VM {vm}: {reason}")]
     Failed {
@@ -57,6 +60,18 @@ pub enum LaunchError {
     Store(#[from] StoreError),
 }
 
+/// What a draft asks of the planner.
+pub fn request(scheduler: &Scheduler, draft: &VmRecord, pinned: Option<&NodeName>) -> plan::LaunchRequest {
+    plan::LaunchRequest {
+        cpus: draft.cpus,
+        memory: plan::Bytes(draft.memory_bytes),
+        node: pinned.map(|node| plan::NodeName::new(node.as_str())),
+        cpu_class: scheduler.cpus.baseline().as_ref().map(CpuDigest::class),
+        labels: draft.wishes.labels.clone(),
+        rules: draft.wishes.rules.clone(),
+    }
+}
+
 /// Chooses a node and stores the VM as starting there. `draft.node` is not looked at.
 pub async fn submit(
     scheduler: &Scheduler,
@@ -65,28 +80,36 @@ pub async fn submit(
 ) -> Result<(Arc<VmEntry>, VmGuard), LaunchError> {
     let _planning = scheduler.planning.lock().await;
     scheduler.vms.check_name(&draft.name)?;
-    let baseline = scheduler.cpus.baseline();
-    let request = plan::LaunchRequest {
-        cpus: draft.cpus,
-        memory: plan::Bytes(draft.memory_bytes),
-        node: pinned.map(|node| plan::NodeName::new(node.as_str())),
-        cpu_class: baseline.as_ref().map(CpuDigest::class),
-    };
-    let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy, &request)?;
+    scheduler.queue.check_name(&draft.name)?;
+    let request = request(scheduler, &draft, pinned);
+    let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy.get(), &request)?;
+    submit_at(scheduler, draft, place, Vec::new()).await
+}
+
+/// Stores the VM as starting on the node chosen, together with other writes. The caller holds the planning lock since the
+/// snapshot was taken, and the name is free.
+pub async fn submit_at(
+    scheduler: &Scheduler,
+    draft: VmRecord,
+    place: plan::Placement,
+    others: Vec<Write>,
+) -> Result<(Arc<VmEntry>, VmGuard), LaunchError> {
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
     let node: NodeName = place.node.as_str().parse().map_err(unknown)?;
+    let baseline = scheduler.cpus.baseline();
     let of_node = || scheduler.nodes.get(&node).and_then(|entry| entry.record().cpu);
     let record = Arc::new(VmRecord {
         cpu_baseline: baseline.is_some(),
         cpu: baseline.or_else(of_node),
+        home: Some(node.clone()),
         node,
+        placement: place.reason.clone(),
         message: place.reason,
         ..draft
     });
-    scheduler
-        .store
-        .apply(vec![Write::PutVm(Arc::clone(&record))])
-        .await?;
+    let mut writes = others;
+    writes.push(Write::PutVm(Arc::clone(&record)));
+    scheduler.store.apply(writes).await?;
     Ok(scheduler.vms.insert(&record))
 }
 

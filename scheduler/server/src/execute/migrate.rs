@@ -75,15 +75,11 @@ pub async fn begin_requested(
     let id = plan::VmId::new(&record.id.to_string());
     let asked = to.map(|to| plan::NodeName::new(to.as_str()));
     let snapshot = observe::snapshot(scheduler);
+    let policy = scheduler.policy.get();
     let place = if to == Some(&record.node) {
-        plan::place_handover(
-            &snapshot,
-            &scheduler.policy,
-            &id,
-            has_shared_memory(scheduler, &record),
-        )?
+        plan::place_handover(&snapshot, &policy, &id, has_shared_memory(scheduler, &record))?
     } else {
-        plan::place_migration(&snapshot, &scheduler.policy, &id, asked.as_ref())?
+        plan::place_migration(&snapshot, &policy, &id, asked.as_ref())?
     };
     let decision = Decision {
         to: node_name(&place.node)?,

@@ -381,6 +381,9 @@ impl Settlement {
                 "completed; the source's report with its figures was lost",
             ),
         };
+        if let (Some(rate), Some(node)) = (link_rate(&report), self.scheduler.nodes.get(&intent.from)) {
+            node.measured_link(rate);
+        }
         let record = self.record();
         let moved = VmRecord {
             node: intent.to.clone(),
@@ -580,4 +583,17 @@ fn figures(report: &MigrationReport) -> String {
         report.passes,
         bytesize::ByteSize::b(report.bytes_sent)
     )
+}
+
+/// Bytes of memory per second that a migration got through its link; none where it was too short to tell, was held back by a
+/// cap, or used no link.
+fn link_rate(report: &MigrationReport) -> Option<u64> {
+    const TELLING_BYTES: u64 = 64 << 20;
+    let bytes = report.pages_sent.saturating_mul(4096);
+    let cap = report.policy.and_then(|policy| policy.bandwidth_bytes_per_second);
+    if report.handed_over || report.post_copy || cap.is_some_and(|cap| cap > 0) || bytes < TELLING_BYTES {
+        return None;
+    }
+    let rate = u128::from(bytes) * 1_000_000 / u128::from(report.total_us.max(1));
+    u64::try_from(rate).ok()
 }

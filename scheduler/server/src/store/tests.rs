@@ -1,5 +1,6 @@
 use super::*;
-use crate::record::{BlobRef, Cordon, Outcome, Phase, now_unix_ms};
+use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, QueuedRecord, VmWishes, now_unix_ms};
+use shoal_plan::labels::parse_terms;
 use shoal_proto::{Epoch, MigrationId, vm};
 
 fn blob() -> BlobRef {
@@ -31,6 +32,18 @@ fn vm_record(name: &str) -> VmRecord {
         message: String::new(),
         cpu: Some(CpuDigest("ab".repeat(32))),
         cpu_baseline: true,
+        wishes: VmWishes {
+            labels: "app=web,user=ada".parse().expect("labels"),
+            rules: Some(Arc::new(shoal_plan::Rules {
+                selector: parse_terms("zone=a,disk!=slow").expect("terms"),
+                anti_affinity: parse_terms("app=web").expect("terms"),
+                ..Default::default()
+            })),
+            locked: true,
+            priority: 9,
+        },
+        home: Some("node7".parse().expect("a node")),
+        placement: "asked for".to_owned(),
     }
 }
 
@@ -86,10 +99,23 @@ async fn everything_comes_back_as_it_was_written() {
         cordon: Cordon::Draining,
         cpu: None,
         cpu_model: "A CPU".to_owned(),
+        wishes: NodeWishes {
+            labels: "zone=a".parse().expect("labels"),
+            taints: "gpu".parse().expect("labels"),
+            reserved_memory_bytes: 5,
+            reserved_millicpus: 1500,
+        },
     };
     let defaults = cluster::MigrationDefaults {
         link_bandwidth_bytes_per_second: Some(5 << 20),
         ..Default::default()
+    };
+    let policy: BTreeMap<_, _> = [("overcommit".to_owned(), "2".to_owned())].into();
+    let waits = vm_record("waits");
+    let queued = |sequence| QueuedRecord {
+        sequence,
+        vm: waits.clone(),
+        pinned: None,
     };
     let event = cluster::Event {
         sequence: 300,
@@ -109,6 +135,9 @@ async fn everything_comes_back_as_it_was_written() {
             Write::PutMigration(2, Box::new(migration(300))),
             Write::PutMigration(300, Box::new(migration(4))),
             Write::PutMigrationDefaults(Box::new(defaults)),
+            Write::PutSchedulingPolicy(policy.clone()),
+            Write::PutQueued(Arc::new(queued(3))),
+            Write::PutQueued(Arc::new(queued(4))),
             Write::PutNode(node.clone()),
             Write::PutEvent(event.clone()),
             Write::PutEvent(early),
@@ -123,6 +152,7 @@ async fn everything_comes_back_as_it_was_written() {
             Write::SetGuestGap(300, 1500),
             Write::SetGuestGap(1, 1500),
             Write::TrimEvents(2),
+            Write::DeleteQueued(3),
         ])
         .await
         .expect("written");
@@ -147,6 +177,8 @@ async fn everything_comes_back_as_it_was_written() {
     );
     assert_eq!(contents.sampled, [300]);
     assert_eq!(contents.migration_defaults, defaults);
+    assert_eq!(contents.scheduling_policy, policy);
+    assert_eq!(contents.queue, [queued(4)]);
     let whole = store.migration(300).await.expect("readable");
     assert_eq!(whole, Some(gone_on));
     let thinned = store.migration(2).await.expect("readable").expect("there");
@@ -208,6 +240,24 @@ fn a_newer_schema_is_refused() {
         error.contains("schema version 3") && error.contains("newer shoal"),
         "{error}"
     );
+}
+
+#[test]
+fn records_of_before_there_were_wishes_wish_nothing() {
+    let vm = vm_record("old");
+    let mut json = serde_json::to_value(&vm).expect("json");
+    for field in ["wishes", "home", "placement"] {
+        json.as_object_mut().expect("an object").remove(field);
+    }
+    let read: VmRecord = serde_json::from_value(json).expect("read");
+    assert_eq!(read.wishes, VmWishes::default());
+    let mut json = serde_json::to_value(&vm).expect("json");
+    json["wishes"] = serde_json::json!({ "locked": true });
+    let read: VmRecord = serde_json::from_value(json).expect("read");
+    assert!(read.wishes.locked && read.wishes.rules.is_none());
+    let mut json = serde_json::to_value(&vm).expect("json");
+    json["wishes"]["labels"] = "no label".into();
+    assert!(serde_json::from_value::<VmRecord>(json).is_err());
 }
 
 /// What a scheduler of schema 1 wrote: an intent without a policy, and a history by VM with the VM's name.

@@ -1,0 +1,109 @@
+//! One node of the cluster with its sums.
+
+use super::{Vm, load};
+use crate::model::NodeView;
+
+/// A node with its sums. Memory is in bytes, as `f64` for the arithmetic (exact up to 8 PiB).
+#[derive(Debug)]
+pub(crate) struct Node<'a> {
+    pub view: &'a NodeView,
+    pub memory: f64,
+    /// Part of `memory` that VMs may declare, times the overcommit: without what is reserved.
+    pub lends: f64,
+    /// Declared memory of all VMs here or arriving.
+    pub committed: f64,
+    /// Memory held now, with all of what arrives reserved.
+    pub occupied: f64,
+    /// Memory held when the moves under way have ended.
+    pub settled: f64,
+    /// `settled`, with growth to the policy's horizon.
+    pub projected: f64,
+    /// Bytes per second by which the VMs grow that will be here.
+    pub growth: f64,
+    pub load_local: f64,
+    pub load_exported: f64,
+    /// CPUs times speed, without what is reserved.
+    pub cpu_capacity: f64,
+
+    pub outgoing: usize,
+    pub incoming: usize,
+    /// VMs that are to start here.
+    pub reserved: usize,
+    /// Memory used by anything but VMs, or reserved for it.
+    pub other: f64,
+    /// VMs that are here and those that arrive, as numbers.
+    pub vms: Vec<usize>,
+}
+
+impl<'a> Node<'a> {
+    pub fn new(view: &'a NodeView) -> Self {
+        let speed = if view.speed.is_finite() {
+            view.speed.clamp(0.01, 100.0)
+        } else {
+            1.0
+        };
+        let load_local = load(view.load_local);
+        let cpus = f64::from(view.cpus.max(1)) - load(view.reserved_cpus);
+        Self {
+            view,
+            memory: view.memory.0 as f64,
+            lends: view.memory.0.saturating_sub(view.reserved_memory.0) as f64,
+            committed: 0.0,
+            occupied: 0.0,
+            settled: 0.0,
+            projected: 0.0,
+            growth: 0.0,
+            load_local,
+            // What is exported is never less: it rises sooner and falls later.
+            load_exported: load(view.load_exported).max(load_local),
+            cpu_capacity: cpus.max(0.1) * speed,
+
+            outgoing: 0,
+            incoming: 0,
+            reserved: 0,
+            other: 0.0,
+            vms: Vec::new(),
+        }
+    }
+
+    /// On a node with more load than CPUs its VMs get less than they want: how many times more they want.
+    pub fn stretch(&self, cpu_use: f64) -> f64 {
+        let saturated = self.load_local > f64::from(self.view.cpus) && cpu_use > 0.0;
+        if saturated {
+            (self.load_local / cpu_use).max(1.0)
+        } else {
+            1.0
+        }
+    }
+
+    /// No VM is here, arrives or has been given a place.
+    pub fn is_empty(&self) -> bool {
+        self.vms.is_empty() && self.reserved == 0
+    }
+
+    /// How much of it is used, of CPU and memory the mean, with so much more.
+    pub fn use_part(&self, cpu: f64, memory: f64) -> f64 {
+        let cpu = (self.load_exported + cpu) / self.cpu_capacity;
+        let memory = (self.settled + memory) / self.memory.max(1.0);
+        f64::midpoint(cpu, memory)
+    }
+
+    /// Part of its memory that it would hold with one more VM, when all have grown for so long after the horizon. Its VMs do
+    /// not hold more than they were given.
+    pub fn part_later(&self, vm: &Vm<'_>, at_horizon: f64, seconds: f64) -> f64 {
+        let at_first = self.projected + at_horizon;
+        let grown = at_first + (self.growth + vm.growth).max(0.0) * seconds;
+        let most = self.other + self.committed + vm.declared;
+        let other_growth = self.view.other_growth.0 as f64 * seconds;
+        (grown.min(most.max(at_first)) + other_growth) / self.memory.max(1.0)
+    }
+
+    /// Memory pressure, percent.
+    pub fn pressure(&self) -> f64 {
+        if self.view.pressure_memory.is_finite() {
+            self.view.pressure_memory
+        } else {
+            0.0
+        }
+    }
+}

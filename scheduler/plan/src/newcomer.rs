@@ -1,0 +1,301 @@
+//! A VM that looks for a node, and the filters: each says why a node cannot take it.
+
+use crate::cluster::{Cluster, Node, Vm, bytes, expected_resident};
+use crate::failover::{Change, Failover, need};
+use crate::labels::Rules;
+use crate::model::{CpuClass, NodeState};
+use crate::place::LaunchRequest;
+use crate::policy::Policy;
+use crate::reject::RejectReason;
+use crate::score::Use;
+use crate::together::{Apart, Marks};
+
+/// Other VMs that are thought to come to a node, or to leave it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Beside {
+    pub declared: f64,
+    pub cpu: f64,
+    pub memory: f64,
+    pub at_horizon: f64,
+}
+
+/// A VM that looks for a node.
+#[derive(Debug)]
+pub(crate) struct Newcomer<'a> {
+    cpus: u32,
+    pub declared: f64,
+    /// Expected at once.
+    pub usage: Use,
+    /// Expected at the policy's horizon.
+    at_horizon: f64,
+    cpu_class: Option<&'a CpuClass>,
+    rules: Option<&'a Rules>,
+    pub marks: Marks,
+    /// Where it is.
+    from: Option<usize>,
+    /// It leaves whether or not those stay that it asks to be with.
+    must_leave: bool,
+    /// The cluster must fit without any one node afterwards.
+    pub n_plus_one: bool,
+    /// What else comes to the node, or leaves it in exchange.
+    pub beside: Beside,
+    /// Later is soon enough: limits do not count.
+    patient: bool,
+    /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
+    ahead: Option<f64>,
+    /// Declared memory does not count, and this part of a node's memory may be held: see [`crate::usher`].
+    last_resort: Option<f64>,
+}
+
+impl<'a> Newcomer<'a> {
+    pub fn launch(cluster: &Cluster<'a>, request: &'a LaunchRequest) -> Self {
+        let expected = expected_resident(request.memory, cluster.policy);
+        let rules = request.rules.as_deref();
+        Self {
+            cpus: request.cpus,
+            declared: request.memory.0 as f64,
+            usage: Use {
+                cpu: f64::from(request.cpus),
+                memory: expected,
+            },
+            at_horizon: expected,
+            cpu_class: request.cpu_class.as_ref(),
+            rules,
+            marks: cluster.together.marks_of(&request.labels, rules),
+            from: None,
+            must_leave: false,
+            n_plus_one: true,
+            beside: Beside::default(),
+            patient: false,
+            ahead: None,
+            last_resort: None,
+        }
+    }
+
+    /// A VM moved because someone asked for it.
+    pub fn migration(cluster: &Cluster<'a>, number: usize) -> Self {
+        let vm: &Vm<'a> = &cluster.vms[number];
+        Self {
+            cpus: vm.view.cpus,
+            declared: vm.declared,
+            usage: vm.usage(),
+            at_horizon: vm.memory_at(cluster.policy.usher_horizon.as_secs_f64()),
+            cpu_class: vm.view.cpu_class.as_ref(),
+            rules: vm.view.rules.as_deref(),
+            marks: cluster.together.marks(number).clone(),
+            from: Some(vm.node),
+            must_leave: false,
+            n_plus_one: false,
+            beside: Beside::default(),
+            patient: false,
+            ahead: None,
+            last_resort: None,
+        }
+    }
+
+    /// A VM that a plan moves off its node: its destination must stay below the threshold, growth counted.
+    pub fn evicted(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            ahead: Some(cluster.policy.usher_threshold),
+            must_leave: true,
+            ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// One that must leave where it is, or be killed there: its destination must stay below this part of its memory.
+    pub fn last_resort(cluster: &Cluster<'a>, vm: usize, part: f64) -> Self {
+        Self {
+            ahead: Some(part),
+            last_resort: Some(part),
+            ..Self::evicted(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan moves to where its rules hold: its destination must stay below the threshold, growth counted.
+    pub fn corrected(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            must_leave: false,
+            ..Self::evicted(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan moves for balance: its destination must stay below the target, growth counted.
+    pub fn balanced(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            ahead: Some(cluster.policy.usher_target),
+            n_plus_one: cluster.failover.as_ref().is_some_and(Failover::is_safe),
+            ..Self::migration(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan exchanges for another, which makes room for it.
+    pub fn exchanged(cluster: &Cluster<'a>, vm: usize, makes_room: f64) -> Self {
+        Self {
+            beside: Beside {
+                at_horizon: -makes_room,
+                ..Beside::default()
+            },
+            ..Self::balanced(cluster, vm)
+        }
+    }
+
+    /// A VM of a node that is to be emptied, now or later.
+    pub fn packed(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            patient: true,
+            ..Self::balanced(cluster, vm)
+        }
+    }
+
+    /// What it means for N+1 if it comes to a node.
+    pub fn change(&self, policy: &Policy, to: usize) -> Change {
+        Change {
+            to,
+            from: self.from,
+            need: need(policy, self.declared, self.usage.memory),
+        }
+    }
+
+    /// Bytes it will hold at the horizon.
+    pub fn at_horizon(&self) -> f64 {
+        self.at_horizon
+    }
+
+    /// Whether a node can take it.
+    pub fn check(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        self.check_node(cluster, number)?;
+        self.check_failover(cluster, number)
+    }
+
+    /// The same but for N+1, which takes longer.
+    pub fn check_node(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let (policy, node) = (cluster.policy, &cluster.nodes[number]);
+        if self.from == Some(number) {
+            return Err(RejectReason::SameNode);
+        }
+        if node.view.state != NodeState::Ready {
+            return Err(RejectReason::NotReady(node.view.state));
+        }
+        self.check_rules(cluster, number)?;
+        if self.cpus > node.view.cpus {
+            return Err(RejectReason::TooFewCpus {
+                needed: self.cpus,
+                has: node.view.cpus,
+            });
+        }
+        if let Some(lacking) = self.cpu_class.and_then(|class| node.view.lacks(class)) {
+            return Err(RejectReason::CpuFeatures {
+                lacking: lacking.clone(),
+            });
+        }
+        if let Some(from) = self.from.map(|from| cluster.nodes[from].view)
+            && from.migration_tls != node.view.migration_tls
+        {
+            return Err(RejectReason::Tls {
+                from: from.name.clone(),
+                from_lacks: !from.migration_tls,
+            });
+        }
+        let limit = node.lends * policy.overcommit;
+        let committed = node.committed + self.beside.declared;
+        if self.last_resort.is_none() && committed + self.declared > limit {
+            let (declared, needed) = (bytes(committed), bytes(self.declared));
+            return Err(RejectReason::Committed {
+                declared,
+                needed,
+                limit: bytes(limit),
+            });
+        }
+        let limit = node.memory * self.last_resort.unwrap_or(policy.usher_threshold);
+        let occupied = node.occupied + self.beside.memory;
+        if occupied + self.usage.memory > limit {
+            let (used, needed) = (bytes(occupied), bytes(self.usage.memory));
+            return Err(RejectReason::Memory {
+                used,
+                needed,
+                limit: bytes(limit),
+            });
+        }
+        if node.pressure() >= policy.pressure_threshold {
+            return Err(RejectReason::Pressure {
+                percent: node.pressure(),
+                limit: policy.pressure_threshold,
+            });
+        }
+        self.ahead
+            .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
+    }
+
+    fn check_rules(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let node = cluster.nodes[number].view;
+        if let Some(rules) = self.rules
+            && let Some(term) = rules.selector.iter().find(|term| !term.matches(&node.labels))
+        {
+            return Err(RejectReason::Selector { term: term.clone() });
+        }
+        if let Some(taint) = Rules::untolerated(self.rules, &node.taints) {
+            return Err(RejectReason::Taint { taint: taint.clone() });
+        }
+        if cluster.together.is_empty() {
+            return Ok(());
+        }
+        let against = cluster
+            .together
+            .against(&self.marks, number, self.from, self.must_leave);
+        against.map_or(Ok(()), |apart| Err(apart.into()))
+    }
+
+    pub fn check_failover(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let Some(failover) = cluster.failover.as_ref().filter(|_| self.n_plus_one) else {
+            return Ok(());
+        };
+        match failover.shortfall(Some(self.change(cluster.policy, number))) {
+            None => Ok(()),
+            Some(shortfall) => Err(RejectReason::NPlusOne {
+                node: cluster.nodes[shortfall.node].view.name.clone(),
+                needed: bytes(shortfall.needed),
+                room: bytes(shortfall.room),
+            }),
+        }
+    }
+
+    /// Whether some node, or the one asked for, has room and only takes as many as allowed right now.
+    pub fn waits_for_a_move(&self, cluster: &Cluster<'_>, asked: Option<usize>) -> bool {
+        let busy = |number| matches!(self.check(cluster, number), Err(RejectReason::Busy { .. }));
+        match asked {
+            Some(asked) => busy(asked),
+            None => (0..cluster.nodes.len()).any(busy),
+        }
+    }
+
+    fn check_ahead(&self, policy: &Policy, node: &Node<'_>, ahead: f64) -> Result<(), RejectReason> {
+        let (predicted, limit) = (
+            node.projected + self.beside.at_horizon + self.at_horizon,
+            node.memory * ahead,
+        );
+        if predicted > limit {
+            let seconds = policy.usher_horizon.as_secs();
+            return Err(RejectReason::Growth {
+                predicted: bytes(predicted),
+                seconds,
+                limit: bytes(limit),
+            });
+        }
+        if node.incoming >= policy.max_in_per_node && !self.patient {
+            return Err(RejectReason::Busy {
+                incoming: node.incoming,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl From<Apart<'_>> for RejectReason {
+    fn from(apart: Apart<'_>) -> Self {
+        match apart {
+            Apart::Missing(term) => Self::Affinity { term: term.clone() },
+            Apart::Refused(term) => Self::AntiAffinity { term: term.clone() },
+            Apart::Refuses(term) => Self::AntiAffinityThere { term: term.clone() },
+        }
+    }
+}

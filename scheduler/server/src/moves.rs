@@ -1,0 +1,143 @@
+//! All VMs off a node, or back to it, because someone asked (MOSIX's expel and bring): in steps that the limits allow, each
+//! planned anew. A restart of the scheduler ends it; migrations under way go on.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_plan::{NoteKind, Plan, VmId};
+use shoal_proto::NodeName;
+use shoal_proto::vm::MigrationResult;
+use tokio::sync::watch;
+
+use crate::control;
+use crate::migrations::OpenMigration;
+use crate::observe;
+use crate::scheduler::Shared;
+
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// Where to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Off the node, to where they fit.
+    Expel,
+    /// Back to the node, of those that were started there.
+    Bring,
+}
+
+/// How far it has come.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// VMs that have gone where they should.
+    pub moved: usize,
+    /// VMs that have not, yet or at all.
+    pub remaining: usize,
+    /// What just happened, or why some remain.
+    pub message: String,
+    /// No more will happen.
+    pub done: bool,
+}
+
+/// Begins it. It goes on whether or not someone follows it.
+pub fn begin(scheduler: &Shared, node: NodeName, direction: Direction) -> watch::Receiver<Progress> {
+    let (sender, receiver) = watch::channel(Progress::default());
+    tokio::spawn(run(Arc::clone(scheduler), node, direction, sender));
+    receiver
+}
+
+async fn run(scheduler: Shared, node: NodeName, direction: Direction, sender: watch::Sender<Progress>) {
+    let mut begun: Vec<Arc<OpenMigration>> = Vec::new();
+    loop {
+        let failed = failed(&begun);
+        let mut plan;
+        {
+            let _planning = scheduler.planning.lock().await;
+            plan = self::plan(&scheduler, &node, direction).await;
+            // A VM whose move has failed is not tried again.
+            plan.actions.retain(|action| !failed.contains(&action.vm));
+            begun.extend(control::begin(&scheduler, &plan).await);
+        }
+        let progress = progress(&plan, &begun, &failed);
+        let done = progress.done;
+        sender.send_if_modified(|shown| {
+            let changed = *shown != progress;
+            *shown = progress;
+            changed
+        });
+        if done {
+            return;
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+async fn plan(scheduler: &Shared, node: &NodeName, direction: Direction) -> Plan {
+    let (shared, node) = (Arc::clone(scheduler), shoal_plan::NodeName::new(node.as_str()));
+    let planned = tokio::task::spawn_blocking(move || {
+        let (snapshot, policy) = (observe::snapshot(&shared), shared.policy.get());
+        match direction {
+            Direction::Expel => shoal_plan::expel(&snapshot, &policy, &node),
+            Direction::Bring => shoal_plan::bring(&snapshot, &policy, &node),
+        }
+    });
+    planned.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "the planner failed");
+        Plan::default()
+    })
+}
+
+fn result(migration: &OpenMigration) -> Option<MigrationResult> {
+    let outcome = migration.view().outcome?;
+    Some(
+        outcome
+            .report
+            .map_or(MigrationResult::Failed, |report| report.result()),
+    )
+}
+
+fn failed(begun: &[Arc<OpenMigration>]) -> BTreeSet<VmId> {
+    let failed = begun
+        .iter()
+        .filter(|migration| result(migration).is_some_and(|result| result != MigrationResult::Completed));
+    failed
+        .map(|migration| VmId::new(&migration.intent.vm.to_string()))
+        .collect()
+}
+
+fn progress(plan: &Plan, begun: &[Arc<OpenMigration>], failed: &BTreeSet<VmId>) -> Progress {
+    let under_way = begun
+        .iter()
+        .filter(|migration| result(migration).is_none())
+        .count();
+    let moved = begun
+        .iter()
+        .filter(|migration| result(migration) == Some(MigrationResult::Completed))
+        .count();
+    let open = plan
+        .notes
+        .iter()
+        .filter(|note| !note.vm.as_ref().is_some_and(|vm| failed.contains(vm)));
+    let waiting = open
+        .clone()
+        .filter(|note| note.kind == NoteKind::DrainWaiting)
+        .count();
+    let stuck: Vec<&str> = open
+        .filter(|note| note.kind == NoteKind::DrainStuck)
+        .map(|note| note.text.as_str())
+        .collect();
+    let done = plan.actions.is_empty() && under_way == 0 && waiting == 0;
+    let mut message = format!("{moved} moved, {under_way} under way");
+    if done && !stuck.is_empty() {
+        message = stuck.join("; ");
+    }
+    if done && !failed.is_empty() {
+        message = format!("{message}; {} moves failed: see `shoal migrations`", failed.len());
+    }
+    Progress {
+        moved,
+        remaining: under_way + waiting + stuck.len() + failed.len(),
+        message,
+        done,
+    }
+}

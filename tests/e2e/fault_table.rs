@@ -17,7 +17,9 @@ use tokio::task::JoinSet;
 use rows::{POINTS, rows};
 
 /// Pairs at once. Each row is a pair of its own, and most of them wait for time-outs; but guests take turns on the CPUs.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 6;
+/// So many rows may be run again, alone.
+const AGAIN: usize = 3;
 /// Descriptors that tests hold which wait for their turn in the same process.
 const OF_OTHER_TESTS: usize = 8;
 
@@ -36,25 +38,39 @@ fn wherever_a_fault_strikes_exactly_one_vm_runs_or_it_is_said_why_none_does() {
         return;
     };
     let only = std::env::var("SHOAL_FAULT_ROWS").unwrap_or_default();
-    let rows = rows().into_iter().filter(|row| row.name().contains(&only));
-    run_all(rows.map(|row| {
+    let outcome = |row: rows::Row| {
         let outcome: Outcome = Box::pin(row::run(row));
         (row.name(), outcome)
-    }));
+    };
+    let chosen = || rows().into_iter().filter(|row| row.name().contains(&only));
+    let failed = run_all(chosen().map(outcome), AT_ONCE);
+    assert!(
+        failed.len() <= AGAIN,
+        "{} rows failed:\n{failed:#?}",
+        failed.len()
+    );
+    // Beside others on a busy host one side may be late by more than a row allows for. Alone it must end as it should.
+    let again = chosen().filter(|row| failed.iter().any(|(name, _)| *name == row.name()));
+    assert_none(&run_all(again.map(outcome), 1));
+}
+
+/// Nothing failed, and nothing is left.
+fn assert_none(failed: &[(String, String)]) {
+    assert!(failed.is_empty(), "{} rows failed:\n{failed:#?}", failed.len());
 }
 
 /// A row that is run; it panics where it does not end as it should.
 type Outcome = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Runs rows, several at once, and then says which of them failed and why; and that nothing is left of them.
-fn run_all(rows: impl Iterator<Item = (String, Outcome)>) {
+/// Runs rows, several at once; gives those that failed and why, and checks that nothing is left if none did.
+fn run_all(rows: impl Iterator<Item = (String, Outcome)>, at_once: usize) -> Vec<(String, String)> {
     let before = process::descriptors(std::process::id());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .expect("a runtime");
-    let failed: Vec<String> = runtime.block_on(async {
-        let permits = Arc::new(Semaphore::new(AT_ONCE));
+    let failed: Vec<(String, String)> = runtime.block_on(async {
+        let permits = Arc::new(Semaphore::new(at_once));
         let mut tasks = JoinSet::new();
         for (name, row) in rows {
             let permits = Arc::clone(&permits);
@@ -65,14 +81,15 @@ fn run_all(rows: impl Iterator<Item = (String, Outcome)>) {
                 drop(permit);
                 let why = panicked_with(ended.err()?);
                 say(&format!("FAILED {name}: {why}"));
-                Some(format!("{name}: {why}"))
+                Some((name, why))
             });
         }
         tasks.join_all().await.into_iter().flatten().collect()
     });
     drop(runtime);
-    let (count, failed) = (failed.len(), failed.join("\n"));
-    assert!(failed.is_empty(), "{count} rows failed:\n{failed}");
+    if !failed.is_empty() {
+        return failed;
+    }
     assert_eq!(
         process::children("shoal-vmm"),
         Vec::<u32>::new(),
@@ -83,6 +100,7 @@ fn run_all(rows: impl Iterator<Item = (String, Outcome)>) {
         after <= before + OF_OTHER_TESTS,
         "{after} descriptors, {before} before"
     );
+    failed
 }
 
 fn panicked_with(error: tokio::task::JoinError) -> String {

@@ -43,7 +43,9 @@ pub fn programs(context: &Context) -> Result<()> {
 /// If they do not build.
 pub fn programs_and_tests(context: &Context) -> Result<()> {
     step("building programs and tests", || {
-        run(cargo(context).args(["build", "--release", "--workspace", "--all-targets"]))
+        run(cargo(context).args(["build", "--release", "--workspace", "--all-targets"]))?;
+        // Not among all targets, as it is run by name only.
+        run(cargo(context).args(["build", "--release", "--workspace", "--test", "e2e"]))
     })
 }
 

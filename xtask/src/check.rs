@@ -19,6 +19,7 @@ pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
     })?;
     step("lints", || {
         run(cargo(context).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        run(cargo(context).args(["clippy", "--workspace", "--test", "e2e", "--", "-D", "warnings"]))?;
         run(guests(context).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
     })?;
     if lints_only {

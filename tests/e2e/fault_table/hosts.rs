@@ -15,7 +15,7 @@ use shoal_tests::vmm::outgoing;
 
 use super::row::{check_nothing_is_left, ended, wait_for};
 use super::rows::End;
-use super::{Outcome, run_all};
+use super::{AT_ONCE, Outcome, assert_none, run_all};
 
 const MEMORY: u64 = 48 << 20;
 const CALM: &str = "fill=16MiB wss=4MiB rate=400 pattern=random";
@@ -166,7 +166,7 @@ fn slow_and_cut_links_and_full_disks_leave_exactly_one_vm_running() {
         let outcome: Outcome = Box::pin(async move { run(&network, index, row).await });
         (row.name.to_owned(), outcome)
     });
-    run_all(outcomes);
+    assert_none(&run_all(outcomes, AT_ONCE));
 }
 
 async fn run(network: &Network, index: usize, row: Row) {

@@ -158,8 +158,11 @@ async fn migrate(
             Trouble::CorruptByte(_) => {}
         }
         // Only post-copy comes back; by itself where the connections can be made again.
-        if row.ends == [End::Moves] && matches!(trouble, Trouble::Cut | Trouble::Silence) {
-            let lost = |status: &VmStatus| status.status_message.contains("cannot be reached");
+        if row.ends.contains(&End::Moves) && matches!(trouble, Trouble::Cut | Trouble::Silence) {
+            // In doubt if the link was gone before Running had come; it settles that by itself, too.
+            let lost = |status: &VmStatus| {
+                status.status_message.contains("cannot be reached") || status.state() == VmState::InDoubt
+            };
             wait_for(&pair.source, "the source to notice", lost).await;
             proxy.heal();
         }

@@ -259,9 +259,24 @@ pub const MORE: &[Row] = &[
     link(Silence, "destination.running", RUNS_THERE),
     link(BACK, "destination.running", RUNS_THERE),
     // Post-copy takes up again once the link is back.
-    link_of(PostCopy, Cut, "destination.post_copy", MOVES),
-    link_of(PostCopy, Silence, "destination.post_copy", MOVES),
-    link_of(PostCopy, BACK, "destination.post_copy", MOVES),
+    link_of(
+        PostCopy,
+        Cut,
+        "destination.post_copy",
+        &[End::Moves, End::RunsThere],
+    ),
+    link_of(
+        PostCopy,
+        Silence,
+        "destination.post_copy",
+        &[End::Moves, End::RunsThere],
+    ),
+    link_of(
+        PostCopy,
+        BACK,
+        "destination.post_copy",
+        &[End::Moves, End::RunsThere],
+    ),
     link_of(PostCopy, Cut, "source.state", STAYS),
     link_of(Tls, TO, "source.pre_copy", STAYS),
     link_of(Tls, Cut, "source.state", STAYS),

@@ -44,7 +44,11 @@ fn a_migration_is_cancelled_in_the_middle_and_the_vm_goes_on_where_it_was() {
         !destination.identity.is_running(),
         "the destination is gone by then"
     );
-    assert_eq!(cluster.vmms(&vm), [source.clone()], "the same process runs it");
+    assert_eq!(
+        cluster.vmms(&vm),
+        std::slice::from_ref(&source),
+        "the same process runs it"
+    );
     let ended = moving.end();
     assert_eq!((ended.code, &ended.report), (1, &cancelled), "{ended:?}");
     assert!(ended.stderr.contains("cancelled"), "{ended:?}");

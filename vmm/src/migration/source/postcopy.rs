@@ -155,8 +155,9 @@ impl Source<'_> {
     }
 
     fn begin_serving(&mut self) {
-        self.recorder.phase(MigrationPhase::PostCopy);
+        // The VM's owner first: who sees the phase and then asks for something is answered by an owner that knows.
         (self.tell)(Serving::Connected);
+        self.recorder.phase(MigrationPhase::PostCopy);
         if let Err(error) = self.wait_at_most(PEER_TIMEOUT) {
             tracing::debug!(%error, "the connection has ended");
         }
@@ -179,8 +180,8 @@ impl Source<'_> {
     fn lost(&mut self, confirmed: bool, error: WireError, server: &PageServer<'_>, shared: &Shared) {
         tracing::warn!(%error, confirmed, "post-copy: the connections broke");
         if confirmed {
-            self.recorder.link_lost(true);
             (self.tell)(Serving::LinkLost(error.to_string()));
+            self.recorder.link_lost(true);
         } else {
             let bytes =
                 self.control.bytes_sent() + shared.bytes.load(Ordering::Relaxed) + server.bytes_sent();
@@ -218,6 +219,7 @@ impl Source<'_> {
                 Heard::Status(status) => recorder.post_copy(status, before + bytes),
                 Heard::Recovered => {
                     last_told.clear();
+                    tell(Serving::Connected);
                     if std::mem::replace(confirmed, true) {
                         recorder.facts.recoveries += 1;
                     } else {
@@ -225,13 +227,12 @@ impl Source<'_> {
                         recorder.phase(MigrationPhase::PostCopy);
                     }
                     recorder.link_lost(false);
-                    tell(Serving::Connected);
                 }
                 Heard::LinkLost(why) => {
                     if last_told != why {
                         last_told = why.to_owned();
-                        recorder.link_lost(*confirmed);
                         tell(Serving::LinkLost(last_told.clone()));
+                        recorder.link_lost(*confirmed);
                     }
                 }
             },

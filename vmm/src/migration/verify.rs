@@ -1,14 +1,14 @@
 //! Digests of guest memory, to compare both ends of a migration while the VM is paused.
 //!
-//! They find damage, not malice: the peer at the other end is authenticated, and the checksum (CRC-64/NVME of a page,
+//! They find damage, not malice: the peer at the other end is authenticated, and the checksum (XXH3-64 of a page,
 //! mixed with its place and a seed) is not a cryptographic one. A page that holds zeros counts the same whether the host
 //! has backed it or not, and one that was never backed is not touched.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crc_fast::CrcAlgorithm;
 use shoal_proto::vm::Verify;
+use twox_hash::XxHash3_64;
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryError};
 
 use super::pages::is_zero;
@@ -175,7 +175,7 @@ fn digest_task(
             for (page, bytes) in (first..).zip(bytes.chunks_exact(PAGE)) {
                 if !is_zero(bytes) {
                     let place = mix((start + page) ^ mix(seed));
-                    let sum = crc_fast::checksum(CrcAlgorithm::Crc64Nvme, bytes);
+                    let sum = XxHash3_64::oneshot(bytes);
                     let block = usize::try_from(page / BLOCK_PAGES).expect("below TASK_BLOCKS");
                     sums[block] = sums[block].wrapping_add(mix(sum ^ place));
                 }

@@ -3,7 +3,7 @@
 //! ```text
 //! encoding u8  reserved u8 x3  runs u32  pages u32  data_len u32  delta u64
 //! runs       gpa u64  pages u32  kind u32        each: 0 pages with bytes, 1 zero pages
-//! checksums  crc32c u32                          each page with bytes, in order, as it is in guest memory
+//! checksums  xxh3 u32                            each page with bytes, in order, as it is in guest memory
 //! ```
 //! After the payload come `data_len` bytes: the pages in order, encoded as a whole (0 as they are, 1 LZ4 block, 2 Zstandard
 //! frame). Bit i of `delta`: page i is the XOR with what was sent for it before; such a frame has at most 64 pages.

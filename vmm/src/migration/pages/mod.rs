@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use receive::PageReceiver;
 pub use send::{NextFrame, PageSender, Resent};
 
+use twox_hash::XxHash3_64;
+
 use crate::memory::GuestMemory;
 use crate::spec::PAGE_SIZE;
 
@@ -43,7 +45,7 @@ impl std::ops::AddAssign for PageCounts {
     }
 }
 
-/// CRC-32C of a page.
+/// The lower half of a page's XXH3-64: as good as CRC-32C at finding damage, at several times its speed (decision 008).
 ///
 /// # Safety
 /// `page` is the start of a mapped page. The guest may write to it meanwhile: then the value is of neither content, which
@@ -56,11 +58,11 @@ pub(super) unsafe fn checksum(page: *const u8) -> u32 {
     checksum_of(bytes)
 }
 
-/// CRC-32C of a page that nobody writes.
+/// The same of a page that nobody writes.
 #[must_use]
 pub(super) fn checksum_of(page: &[u8]) -> u32 {
-    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, page);
-    u32::try_from(crc & u64::from(u32::MAX)).expect("masked")
+    let hash = XxHash3_64::oneshot(page);
+    u32::try_from(hash & u64::from(u32::MAX)).expect("masked")
 }
 
 /// Whether bytes that nobody writes are all zero.

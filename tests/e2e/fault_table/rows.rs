@@ -20,8 +20,9 @@ pub enum End {
     Lost,
     /// The destination died when the guest may have run there. Nobody runs, and the source says what it knows.
     Died,
-    /// Paused in a process that hangs and says so; once that is ended nobody runs, and the other side says why.
-    Stuck(Side),
+    /// Paused at the destination, after Commit, by a thread that hangs; once its process is ended nobody runs, and the
+    /// source says why.
+    Stuck,
     /// Post-copy without its source: the destination waits for memory, says so, and can be stopped.
     MemoryLost,
     /// Post-copy without its destination: the source keeps its copy, says so, does not run it, and can be stopped.
@@ -132,8 +133,7 @@ const IN_DOUBT: Ends = &[End::RunsThere, End::Resumed];
 const RUNS_ON: Ends = &[End::RunsOn];
 const LOST: Ends = &[End::Lost];
 const DIED: Ends = &[End::Died];
-const STUCK_SOURCE: Ends = &[End::Stuck(Side::Source)];
-const STUCK_DESTINATION: Ends = &[End::Stuck(Side::Destination)];
+const STUCK: Ends = &[End::Stuck];
 const MEMORY_LOST: Ends = &[End::MemoryLost];
 const UNREACHABLE: Ends = &[End::Unreachable];
 
@@ -143,11 +143,11 @@ pub const POINTS: &[Point] = &[
     point("source.connect", PreCopy, LOST, RUNS_ON, STAYS),
     point("source.negotiate", PreCopy, LOST, RUNS_ON, STAYS),
     point("source.pre_copy", PreCopy, LOST, RUNS_ON, STAYS),
-    point("source.pause", PreCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.final_pages", PreCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.verify", PreCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.state", PreCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.ready", PreCopy, LOST, STUCK_SOURCE, STAYS),
+    point("source.pause", PreCopy, LOST, RUNS_ON, STAYS),
+    point("source.final_pages", PreCopy, LOST, RUNS_ON, STAYS),
+    point("source.verify", PreCopy, LOST, RUNS_ON, STAYS),
+    point("source.state", PreCopy, LOST, RUNS_ON, STAYS),
+    point("source.ready", PreCopy, LOST, RUNS_ON, STAYS),
     point("source.commit", PreCopy, RUNS_THERE, RUNS_THERE, IN_DOUBT),
     point("source.post_copy", PostCopy, MEMORY_LOST, MEMORY_LOST, MOVES),
     point("destination.connect", PreCopy, STAYS, STAYS, STAYS),
@@ -160,18 +160,18 @@ pub const POINTS: &[Point] = &[
     point("destination.state", PreCopy, STAYS, STAYS, STAYS),
     point("destination.ready", PreCopy, RESUMED, RESUMED, RESUMED),
     point("destination.ran_mark", PreCopy, RESUMED, RESUMED, RESUMED),
-    point("destination.commit", PreCopy, DIED, STUCK_DESTINATION, MOVES),
+    point("destination.commit", PreCopy, DIED, STUCK, MOVES),
     point("destination.running", PreCopy, DIED, RUNS_THERE, MOVES),
     point("destination.post_copy", PostCopy, UNREACHABLE, UNREACHABLE, MOVES),
     // Up to Commit post-copy is as safe as any migration.
-    point("source.final_pages", PostCopy, LOST, STUCK_SOURCE, STAYS),
-    point("source.state", PostCopy, LOST, STUCK_SOURCE, STAYS),
+    point("source.final_pages", PostCopy, LOST, RUNS_ON, STAYS),
+    point("source.state", PostCopy, LOST, RUNS_ON, STAYS),
     point("destination.pause", PostCopy, STAYS, STAYS, STAYS),
     point("destination.state", PostCopy, STAYS, STAYS, STAYS),
     point("destination.ready", PostCopy, RESUMED, RESUMED, RESUMED),
     // So is a move within a host, where both sides have the same memory.
-    point("source.pause", HandOver, LOST, STUCK_SOURCE, STAYS),
-    point("source.state", HandOver, LOST, STUCK_SOURCE, STAYS),
+    point("source.pause", HandOver, LOST, RUNS_ON, STAYS),
+    point("source.state", HandOver, LOST, RUNS_ON, STAYS),
     point("source.commit", HandOver, RUNS_THERE, RUNS_THERE, IN_DOUBT),
     point("destination.negotiate", HandOver, STAYS, STAYS, STAYS),
     point("destination.state", HandOver, STAYS, STAYS, STAYS),

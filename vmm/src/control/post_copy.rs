@@ -80,6 +80,10 @@ impl Control {
             ),
             // Still in doubt.
             Serving::LinkLost(_) => {}
+            Serving::PauseGivenUp => self.publish(
+                VmState::Migrating,
+                "the guest goes on here: its pause did not end in time, as a step of the migration hangs",
+            ),
             Serving::InDoubt(progress) => {
                 let reason = progress.report.as_ref().map(|report| report.reason.clone());
                 self.publish(VmState::InDoubt, reason.unwrap_or_default());

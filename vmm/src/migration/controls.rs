@@ -22,6 +22,7 @@ pub struct Controls {
 struct State {
     cancelled: bool,
     commit_sent: bool,
+    pause_given_up: bool,
     connections: Vec<Closer>,
 }
 
@@ -51,6 +52,18 @@ impl Controls {
         state.cancelled = true;
         state.connections.iter().for_each(Closer::close);
         true
+    }
+
+    /// Cancels because the pause lasts too long; `false` if it is too late.
+    pub(super) fn give_up_pause(&self) -> bool {
+        let cancelled = self.cancel();
+        self.lock().pause_given_up = cancelled;
+        cancelled
+    }
+
+    /// Whether that was so.
+    pub(super) fn is_pause_given_up(&self) -> bool {
+        self.lock().pause_given_up
     }
 
     /// Whether it has been cancelled.

@@ -1,5 +1,8 @@
 //! The source's side of a migration: each phase one function, in order. Until Commit is sent any failure resumes the VM.
 
+mod error;
+mod passes;
+mod pause_guard;
 mod postcopy;
 mod workers;
 
@@ -8,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult, OnStall, Verify};
+use shoal_proto::vm::{MigrationPhase, MigrationProgress, MigrationReport, MigrationResult, Verify};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::watch;
 
@@ -16,39 +19,29 @@ use super::controls::Controls;
 use super::negotiate;
 use super::pages::PageCounts;
 use super::policy::Policy;
-use super::precopy::{self, Decision, Limits, PassFacts};
 use super::report::{Downtime, Recorder};
 use super::transport::{Address, Closer, Identity, Transport, TransportError};
-use super::verify::{self, VerifyError};
-use super::widen::Widen;
+use super::verify::{self};
 use super::wire::{
-    self, Abort, Attach, Connection, Digest, Empty, FrameKind, HelloAck, KEEP_ALIVE, PEER_TIMEOUT, Pass,
-    Role, Step, WireError,
+    self, Abort, Attach, Connection, Digest, Empty, FrameKind, HelloAck, PEER_TIMEOUT, Role, Step, WireError,
 };
-use crate::dirty::{Bitmap, DirtyError, DirtyLog};
-use crate::memory::MemoryError;
-use crate::spec::{PAGE_SIZE, VmSpec};
-use crate::throttle::{self, Measured, Throttle};
-use crate::vm::{Vm, VmError};
+use crate::dirty::{Bitmap, DirtyLog};
+use crate::spec::VmSpec;
+use crate::vm::Vm;
+pub use error::SourceError;
+use pause_guard::{Guarded, PauseGuard};
 pub use postcopy::Serving;
-use workers::{Context, PassKind, PassPlan, PassShare, Shared, Workers};
+use workers::{Context, Shared, Workers};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// What the pause takes with nothing to send and no network: stop, save, load.
-const LOCAL_FIXED_COST: Duration = Duration::from_millis(1);
-/// State and Commit each wait for an answer.
-const ROUND_TRIPS_IN_PAUSE: u32 = 2;
-/// A pass with fewer bytes measures latency, not throughput.
-const RATE_SAMPLE_BYTES: u64 = 256 * 1024;
 /// A pause may take at least this long before it is given up.
 const LEAST_PAUSE_LIMIT: Duration = Duration::from_secs(1);
 /// Time that digesting a GiB may take on a busy host.
 const DIGEST_TIME_PER_GIB: Duration = Duration::from_secs(2);
-/// After a pass too small to matter the next one waits a little: what keeps the pause from fitting is not the pages.
-const SMALL_PASS_PACE: Duration = Duration::from_millis(20);
+/// A step may take as long as the pause may; after so many times that the guest goes on, whatever the thread that paused
+/// it does.
+const PAUSE_LIMITS_GUARDED: u32 = 2;
 const ABORT_REASON_WAIT: Duration = Duration::from_secs(1);
-/// How often a pass under way is looked at.
-const TICK: Duration = Duration::from_millis(10);
 /// Connections for pages, at most, where the policy leaves it to the link.
 const MOST_BY_ITSELF: usize = 4;
 
@@ -67,87 +60,6 @@ pub struct Outgoing {
     pub policy: Policy,
     /// What the two sides know each other by; without, nothing is encrypted.
     pub identity: Option<Identity>,
-}
-
-/// Why a migration ended before Commit.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// No connection.
-    #[error("cannot connect to the destination {address}: {source}")]
-    Connect {
-        /// Where.
-        address: Address,
-        /// Why not.
-        source: TransportError,
-    },
-    /// On request.
-    #[error("cancelled")]
-    Cancelled,
-    /// Nothing is left to migrate.
-    #[error("the guest ended during the migration")]
-    GuestEnded,
-    /// The guest writes faster than the link takes.
-    #[error("{0}")]
-    NotConverging(String),
-    /// The time is up in the middle of a pass.
-    #[error("timed out after {:.1} s, in pass {pass}, with {remaining} bytes of it to send; allow more with --timeout", elapsed.as_secs_f64())]
-    TimedOut {
-        /// Since the start.
-        elapsed: Duration,
-        /// Which.
-        pass: u32,
-        /// Of the pass.
-        remaining: u64,
-    },
-    /// The guest must not wait any longer.
-    #[error(
-        "the pause took longer than {} ms with {remaining} bytes to send, so the VM goes on here; the link became slower",
-        limit.as_millis()
-    )]
-    PauseTooLong {
-        /// What was allowed.
-        limit: Duration,
-        /// Of the last pass.
-        remaining: u64,
-    },
-    /// The stream.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// Guest memory could not be digested.
-    #[error("verify: {0}")]
-    Verify(#[from] VerifyError),
-    /// The dirty log.
-    #[error(transparent)]
-    Dirty(#[from] DirtyError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The VM's state.
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    /// No thread.
-    #[error("cannot start a thread: {0}")]
-    Thread(std::io::Error),
-    /// A worker ended without a word.
-    #[error("a fault in a thread that sends pages; see the VMM's log")]
-    WorkerGone,
-    /// A fault made for a test.
-    #[error(transparent)]
-    Fault(#[from] crate::fault::Fault),
-    /// The answer to Commit did not come.
-    #[error("Commit was sent and not answered: {0}")]
-    InDoubt(WireError),
-    /// Post-copy is what the policy asks for, and the destination's host does not offer it.
-    #[error(
-        "{0}; --on-stall post-copy needs userfaultfd at the destination, which its host does not offer to its VMMs"
-    )]
-    NoPostCopy(String),
-    /// In post-copy the VM ended at the destination before all of its memory was there.
-    #[error("the VM ended at its destination: {0}")]
-    EndedThere(String),
-    /// In post-copy this side was stopped, and with it went what the destination lacked.
-    #[error("stopped on request; memory that the VM still needed at its destination is lost with it")]
-    ServingStopped,
 }
 
 /// The last progress of a migration whose thread ended without one.
@@ -177,7 +89,7 @@ pub fn migrate(
     request: &Outgoing,
     controls: &Controls,
     progress: watch::Sender<Option<MigrationProgress>>,
-    tell: &dyn Fn(Serving),
+    tell: &(dyn Fn(Serving) + Sync),
 ) -> MigrationProgress {
     let mut recorder = Recorder::new(request.migration_id, vm.memory().len(), progress);
     recorder.settings(&request.policy, 0, false);
@@ -194,6 +106,9 @@ pub fn migrate(
         Err(error) => {
             recorder.downtime = Downtime::default();
             match error {
+                _ if controls.is_pause_given_up() => {
+                    (MigrationResult::Failed, SourceError::PauseGivenUp.to_string())
+                }
                 _ if controls.is_cancelled() => {
                     (MigrationResult::Cancelled, SourceError::Cancelled.to_string())
                 }
@@ -215,7 +130,7 @@ fn run(
     request: &Outgoing,
     controls: &Controls,
     recorder: &mut Recorder,
-    tell: &dyn Fn(Serving),
+    tell: &(dyn Fn(Serving) + Sync),
 ) -> (Result<(), SourceError>, u64) {
     let connected = crate::fault::point("source.connect")
         .map_err(SourceError::from)
@@ -225,6 +140,7 @@ fn run(
         Err(error) => return (Err(error), 0),
     };
     let handover = transport.local_host() && vm.memory().file().is_some();
+    let guard = PauseGuard::default();
     let mut source = Source {
         vm,
         spec,
@@ -246,9 +162,24 @@ fn run(
         post_copy: false,
         recent: vec![],
         commit_sent: false,
+        guard: &guard,
     };
-    let outcome = source.phases(kvm);
-    source.resume_unless_committed(&outcome);
+    let outcome = std::thread::scope(|scope| {
+        let _guarded = Guarded(&guard);
+        let watch = || {
+            if guard.wait() && controls.give_up_pause() {
+                vm.resume();
+                tell(Serving::PauseGivenUp);
+            }
+        };
+        std::thread::Builder::new()
+            .name("pause-guard".into())
+            .spawn_scoped(scope, watch)
+            .map_err(SourceError::Thread)?;
+        let outcome = source.phases(kvm);
+        source.resume_unless_committed(&outcome);
+        outcome
+    });
     let bytes_sent = source.bytes_sent();
     (outcome.map_err(|error| source.explain(error)), bytes_sent)
 }
@@ -315,6 +246,8 @@ struct Source<'a> {
     /// What was dirty after the pass before the last, where post-copy may follow.
     recent: Vec<Bitmap>,
     commit_sent: bool,
+    /// Of the pause.
+    guard: &'a PauseGuard,
 }
 
 impl Source<'_> {
@@ -453,215 +386,6 @@ impl Source<'_> {
         Ok(connection)
     }
 
-    /// Sends passes while the guest runs. Gives what was dirty at the decision to stop.
-    fn pre_copy(
-        &mut self,
-        log: &DirtyLog<'_>,
-        shared: &Shared,
-        workers: &mut Workers,
-    ) -> Result<Vec<Bitmap>, SourceError> {
-        self.recorder.phase(MigrationPhase::PreCopy);
-        let mut throttle: Option<Throttle> = None;
-        let (mut previous_dirty_bytes, mut passes_within_limit, mut passes_stalled) = (None, 0, 0);
-        let mut dirty: Option<Vec<Bitmap>> = None;
-        loop {
-            let later = dirty.is_some();
-            let (bytes, handled, duration, damaged) = match dirty {
-                None => self.pass(PassKind::First, vec![], shared, workers)?,
-                Some(dirty) => self.pass(PassKind::Later, dirty, shared, workers)?,
-            };
-            crate::fault::point("source.pre_copy")?;
-            let mut found = self.dirty_pages(log)?;
-            self.add_damaged(&mut found, &damaged);
-            let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * PAGE_SIZE;
-            let seconds = duration.as_secs_f64().max(1e-6);
-            self.sample_rate(bytes, later.then_some(handled), seconds);
-            let policy = self.policy();
-            let limits = Limits {
-                max_downtime: policy.max_downtime,
-                timeout: policy.timeout,
-            };
-            let facts = PassFacts {
-                dirty_bytes,
-                previous_dirty_bytes,
-                rate: self.rate,
-                fixed_cost: LOCAL_FIXED_COST + self.round_trip * ROUND_TRIPS_IN_PAUSE,
-                elapsed: self.recorder.elapsed(),
-                passes_within_limit,
-                passes_stalled,
-            };
-            let predicted = precopy::predicted_downtime(&facts);
-            self.recorder
-                .rates(facts.rate, dirty_bytes as f64 / seconds, predicted, dirty_bytes);
-            let pass = self.recorder.pass();
-            tracing::debug!(pass, bytes, ?duration, dirty_bytes, ?predicted, "pass sent");
-            passes_stalled = if precopy::is_stalled(&facts) {
-                passes_stalled + 1
-            } else {
-                0
-            };
-            match (precopy::decide(&limits, &facts), policy.on_stall) {
-                (Decision::Stop, _) => return Ok(found),
-                (Decision::Stalled(_) | Decision::TimedOut(_), OnStall::Force) => {
-                    self.forced = true;
-                    return Ok(found);
-                }
-                (Decision::Stalled(why) | Decision::TimedOut(why), OnStall::PostCopy) => {
-                    if !self.peer_has_post_copy {
-                        return Err(SourceError::NoPostCopy(why));
-                    }
-                    self.post_copy = true;
-                    return Ok(found);
-                }
-                (Decision::TimedOut(why), _) => return Err(SourceError::NotConverging(why)),
-                (Decision::Stalled(_), OnStall::Throttle) => {
-                    if throttle.is_none() {
-                        throttle = Some(Throttle::start(self.vm).map_err(SourceError::Thread)?);
-                    }
-                }
-                (Decision::Continue | Decision::Stalled(_), _) => {}
-            }
-            if let Some(throttle) = &throttle {
-                let permille = throttle::needed(&Measured {
-                    dirty_rate: dirty_bytes as f64 / seconds,
-                    link_rate: self.rate,
-                    permille: throttle.permille(),
-                    budget: policy.max_downtime.saturating_sub(facts.fixed_cost),
-                    shortest_pass: self.round_trip,
-                });
-                throttle.set(permille);
-                self.recorder.throttle(permille / 10, throttle.taken());
-            }
-            if predicted <= policy.max_downtime {
-                passes_within_limit += 1;
-            } else if dirty_bytes < RATE_SAMPLE_BYTES {
-                std::thread::sleep(SMALL_PASS_PACE);
-            }
-            previous_dirty_bytes = Some(dirty_bytes);
-            if policy.on_stall == OnStall::PostCopy {
-                self.recent.clone_from(&found);
-            }
-            dirty = Some(found);
-        }
-    }
-
-    /// A large pass tells the rate; a small one, whose time is mostly latency, only a least bound of it. Later passes count
-    /// the pages they dealt with, zero pages included, because that is what the prediction counts.
-    fn sample_rate(&mut self, bytes_sent: u64, handled: Option<u64>, seconds: f64) {
-        let bytes = handled.unwrap_or(bytes_sent);
-        let sample = bytes as f64 / seconds;
-        self.rate = if bytes >= RATE_SAMPLE_BYTES && self.rate > 0.0 {
-            f64::midpoint(self.rate, sample)
-        } else {
-            self.rate.max(sample)
-        };
-    }
-
-    fn dirty_pages(&self, log: &DirtyLog<'_>) -> Result<Vec<Bitmap>, SourceError> {
-        let regions = self.vm.memory().regions();
-        let dirty = regions
-            .iter()
-            .map(|region| log.get(region))
-            .collect::<Result<_, _>>()?;
-        Ok(dirty)
-    }
-
-    /// Pages that did not arrive as they were sent go again. The dirty log has those that the guest wrote meanwhile.
-    fn add_damaged(&mut self, dirty: &mut [Bitmap], damaged: &[u64]) {
-        for region in self.vm.memory().regions() {
-            let Some(bitmap) = usize::try_from(region.slot)
-                .ok()
-                .and_then(|slot| dirty.get_mut(slot))
-            else {
-                continue;
-            };
-            let inside = damaged.iter().filter_map(|gpa| gpa.checked_sub(region.start.0));
-            for offset in inside.filter(|offset| *offset < region.len) {
-                bitmap.set_run(offset / PAGE_SIZE, 1);
-            }
-        }
-        self.recorder.facts.resent_pages += damaged.len() as u64;
-    }
-
-    /// One pass over all workers. Gives bytes sent, bytes of guest memory dealt with, time, and what has to go again.
-    fn pass(
-        &mut self,
-        kind: PassKind,
-        dirty: Vec<Bitmap>,
-        shared: &Shared,
-        workers: &mut Workers,
-    ) -> Result<(u64, u64, Duration, Vec<u64>), SourceError> {
-        let pages = match kind {
-            PassKind::First => self.vm.memory().len() / PAGE_SIZE,
-            PassKind::Later | PassKind::Last => dirty.iter().map(Bitmap::count).sum(),
-        };
-        self.recorder.begin_pass(pages);
-        shared.handled.store(0, Ordering::Relaxed);
-        let mut widen = (kind == PassKind::First && self.request.policy.connections == 0)
-            .then(|| Widen::up_to(workers.count()));
-        workers.begin(PassPlan::new(self.recorder.pass(), kind, self.vm.memory(), dirty));
-        let mut share = PassShare::default();
-        while !workers.wait(&mut share, TICK)? {
-            let handled = shared.handled.load(Ordering::Relaxed);
-            let sent = shared.bytes.load(Ordering::Relaxed);
-            if let Some(active) = widen.as_mut().and_then(|widen| widen.look(sent)) {
-                shared.active.store(active, Ordering::Relaxed);
-            }
-            self.recorder
-                .within_pass(pages.saturating_sub(handled), self.control.bytes_sent() + sent);
-            self.go_on(pages.saturating_sub(handled))?;
-        }
-        if kind != PassKind::Last {
-            self.go_on(0)?;
-        }
-        self.counts += share.counts;
-        if let Some(round_trip) = share.round_trip {
-            self.round_trip = self.round_trip.min(round_trip);
-        }
-        self.recorder.codec(&workers.codec(), self.counts.raw);
-        let sent = self.control.bytes_sent() + shared.bytes.load(Ordering::Relaxed);
-        let (bytes, duration) = self.recorder.end_pass(self.counts, sent);
-        Ok((bytes, share.counts.pages() * PAGE_SIZE, duration, share.damaged))
-    }
-
-    /// Whether the migration may go on; asked all the time.
-    fn go_on(&mut self, remaining_pages: u64) -> Result<(), SourceError> {
-        if self.controls.is_cancelled() {
-            return Err(SourceError::Cancelled);
-        }
-        if self.vm.guest_end().is_some() {
-            return Err(SourceError::GuestEnded);
-        }
-        let remaining = remaining_pages * PAGE_SIZE;
-        let policy = self.policy();
-        match self.paused_at {
-            Some(since) => {
-                let limit = self.pause_limit(&policy);
-                if since.elapsed() > limit {
-                    return Err(SourceError::PauseTooLong { limit, remaining });
-                }
-            }
-            // The other policies look after the pass what they do about it.
-            None if matches!(policy.on_stall, OnStall::Cancel | OnStall::Throttle) => {
-                let elapsed = self.recorder.elapsed();
-                if elapsed > policy.timeout {
-                    let pass = self.recorder.pass();
-                    return Err(SourceError::TimedOut {
-                        elapsed,
-                        pass,
-                        remaining,
-                    });
-                }
-            }
-            None => {}
-        }
-        if self.kept_alive.elapsed() >= KEEP_ALIVE {
-            self.kept_alive = Instant::now();
-            self.control.send(FrameKind::KeepAlive, &Empty {})?;
-        }
-        Ok(())
-    }
-
     /// Longest pause before Commit, whatever was predicted: then the guest goes on here.
     fn pause_limit(&self, policy: &Policy) -> Duration {
         let least = if self.forced {
@@ -685,14 +409,13 @@ impl Source<'_> {
         self.vm.pause();
         let paused_at = Instant::now();
         self.paused_at = Some(paused_at);
+        let limit = self.pause_limit(&self.policy());
+        self.guard.paused(limit * PAUSE_LIMITS_GUARDED);
         self.recorder.downtime.stop = asked.elapsed();
         crate::fault::point("source.pause")?;
         if self.vm.guest_end().is_some() {
             return Err(SourceError::GuestEnded);
         }
-        let limit = self
-            .pause_limit(&self.policy())
-            .max(PEER_TIMEOUT.min(LEAST_PAUSE_LIMIT));
         self.wait_at_most(limit)?;
         Ok(paused_at)
     }
@@ -703,28 +426,6 @@ impl Source<'_> {
             .stream()
             .set_timeouts(Some(limit))
             .map_err(WireError::from)?)
-    }
-
-    fn final_pages(
-        &mut self,
-        log: &DirtyLog<'_>,
-        unsent: Vec<Bitmap>,
-        shared: &Shared,
-        workers: &mut Workers,
-    ) -> Result<(), SourceError> {
-        self.recorder.phase(MigrationPhase::FinalPages);
-        crate::fault::point("source.final_pages")?;
-        let mut dirty = unsent;
-        for (region, bitmap) in self.vm.memory().regions().iter().zip(&mut dirty) {
-            bitmap.merge(log.get(region)?.words());
-        }
-        self.pass(PassKind::Last, dirty, shared, workers)?;
-        let end = Pass {
-            pass: self.recorder.pass(),
-            pages: self.counts.raw,
-            last: true,
-        };
-        Ok(self.control.send(FrameKind::PassEnd, &end)?)
     }
 
     /// Has both sides digest guest memory at once, and the destination compare.
@@ -758,6 +459,10 @@ impl Source<'_> {
     fn state(&mut self) -> Result<(), SourceError> {
         self.recorder.phase(MigrationPhase::State);
         crate::fault::point("source.state")?;
+        if self.controls.is_cancelled() {
+            // By the guard of the pause, maybe: then the vCPUs run.
+            return Err(SourceError::Cancelled);
+        }
         let saved = self.vm.save()?;
         self.control.send_parts(FrameKind::State, &saved, &[])?;
         crate::fault::point("source.ready")?;
@@ -769,6 +474,7 @@ impl Source<'_> {
         if !self.controls.enter_commit() {
             return Err(SourceError::Cancelled);
         }
+        self.guard.over();
         // From here on the answer matters more than the time.
         self.wait_at_most(PEER_TIMEOUT)?;
         self.commit_sent = true;

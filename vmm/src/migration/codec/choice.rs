@@ -201,6 +201,7 @@ pub struct Chooser {
     classes: [Class; 2],
     elapsed: f64,
     probing: f64,
+    tries: bool,
 }
 
 impl Chooser {
@@ -237,6 +238,7 @@ impl Chooser {
             classes: [class(), class()],
             elapsed: 0.0,
             probing: 0.0,
+            tries: true,
         }
     }
 
@@ -253,6 +255,11 @@ impl Chooser {
         compressing.copied().unwrap_or(Method::Raw)
     }
 
+    /// No more probes.
+    pub fn try_nothing_new(&mut self) {
+        self.tries = false;
+    }
+
     /// For the next batch.
     pub fn plan(&mut self, resent: bool) -> Plan {
         let class = &mut self.classes[usize::from(resent)];
@@ -264,7 +271,7 @@ impl Chooser {
             };
         };
         class.present = choose(self.allowed, &class.estimates, link, class.present);
-        let within_budget = self.probing <= PROBING_AT_ONCE + PROBING_SHARE * self.elapsed;
+        let within_budget = self.tries && self.probing <= PROBING_AT_ONCE + PROBING_SHARE * self.elapsed;
         let present = class.estimates[class.present as usize];
         if within_budget && let Some(present) = present {
             let cost_now = cost(class.present, present, link);

@@ -154,6 +154,11 @@ impl Encoder {
         plan.method != Method::Raw || for_delta
     }
 
+    /// From here on nothing is compressed to find out whether that pays.
+    pub fn try_nothing_new(&mut self) {
+        self.chooser.try_nothing_new();
+    }
+
     fn is_link_slow(&self) -> bool {
         self.chooser.link().is_some_and(|link| link < SLOW_LINK)
     }

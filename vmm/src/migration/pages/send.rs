@@ -101,6 +101,11 @@ impl<'a> PageSender<'a> {
         self.encoder.saved()
     }
 
+    /// From here on each page goes the way that is known to be best: a guest waits.
+    pub fn try_nothing_new(&mut self) {
+        self.encoder.try_nothing_new();
+    }
+
     /// These pages did not arrive as they were sent.
     pub fn forget(&self, damaged: &[u64]) {
         for gpa in damaged {

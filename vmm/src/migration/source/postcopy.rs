@@ -23,6 +23,8 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// What the source tells of post-copy while it goes on.
 #[derive(Debug)]
 pub enum Serving {
+    /// There will be no post-copy, nor a move: the pause did not end in time, and the guest goes on here.
+    PauseGivenUp,
     /// The destination runs the VM and is connected.
     Connected,
     /// It is not connected, and why.

@@ -309,6 +309,9 @@ impl Worker<'_> {
     }
 
     fn pass(&mut self, pass: &PassPlan) -> Result<PassShare, SourceError> {
+        if pass.kind == PassKind::Last {
+            self.sender.try_nothing_new();
+        }
         let share = self.send_pass(pass);
         self.tell();
         share

@@ -13,6 +13,7 @@ mod daemon_faults;
 mod fault_table;
 mod linux;
 mod memory_backing;
+mod memory_sampling;
 mod metrics;
 mod migration_control;
 mod migration_history;

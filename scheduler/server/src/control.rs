@@ -114,7 +114,7 @@ pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
 
 async fn housekeeping(scheduler: &Shared) {
     for entry in scheduler.nodes.list() {
-        observe::announce_reachability(scheduler, &entry);
+        observe::announce_liveness(scheduler, &entry);
     }
     for (vm, end) in scheduler.logs.expire_early().await {
         let Some(entry) = scheduler.vms.get(vm) else {

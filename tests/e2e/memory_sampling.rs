@@ -56,7 +56,7 @@ fn within_a_factor_of_two(what: &str, sampled: u64, truth: u64) {
 
 /// The median of eight samples, so that a host that is busy in one of them does not matter.
 async fn measured(pair: &mut Pair) -> (u64, u64) {
-    let mut stream = samples(pair, Side::Source, 300, 100).await;
+    let mut stream = samples(pair, Side::Source, 600, 200).await;
     let mut rates = Vec::new();
     let mut last = MemorySample::default();
     while rates.len() < 8 {

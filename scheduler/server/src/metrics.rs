@@ -64,6 +64,7 @@ pub struct Metrics {
     registry: Registry,
     observed: ObservedMetrics,
     reports: Family<OfReport, Counter>,
+    planning: Histogram,
     ended: Family<Ended, Counter>,
     open: Family<Open, Gauge>,
     duration: Histogram,
@@ -86,6 +87,8 @@ impl Default for Metrics {
             registry: Registry::default(),
             observed: ObservedMetrics::default(),
             reports: Family::default(),
+            // From 1 ms to 16 s.
+            planning: Histogram::new(exponential_buckets(1e-3, 2.0, 15)),
             ended: Family::default(),
             open: Family::default(),
             duration: Histogram::new(exponential_buckets(1e-2, 2.0, 17)),
@@ -110,6 +113,8 @@ impl Metrics {
         self.observed.register(registry);
         let reports = "Reports of agents";
         registry.register("reports", reports, self.reports.clone());
+        let planning = "A look at the cluster, and a plan";
+        registry.register("planning_seconds", planning, self.planning.clone());
         let ended = "Migrations that have ended";
         registry.register("migrations", ended, self.ended.clone());
         let open = "Migrations under way";
@@ -187,6 +192,11 @@ impl Metrics {
             self.downtime.observe(seconds(report.downtime_us));
             self.bytes.observe(bytes(report.bytes_sent));
         }
+    }
+
+    /// Counts a round of planning.
+    pub fn count_planning(&self, took: std::time::Duration) {
+        self.planning.observe(took.as_secs_f64());
     }
 
     /// Counts a report.

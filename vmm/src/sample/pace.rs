@@ -1,4 +1,5 @@
-//! When samples are taken: as often as was asked for, and more seldom where that would cost too much.
+//! When samples are taken: as often as was asked for, and more seldom where that would cost too much. Not in step with
+//! anything the guest does: each pause is longer or shorter by up to a half.
 
 use std::time::Duration;
 
@@ -65,17 +66,37 @@ impl Pace {
     }
 }
 
+/// Good enough to be out of step.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let nanos = clock.map_or(0, |time| time.subsec_nanos());
+        Self(u64::from(nanos) << 32 | u64::from(std::process::id()) | 1)
+    }
+
+    /// From 0 to 1.
+    fn part(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        let high = u32::try_from(self.0 >> 32).unwrap_or(0);
+        f64::from(high) / f64::from(u32::MAX)
+    }
+}
+
 /// Samples until nobody listens any more.
 pub async fn stream(control: ControlHandle, pace: Pace, samples: mpsc::Sender<Result<MemorySample, Status>>) {
+    let mut random = Random::new();
     // VMs whose agent has just started do not all sample at once.
-    let part = std::process::id() % 16;
-    let mut wait = pace.interval.mul_f64(f64::from(part) / 16.0);
+    let mut wait = pace.interval.mul_f64(random.part());
     loop {
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = samples.closed() => return,
         }
-        wait = pace.interval;
+        wait = pace.interval.mul_f64(0.5 + random.part());
         match control.ask(Command::BeginSample).await {
             Ok(()) => {}
             Err(ControlError::WrongState { .. } | ControlError::Sample(SampleError::UnderWay)) => continue,
@@ -89,9 +110,10 @@ pub async fn stream(control: ControlHandle, pace: Pace, samples: mpsc::Sender<Re
         let sample = match control.ask(Command::EndSample).await {
             Ok(None) => continue,
             Ok(Some(sample)) => {
-                wait = pace.wait_after(&sample);
+                let usual = pace.wait_after(&sample);
+                wait = usual.mul_f64(0.5 + random.part());
                 Ok(MemorySample {
-                    interval_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                    interval_ms: u64::try_from((usual + pace.window).as_millis()).unwrap_or(u64::MAX),
                     ..sample
                 })
             }
@@ -124,6 +146,14 @@ mod tests {
         assert_eq!(pace(u64::MAX, 0), Err(PaceError::Interval(u64::MAX)));
         assert_eq!(pace(1000, 501), Err(PaceError::Window(501)));
         assert_eq!(pace(1000, 9), Err(PaceError::Window(9)));
+    }
+
+    #[test]
+    fn pauses_differ() {
+        let mut random = Random::new();
+        let parts: Vec<f64> = (0..64).map(|_| random.part()).collect();
+        assert!(parts.iter().all(|part| (0.0..=1.0).contains(part)));
+        assert!(parts.iter().any(|part| *part < 0.4) && parts.iter().any(|part| *part > 0.6));
     }
 
     #[test]

@@ -8,8 +8,9 @@ pub const TRACKED_PAGES: u64 = 8192;
 const ROW: u64 = 8;
 /// The same pages are tracked in so many windows, then others.
 pub(super) const WINDOWS: u32 = 8;
-/// What no window saw counts at most so many times what they saw.
-const UNSEEN_AT_MOST: u64 = 3;
+/// What no window saw counts at most so many times what they saw: a guest that goes through its memory in order is hardly ever
+/// seen twice in one place, which looks like a set without end.
+const UNSEEN_AT_MOST: u64 = 1;
 
 /// 64 pages of a region, some of them tracked.
 #[derive(Debug, Clone, Copy, Default)]
@@ -221,8 +222,9 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_writes_a_page_again_has_no_more_than_four_times_what_was_seen() {
-        assert_eq!(estimate(100, 100, 0, 8), 400);
+    fn one_that_never_writes_a_page_again_has_no_more_than_twice_what_was_seen() {
+        assert_eq!(estimate(100, 100, 0, 8), 200);
+        assert_eq!(estimate(100, 50, 25, 8), 141);
         assert_eq!(estimate(100, 0, 0, 8), 100);
         assert_eq!(estimate(100, 100, 0, 1), 100);
         assert_eq!(estimate(0, 0, 0, 8), 0);

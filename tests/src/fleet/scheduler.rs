@@ -2,17 +2,16 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use shoal_proto::cluster::cluster_client::ClusterClient;
 use shoal_proto::cluster::{ListNodesRequest, Node};
 use shoal_server::seed::{SeedNode, SeedVm, seed};
 use tempfile::TempDir;
 
-use crate::cluster::free_port;
 use crate::paths;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -32,17 +31,22 @@ impl Scheduler {
     pub(super) async fn prepare(nodes: Vec<SeedNode>, vms: Vec<SeedVm>) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         seed(directory.path(), nodes, vms).await?;
+        // Both at once, so that they differ.
+        let ports = [
+            TcpListener::bind("127.0.0.1:0")?,
+            TcpListener::bind("127.0.0.1:0")?,
+        ];
         Ok(Self {
             directory,
             child: None,
-            listen: ([127, 0, 0, 1], free_port()).into(),
-            metrics: ([127, 0, 0, 1], free_port()).into(),
+            listen: ports[0].local_addr()?,
+            metrics: ports[1].local_addr()?,
         })
     }
 
     pub(super) async fn start(mut self) -> Result<Self> {
         let log = File::create(self.directory.path().join("log"))?;
-        let child = Command::new(paths::program("shoal"))
+        let mut child = Command::new(paths::program("shoal"))
             .arg("scheduler")
             .args(["--listen", &self.listen.to_string()])
             .args(["--metrics", &self.metrics.to_string()])
@@ -55,13 +59,16 @@ impl Scheduler {
             .stderr(log)
             .spawn()
             .context("the scheduler does not start")?;
-        self.child = Some(child);
         let answers = async {
             while tokio::net::TcpStream::connect(self.listen).await.is_err() {
+                ensure!(child.try_wait()?.is_none(), "the scheduler has ended");
                 tokio::time::sleep(POLL).await;
             }
+            Ok(())
         };
         let started = tokio::time::timeout(PATIENCE, answers).await;
+        self.child = Some(child);
+        let started = started.map_err(anyhow::Error::from).flatten();
         started.with_context(|| format!("the scheduler does not answer: {}", self.log()))?;
         Ok(self)
     }

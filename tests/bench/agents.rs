@@ -102,7 +102,7 @@ async fn measure(options: &Agents) -> Result<Figures> {
         sleep(POLL).await;
     }
     let connect_s = started.elapsed().as_secs_f64();
-    println!("all are registered after {connect_s:.1} s");
+    println!("all are registered {connect_s:.1} s after the store began to be written");
     sleep(SETTLING).await;
     let time = Duration::from_secs(options.seconds);
     let planning = planning(&scheduler)?;
@@ -210,7 +210,7 @@ fn memory(pid: u32, field: &str) -> Result<u64> {
 
 fn show(figures: &Figures) {
     println!(
-        "\n{} agents, {} VMs; {} descriptors in the scheduler; registered after {:.1} s",
+        "\n{} agents, {} VMs; {} descriptors in the scheduler; registered {:.1} s after the store began to be written",
         figures.agents,
         figures.agents * figures.vms,
         figures.descriptors,

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "this program's output")]
 
+mod agents;
 mod case;
 mod cloud_hypervisor;
 mod figures;
@@ -15,6 +16,7 @@ mod qemu;
 mod qmp;
 mod references;
 mod run;
+mod sampling;
 mod shoal;
 mod startup;
 mod table;
@@ -52,6 +54,10 @@ struct Arguments {
 enum Command {
     /// Measure migrations of every kind and hold them against their goals
     Migrate(Migrate),
+    /// Let many simulated agents report to a real scheduler, and measure what it needs and how soon it acts
+    Agents(agents::Agents),
+    /// Measure what it costs to sample how guests write their memory
+    Sampling(sampling::Sampling),
     /// One end of a stream that tells what a link carries
     #[command(hide = true)]
     Stream { role: String, address: String },
@@ -108,12 +114,21 @@ fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(Command::Agents(options)) = &arguments.command {
+        let _lock = Lock::exclusive();
+        agents::run(options)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let Some(_lock) = Lock::with_kvm("the benchmark") else {
         return Ok(ExitCode::SUCCESS);
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
+    if let Some(Command::Sampling(options)) = &arguments.command {
+        sampling::run(&runtime, options)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let cases = if let Some(Command::Migrate(options)) = &arguments.command {
         let report = measure_migration(&runtime, options)?;
         write(&options.common, &report)?;

@@ -14,6 +14,7 @@
 //! - [`netns`]: hosts of their own, joined by links of a given speed
 //! - [`process`]: what a process holds, so that nothing is left
 //! - [`soak`]: many migrations in a row
+//! - [`fleet`]: many simulated agents, and a real scheduler for them
 //! - [`wait`]: conditions with a deadline
 //!
 //! The programs and images are those that `cargo xtask test` has built beside the tests. Where there is no `/dev/kvm` a
@@ -26,6 +27,7 @@
 
 pub mod certificates;
 pub mod cluster;
+pub mod fleet;
 pub mod guest;
 pub mod machine;
 pub mod migration;

@@ -6,11 +6,11 @@ use std::time::Duration;
 use shoal_proto::vm::vmm_server::Vmm;
 use shoal_proto::vm::{
     AbortIncomingRequest, AbortIncomingResponse, AckConsoleRequest, AckConsoleResponse, BootRequest,
-    CancelMigrationRequest, CancelMigrationResponse, ConsoleChunk, GetStatusRequest, MigrationProgress,
-    MigrationTls, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse,
-    ReadConsoleRequest, ResumeRequest, SetMigrationRequest, SetMigrationResponse, StartMigrationRequest,
-    StartMigrationResponse, StopRequest, VmStatus, WatchMigrationRequest, WriteConsoleRequest,
-    WriteConsoleResponse,
+    CancelMigrationRequest, CancelMigrationResponse, ConsoleChunk, GetStatusRequest, MemorySample,
+    MigrationProgress, MigrationTls, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest,
+    QuitResponse, ReadConsoleRequest, ResumeRequest, SampleMemoryRequest, SetMigrationRequest,
+    SetMigrationResponse, StartMigrationRequest, StartMigrationResponse, StopRequest, VmStatus,
+    WatchMigrationRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
 use shoal_proto::{Epoch, IdError, MigrationId};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,6 +23,7 @@ use crate::migration::negotiate::Prepared;
 use crate::migration::policy::Policy;
 use crate::migration::source::Outgoing;
 use crate::migration::transport::{Address, Identity};
+use crate::sample::{self, Pace, SampleError};
 use crate::spec::VmSpec;
 
 const CONSOLE_CHUNK: usize = 64 * 1024;
@@ -56,11 +57,14 @@ impl From<ControlError> for Status {
             ControlError::WrongState { .. } | ControlError::TooLate => Status::failed_precondition(message),
             ControlError::UnknownMigration(_) => Status::not_found(message),
             ControlError::Epoch { .. } => Status::aborted(message),
+            ControlError::Sample(SampleError::NotOffered) => Status::unimplemented(message),
+            ControlError::Sample(SampleError::UnderWay) => Status::failed_precondition(message),
             ControlError::Ending => Status::unavailable(message),
             ControlError::Build(_)
             | ControlError::Kvm(_)
             | ControlError::Listen { .. }
             | ControlError::Thread(_)
+            | ControlError::Sample(_)
             | ControlError::Mark(_) => Status::internal(message),
         }
     }
@@ -264,6 +268,15 @@ impl Vmm for Api {
         Ok(Response::new(
             self.control.ask(|reply| Command::Resume(epoch, reply)).await?,
         ))
+    }
+
+    type SampleMemoryStream = Streamed<MemorySample>;
+
+    async fn sample_memory(&self, request: Request<SampleMemoryRequest>) -> Answer<Self::SampleMemoryStream> {
+        let pace = Pace::try_from(request.into_inner()).map_err(|error| invalid(error.to_string()))?;
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(sample::stream(self.control.clone(), pace, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     type ReadConsoleStream = Streamed<ConsoleChunk>;

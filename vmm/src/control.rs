@@ -4,6 +4,7 @@
 //! progress are published as they change, so nobody waits on this thread to read them.
 
 mod post_copy;
+mod sampling;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use kvm_ioctls::Kvm;
 use shoal_proto::vm::{
-    MemoryBacking, MigrationPolicy, MigrationProgress, MigrationResult, VmState, VmStatus,
+    MemoryBacking, MemorySample, MigrationPolicy, MigrationProgress, MigrationResult, VmState, VmStatus,
 };
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::{oneshot, watch};
@@ -29,6 +30,7 @@ use crate::migration::postcopy::destination::{Event, PostCopy};
 use crate::migration::source::{self, Outgoing, Serving, SourceError};
 use crate::migration::transport::{Address, Identity, Listener};
 use crate::ran_mark::RanMark;
+use crate::sample::{SampleError, Sampler};
 use crate::spec::{PAGE_SIZE, SpecError, VmSpec};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Vm, VmError, VmHooks};
@@ -78,6 +80,9 @@ pub enum ControlError {
     /// A policy that cannot be.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// How memory is written cannot be sampled.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
     /// No thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -112,6 +117,10 @@ pub enum Command {
     Stop(Reply<VmStatus>),
     /// Console input; answers how many bytes were taken.
     ConsoleInput(Vec<u8>, Reply<usize>),
+    /// Track writes to memory for a while.
+    BeginSample(Reply<()>),
+    /// Say what was written since; nothing if something else has ended it.
+    EndSample(Reply<Option<MemorySample>>),
     /// From a vCPU thread.
     GuestEnded(GuestEnd),
     /// From the outgoing migration's thread.
@@ -231,6 +240,7 @@ struct Control {
     /// Asked for while the outgoing migration's thread still has the VM.
     resumes: Vec<Reply<VmStatus>>,
     fetching: SharedFetching,
+    sampler: Sampler,
 }
 
 /// Starts the owner's thread.
@@ -275,6 +285,7 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
         stops: vec![],
         resumes: vec![],
         fetching: Arc::clone(&handle.fetching),
+        sampler: Sampler::default(),
     };
     spawn("control", move || {
         for command in queue {
@@ -309,6 +320,8 @@ impl Control {
             Command::Resume(epoch, reply) => self.resume(epoch, reply),
             Command::Stop(reply) => self.stop(reply),
             Command::ConsoleInput(data, reply) => answer(reply, self.console_input(&data)),
+            Command::BeginSample(reply) => answer(reply, self.begin_sample()),
+            Command::EndSample(reply) => answer(reply, self.end_sample()),
             Command::GuestEnded(end) => self.guest_ended(&end),
             Command::OutgoingEnded(vm, last) => self.outgoing_ended(vm, *last),
             Command::IncomingEnded(result) => self.incoming_ended(*result),
@@ -518,6 +531,8 @@ impl Control {
             });
             let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
         })?;
+        // It has the dirty log to itself.
+        self.abandon_sample();
         let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(controls)) else {
             return Err(self.wrong_state("only a running VM migrates"));
         };
@@ -629,6 +644,7 @@ impl Control {
     }
 
     fn stop(&mut self, reply: Reply<VmStatus>) {
+        self.abandon_sample();
         match std::mem::replace(&mut self.state, State::Ended) {
             State::Running(vm) | State::InDoubt(vm) => {
                 self.halt(&vm, "stopped on request");
@@ -677,6 +693,7 @@ impl Control {
     fn take_guest_end(&mut self) {
         let State::Running(vm) = &self.state else { return };
         let Some(end) = vm.guest_end() else { return };
+        self.abandon_sample();
         let State::Running(vm) = std::mem::replace(&mut self.state, State::Ended) else {
             return;
         };

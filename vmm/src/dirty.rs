@@ -191,15 +191,7 @@ impl<'a> DirtyLog<'a> {
     /// # Errors
     /// When the ioctl fails.
     pub fn get(&self, region: &Region) -> Result<Bitmap, DirtyError> {
-        let bytes = usize::try_from(region.len).expect("guest memory fits a 64-bit address space");
-        let mut words = self
-            .vm
-            .get_dirty_log(region.slot, bytes)
-            .map_err(|source| DirtyError {
-                ioctl: "KVM_GET_DIRTY_LOG",
-                slot: region.slot,
-                source,
-            })?;
+        let mut words = written_by_vcpus(self.vm, region)?;
         self.memory.merge_vmm_dirty(region.slot, &mut words);
         Ok(Bitmap::from_words(words))
     }
@@ -213,27 +205,57 @@ impl<'a> DirtyLog<'a> {
         if !self.manual_protect {
             return Ok(());
         }
-        let pages = (words.len() as u64 * 64).min(region.pages() - first);
-        let request = kvm_clear_dirty_log {
-            slot: region.slot,
-            num_pages: u32::try_from(pages).expect("chunks are far below 2^32 pages"),
-            first_page: first,
-            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
-                dirty_bitmap: words.as_mut_ptr().cast(),
-            },
-        };
-        // SAFETY: the request points at words.len() * 64 >= num_pages bits that live across the call; KVM only reads them.
-        let result = unsafe { ioctl_with_ref(self.vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &request) };
-        if result < 0 {
-            let source = vmm_sys_util::errno::Error::last();
-            return Err(DirtyError {
-                ioctl: "KVM_CLEAR_DIRTY_LOG",
-                slot: region.slot,
-                source,
-            });
-        }
-        Ok(())
+        clear(self.vm, region, first, words)
     }
+}
+
+/// Re-arms tracking for the set pages of `words`, which starts at page `first` (a multiple of 64) of the region, in a log
+/// that is on and that KVM protects by explicit clears only.
+///
+/// # Errors
+/// When the ioctl fails.
+pub(crate) fn clear(vm: &VmFd, region: &Region, first: u64, words: &mut [u64]) -> Result<(), DirtyError> {
+    let pages = (words.len() as u64 * 64).min(region.pages() - first);
+    let request = kvm_clear_dirty_log {
+        slot: region.slot,
+        num_pages: u32::try_from(pages).expect("chunks are far below 2^32 pages"),
+        first_page: first,
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: words.as_mut_ptr().cast(),
+        },
+    };
+    // SAFETY: the request points at words.len() * 64 >= num_pages bits that live across the call; KVM only reads them.
+    let result = unsafe { ioctl_with_ref(vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &request) };
+    if result < 0 {
+        let source = vmm_sys_util::errno::Error::last();
+        return Err(DirtyError {
+            ioctl: "KVM_CLEAR_DIRTY_LOG",
+            slot: region.slot,
+            source,
+        });
+    }
+    Ok(())
+}
+
+/// Whether KVM leaves all pages alone when the log is turned on, and tracks those that are cleared. Otherwise to turn it on
+/// costs the guest a fault for every page that it writes.
+#[must_use]
+pub(crate) fn tracks_only_cleared_pages(vm: &VmFd) -> bool {
+    let offered = vm.check_extension_raw(u64::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
+    offered > 0 && offered.unsigned_abs() & KVM_DIRTY_LOG_INITIALLY_SET != 0
+}
+
+/// Pages of `region` that vCPUs have written since they were last cleared. The VMM's own writes are left for a migration.
+///
+/// # Errors
+/// When the ioctl fails.
+pub(crate) fn written_by_vcpus(vm: &VmFd, region: &Region) -> Result<Vec<u64>, DirtyError> {
+    let bytes = usize::try_from(region.len).expect("guest memory fits a 64-bit address space");
+    vm.get_dirty_log(region.slot, bytes).map_err(|source| DirtyError {
+        ioctl: "KVM_GET_DIRTY_LOG",
+        slot: region.slot,
+        source,
+    })
 }
 
 impl Drop for DirtyLog<'_> {

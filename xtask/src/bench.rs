@@ -8,8 +8,12 @@ use crate::build::{program, programs};
 use crate::context::{Context, run};
 use crate::images::{self, Image};
 
-/// The word that asks for migrations of every kind.
-const MIGRATE: &str = "migrate";
+/// Words that ask for more than the basic cases, each with a file of its own for its figures.
+const COMMANDS: [(&str, &str); 3] = [
+    ("migrate", "migrate.json"),
+    ("agents", "agents.json"),
+    ("sampling", "sampling.json"),
+];
 
 /// Builds what is measured and measures it. `options` are those of the measuring program.
 ///
@@ -18,9 +22,10 @@ const MIGRATE: &str = "migrate";
 pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
     images::build(context, Image::Probe)?;
-    let migrate = options.first().is_some_and(|word| word == MIGRATE);
-    let (command, options) = options.split_at(usize::from(migrate));
-    let name = if migrate { "migrate.json" } else { "bench.json" };
+    let asked = |(word, _): &&(&str, &str)| options.first().is_some_and(|first| first == word);
+    let name = COMMANDS.iter().find(asked).map(|(_, name)| *name);
+    let (command, options) = options.split_at(usize::from(name.is_some()));
+    let name = name.unwrap_or("bench.json");
     run(Command::new(program(context, "shoal-bench"))
         .args(command)
         .arg("--out")

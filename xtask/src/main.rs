@@ -49,9 +49,10 @@ enum Command {
         #[arg(long)]
         lints: bool,
     },
-    /// Measure start, memory and migration, beside QEMU if it is installed; `bench migrate`: migrations of every kind
+    /// Measure start, memory and migration, beside QEMU if it is installed; `bench migrate`: migrations of every kind;
+    /// `bench agents`: a scheduler under load; `bench sampling`: what samples of guests cost
     Bench {
-        /// `migrate`, and options: --runs N, --case NAME, --quick, --no-qemu, --max-downtime-ms N, --cold, --out PATH
+        /// `migrate`, `agents` or `sampling`, and options: --runs N, --case NAME, --quick, --no-qemu, --max-downtime-ms N, --cold, --out PATH
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::time::Duration;
 
 use shoal_proto::NodeName;
 use shoal_proto::vm::MemoryBacking;
@@ -36,6 +37,8 @@ pub struct AgentConfig {
     pub migration_tls: Option<PathBuf>,
     /// What guest memory is made of; another VMM of the node can take over shared memory without a copy.
     pub memory_backing: MemoryBacking,
+    /// Between two samples of how a VM writes its memory. `None`: it is not sampled.
+    pub memory_sampling: Option<Duration>,
     /// Ends the agent.
     pub shutdown: Shutdown,
 }
@@ -54,6 +57,7 @@ impl fmt::Debug for AgentConfig {
             .field("insecure", &self.insecure)
             .field("migration_tls", &self.migration_tls)
             .field("memory_backing", &self.memory_backing)
+            .field("memory_sampling", &self.memory_sampling)
             .finish_non_exhaustive()
     }
 }
@@ -82,6 +86,9 @@ pub enum ConfigError {
     /// Nothing could ever be placed here.
     #[error("{0}: must be more than 0")]
     Zero(&'static str),
+    /// VMMs would not take that.
+    #[error("memory_sampling: {0:?} is not 100 ms to an hour")]
+    Sampling(Duration),
 }
 
 impl AgentConfig {
@@ -114,6 +121,13 @@ impl AgentConfig {
         if self.cpus == Some(0) {
             return Err(ConfigError::Zero("cpus"));
         }
+        let sampling = Duration::from_millis(100)..=Duration::from_secs(3600);
+        if let Some(interval) = self
+            .memory_sampling
+            .filter(|interval| !sampling.contains(interval))
+        {
+            return Err(ConfigError::Sampling(interval));
+        }
         Ok(())
     }
 
@@ -140,6 +154,7 @@ mod tests {
             insecure: false,
             migration_tls: None,
             memory_backing: MemoryBacking::Auto,
+            memory_sampling: None,
             shutdown: Box::pin(std::future::pending()),
         }
     }
@@ -188,5 +203,8 @@ mod tests {
                 .to_string()
                 .starts_with("memory_budget: ")
         );
+        let mut bad = config("127.0.0.1:0");
+        bad.memory_sampling = Some(Duration::from_millis(99));
+        assert!(matches!(bad.validate(), Err(ConfigError::Sampling(_))));
     }
 }

@@ -10,7 +10,7 @@
 //! - `cpuid`: what CPU guests get here
 //! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it
 //! - `supervise`, `console`: what goes on as long as it lives; `retire`: its end
-//! - `facts`, `node_load`, `procfs`: what is measured; `report`, `uplink`: how the scheduler hears of it
+//! - `facts`, `node_load`, `procfs`, `sampling`, `speed`: what is measured; `report`, `uplink`: how the scheduler hears of it
 //!
 //! On disk, in the state directory: `vms/VM_ID-EPOCH/` (`vmm.sock`, `pid`, `spec.json`, `vmm.log`, and `ran` once the
 //! vCPUs have run), `epochs/VM_ID` (the newest epoch seen), `blobs/SHA256`, `agent.lock`.
@@ -33,8 +33,10 @@ mod procfs;
 mod report;
 mod retire;
 mod runtime_dir;
+mod sampling;
 mod service;
 mod spawn;
+mod speed;
 mod supervise;
 mod uplink;
 mod vm;
@@ -123,6 +125,10 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
     let mut node = node::Node::open(&config, certificates, &state_dir, registry).map_err(state_error)?;
     node.cpuid = cpuid::of_host(&config.vmm_binary).await;
+    // Nodes that share a host have the same CPUs, and start at the same time.
+    if !node.capacity.budgeted {
+        node.cpu_speed = tokio::task::spawn_blocking(speed::measure).await.unwrap_or(0.0);
+    }
     let node = Arc::new(node);
 
     let listen_error = |source| AgentError::Listen {

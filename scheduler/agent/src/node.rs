@@ -5,7 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_proto::node::Heartbeat;
 use shoal_proto::vm::{self, VmState};
@@ -32,6 +32,10 @@ pub(crate) struct Node {
     pub(crate) capacity: Capacity,
     /// What CPU guests get here; empty if that is not known.
     pub(crate) cpuid: Vec<u8>,
+    /// Of one CPU; 0 if it was not measured.
+    pub(crate) cpu_speed: f64,
+    /// Between two samples of how a VM writes its memory; `None`: it is not sampled.
+    pub(crate) memory_sampling: Option<Duration>,
     /// VMMs listen for migrations here.
     pub(crate) migration_ip: IpAddr,
     /// Others reach those sockets under this address.
@@ -69,6 +73,8 @@ impl Node {
             name: config.node.clone(),
             capacity,
             cpuid: Vec::new(),
+            cpu_speed: 0.0,
+            memory_sampling: config.memory_sampling,
             migration_ip: config.listen.ip(),
             reachable_ip: config.reachable_ip(),
             certificates,
@@ -174,6 +180,12 @@ impl Node {
                 .filter(|vm| !vm.is_retiring())
                 .map(|vm| vm.facts())
                 .collect(),
+            sequence: 0,
+            swap_in_bytes_per_second: load.rates.swap_in_bytes_per_second,
+            swap_out_bytes_per_second: load.rates.swap_out_bytes_per_second,
+            network_receive_bytes_per_second: load.rates.network_receive_bytes_per_second,
+            network_transmit_bytes_per_second: load.rates.network_transmit_bytes_per_second,
+            numa: load.numa,
         })
     }
 

@@ -3,13 +3,16 @@
 //! With a budget (`shoal up`: several nodes on one host) the VMMs' own use counts, against the budget. Without one
 //! the node is the whole host, and all that runs on it counts.
 
+use std::fs;
 use std::io;
 use std::num::NonZero;
+use std::path::Path;
 use std::time::Instant;
 
-use shoal_proto::node::Pressure;
+use shoal_proto::node::{HostRates, NumaNode, Pressure};
 
-use crate::facts::{CpuMeter, Usage};
+use crate::facts::{CpuMeter, InOutMeter, Usage};
+use crate::procfs::host::{self, InOut};
 use crate::procfs::{self, CpuTimes, MemoryInfo};
 
 /// What the node lends.
@@ -17,8 +20,8 @@ use crate::procfs::{self, CpuTimes, MemoryInfo};
 pub(crate) struct Capacity {
     pub(crate) cpus: u32,
     pub(crate) memory_bytes: u64,
-    /// Use is counted from the VMMs alone.
-    budgeted: bool,
+    /// Use is counted from the VMMs alone: several nodes may share the host.
+    pub(crate) budgeted: bool,
 }
 
 impl Capacity {
@@ -45,6 +48,10 @@ pub(crate) struct NodeLoad {
     pub(crate) run_queue: f64,
     /// `None` with a budget: the host's pressure is not this node's doing, and not the node's to relieve.
     pub(crate) pressure: Option<Pressure>,
+    /// Nothing with a budget, for the same reason.
+    pub(crate) rates: HostRates,
+    /// Nothing with a budget.
+    pub(crate) numa: Vec<NumaNode>,
 }
 
 /// Samples the node.
@@ -52,6 +59,8 @@ pub(crate) struct NodeLoad {
 pub(crate) struct LoadMeter {
     capacity: Capacity,
     host_cpu: CpuMeter,
+    swap: InOutMeter,
+    network: InOutMeter,
 }
 
 impl LoadMeter {
@@ -59,6 +68,8 @@ impl LoadMeter {
         Self {
             capacity,
             host_cpu: CpuMeter::default(),
+            swap: InOutMeter::default(),
+            network: InOutMeter::default(),
         }
     }
 
@@ -83,7 +94,23 @@ impl LoadMeter {
                 memory: pressure("memory"),
                 io: pressure("io"),
             }),
+            rates: self.host_rates(now),
+            numa: numa_nodes(Path::new("/sys/devices/system/node")),
         })
+    }
+
+    fn host_rates(&mut self, now: Instant) -> HostRates {
+        let read = |path| procfs::read(path).ok();
+        let swap = read("/proc/vmstat").and_then(|text| host::parse_swap(&text));
+        let (swap_in, swap_out) = self.swap.sample(swap, now);
+        let network = read("/proc/net/dev").map(|text| network(&text));
+        let (receive, transmit) = self.network.sample(network, now);
+        HostRates {
+            swap_in_bytes_per_second: swap_in,
+            swap_out_bytes_per_second: swap_out,
+            network_receive_bytes_per_second: receive,
+            network_transmit_bytes_per_second: transmit,
+        }
     }
 }
 
@@ -96,6 +123,8 @@ fn budget_load(capacity: Capacity, vms: &[Usage]) -> NodeLoad {
         cpu_use: vms.iter().map(|vm| vm.cpu_use).sum(),
         run_queue: count(vms.iter().map(|vm| vm.runnable).sum()),
         pressure: None,
+        rates: HostRates::default(),
+        numa: Vec::new(),
     }
 }
 
@@ -112,10 +141,50 @@ fn host_memory() -> io::Result<MemoryInfo> {
     MemoryInfo::parse(&text).ok_or_else(|| procfs::malformed("/proc/meminfo"))
 }
 
-/// PSI of one resource; 0 where the kernel has none.
-fn pressure(resource: &str) -> f64 {
+/// PSI of one resource; `None` where the kernel has none, or it is turned off.
+fn pressure(resource: &str) -> Option<f64> {
     let text = procfs::read(&format!("/proc/pressure/{resource}")).ok();
-    text.and_then(|text| procfs::parse_pressure(&text)).unwrap_or(0.0)
+    text.and_then(|text| procfs::parse_pressure(&text))
+}
+
+/// Of all network devices. What goes through a bridge or a tunnel goes through a device as well, and is counted there; a
+/// host with none that it calls a device, as in a network namespace, has all but loopback counted.
+fn network(text: &str) -> InOut {
+    let interfaces = host::parse_networks(text);
+    let is_device = |name: &str| Path::new("/sys/class/net").join(name).join("device").exists();
+    let sum = |counted: &dyn Fn(&str) -> bool| {
+        let counted = interfaces.iter().filter(|(name, _)| counted(name));
+        counted.fold(InOut::default(), |sum, (_, bytes)| InOut {
+            into: sum.into.wrapping_add(bytes.into),
+            out: sum.out.wrapping_add(bytes.out),
+        })
+    };
+    if interfaces.iter().any(|(name, _)| is_device(name)) {
+        sum(&is_device)
+    } else {
+        sum(&|name| name != "lo")
+    }
+}
+
+/// NUMA nodes with memory, by number; none where the kernel does not know of any.
+fn numa_nodes(directory: &Path) -> Vec<NumaNode> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let node = |entry: fs::DirEntry| {
+        let id = entry.file_name().to_str()?.strip_prefix("node")?.parse().ok()?;
+        let read = |file: &str| procfs::read(&entry.path().join(file).to_string_lossy()).ok();
+        let (memory_bytes, memory_available_bytes) = host::parse_node_memory(&read("meminfo")?)?;
+        Some(NumaNode {
+            id,
+            cpus: host::count_cpus(&read("cpulist")?)?,
+            memory_bytes,
+            memory_available_bytes,
+        })
+    };
+    let mut nodes: Vec<_> = entries.flatten().filter_map(node).collect();
+    nodes.sort_by_key(|node| node.id);
+    nodes
 }
 
 /// Whether KVM has no hardware virtualization here. Both hardware modules show parameters in sysfs, also when built in.
@@ -136,6 +205,7 @@ mod tests {
             resident_bytes,
             cpu_use,
             runnable,
+            ..Usage::default()
         }
     }
 
@@ -151,6 +221,8 @@ mod tests {
             cpu_use: 1.5,
             run_queue: 3.0,
             pressure: None,
+            rates: HostRates::default(),
+            numa: Vec::new(),
         };
         assert_eq!(load, expected);
         let over = meter
@@ -163,10 +235,46 @@ mod tests {
     fn without_a_budget_the_node_is_the_host() {
         let capacity = Capacity::detect(None, None).expect("detected");
         assert!(capacity.cpus > 0 && capacity.memory_bytes > MIB);
-        let load = LoadMeter::new(capacity)
-            .sample(&[], Instant::now())
+        let mut meter = LoadMeter::new(capacity);
+        let start = Instant::now();
+        meter.sample(&[], start).expect("sampled");
+        let load = meter
+            .sample(&[], start + std::time::Duration::from_secs(1))
             .expect("sampled");
         assert!((1..=capacity.memory_bytes).contains(&load.memory_available_bytes));
-        assert!(load.pressure.is_some());
+        assert!(load.rates.network_receive_bytes_per_second.is_some());
+        // A kernel without PSI does not say that there is no pressure.
+        let pressure = load.pressure.expect("of the host");
+        assert_eq!(
+            pressure.memory.is_some(),
+            Path::new("/proc/pressure/memory").exists()
+        );
+    }
+
+    #[test]
+    fn numa_nodes_are_those_that_make_sense() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let add = |name: &str, meminfo: &str, cpus: &str| {
+            let node = directory.path().join(name);
+            fs::create_dir(&node).expect("made");
+            fs::write(node.join("meminfo"), meminfo).expect("written");
+            fs::write(node.join("cpulist"), cpus).expect("written");
+        };
+        let meminfo = "Node 1 MemTotal: 8 kB\nNode 1 MemFree: 4 kB\nNode 1 Active(file): 1 kB\n\
+                       Node 1 Inactive(file): 1 kB\n";
+        add("node1", meminfo, "4-7\n");
+        add("node0", meminfo, "0-3\n");
+        add("node2", "nonsense", "0-3\n");
+        add("node3", meminfo, "nonsense");
+        add("nodeX", meminfo, "0");
+        add("power", meminfo, "0");
+        let node = |id| NumaNode {
+            id,
+            cpus: 4,
+            memory_bytes: 8 << 10,
+            memory_available_bytes: 6 << 10,
+        };
+        assert_eq!(numa_nodes(directory.path()), [node(0), node(1)]);
+        assert_eq!(numa_nodes(&directory.path().join("missing")), []);
     }
 }

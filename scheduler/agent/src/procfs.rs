@@ -1,5 +1,7 @@
 //! Reading `/proc`: parsing is pure, so that it can be tested; see proc(5) and the kernel's accounting/psi document.
 
+pub(crate) mod host;
+
 use std::io;
 
 /// Clock ticks a second in `/proc/PID/stat`; fixed at 100 in the user interface of Linux on x86-64 (`USER_HZ`).
@@ -38,6 +40,29 @@ impl ProcessStat {
     pub(crate) fn is_running(self) -> bool {
         !matches!(self.state, 'Z' | 'X' | 'x')
     }
+}
+
+/// The name in `/proc/PID/stat`, or in that of a thread.
+pub(crate) fn thread_name(stat: &str) -> Option<&str> {
+    let (start, end) = (stat.find('(')?, stat.rfind(')')?);
+    stat.get(start + 1..end)
+}
+
+/// How long a thread was ready to run and did not, in ns, from `/proc/PID/task/TID/schedstat`.
+pub(crate) fn parse_run_delay(text: &str) -> Option<u64> {
+    text.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// Bytes read from storage and written to it, from `/proc/PID/io`.
+pub(crate) fn parse_storage(text: &str) -> Option<host::InOut> {
+    let field = |name: &str| -> Option<u64> {
+        let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+        rest.trim().parse().ok()
+    };
+    Some(host::InOut {
+        into: field("read_bytes:")?,
+        out: field("write_bytes:")?,
+    })
 }
 
 /// Resident bytes from `/proc/PID/statm`.
@@ -126,7 +151,7 @@ pub(crate) fn parse_pressure(text: &str) -> Option<f64> {
         .find_map(|field| field.strip_prefix("avg10="))?
         .parse()
         .ok()?;
-    average.is_finite().then_some(average)
+    (0.0..=100.0).contains(&average).then_some(average)
 }
 
 /// `/proc/PID/stat`; an error if there is no such process.
@@ -174,6 +199,30 @@ mod tests {
         ] {
             assert_eq!(ProcessStat::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn threads_have_names_and_wait_to_run() {
+        assert_eq!(thread_name("42 (vcpu0) S 1"), Some("vcpu0"));
+        assert_eq!(thread_name("42 (a) b)) S 1"), Some("a) b)"));
+        for bad in ["", "42", "42 )vcpu0( S", "42 (vcpu0"] {
+            assert_eq!(thread_name(bad), None, "{bad}");
+        }
+        assert_eq!(parse_run_delay("546584 513312 2\n"), Some(513_312));
+        assert_eq!(parse_run_delay("546584"), None);
+        assert_eq!(parse_run_delay("1 -5 2"), None);
+    }
+
+    #[test]
+    fn storage_is_what_the_block_layer_did() {
+        let text = "rchar: 6976\nwchar: 1\nsyscr: 10\nread_bytes: 4096\nwrite_bytes: 8192\n";
+        let bytes = host::InOut {
+            into: 4096,
+            out: 8192,
+        };
+        assert_eq!(parse_storage(text), Some(bytes));
+        assert_eq!(parse_storage("read_bytes: 1\n"), None);
+        assert_eq!(parse_storage("read_bytes: 1\nwrite_bytes: many\n"), None);
     }
 
     #[test]
@@ -226,7 +275,15 @@ mod tests {
     fn pressure_is_the_ten_second_average() {
         let text = "some avg10=0.72 avg60=0.28 avg300=0.24 total=5557130\nfull avg10=0.62 avg60=0.25\n";
         assert_eq!(parse_pressure(text), Some(0.72));
-        assert_eq!(parse_pressure("some avg10=nan"), None);
+        for bad in [
+            "some avg10=nan",
+            "some avg10=-1",
+            "some avg10=101",
+            "some avg10=inf",
+            "full avg10=1",
+        ] {
+            assert_eq!(parse_pressure(bad), None, "{bad}");
+        }
         assert_eq!(parse_pressure(""), None);
     }
 }

@@ -1,14 +1,18 @@
 //! The agent's stream to the scheduler: it registers, reports, and takes acknowledgements; after any failure it
 //! connects again, for ever.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use shoal_proto::NodeName;
 use shoal_proto::node::{
-    AgentReport, Register, SchedulerMessage, agent_report::Report, scheduler_message::Message,
+    AgentReport, Register, Registered, SchedulerMessage, agent_report::Report, scheduler_message::Message,
 };
+use shoal_report::{Encoder, Thresholds, WHOLE_EVERY};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -70,19 +74,20 @@ async fn session(
     let mut registry = node.registry.clone();
     let welcome = async {
         let mut messages = registry.report(ReceiverStream::new(queue)).await?.into_inner();
-        wait_until_registered(&mut messages).await?;
-        Ok::<_, SessionEnd>(messages)
+        let registered = wait_until_registered(&mut messages).await?;
+        Ok::<_, SessionEnd>((messages, registered))
     };
-    let messages = timeout(REGISTER_LIMIT, welcome)
+    let (messages, welcome) = timeout(REGISTER_LIMIT, welcome)
         .await
         .map_err(|_| SessionEnd::NotRegistered)??;
     tracing::info!(node = %node.name, "registered with the scheduler");
     *registered = true;
     node.uplink.open(reports.clone());
+    let whole_wanted = AtomicBool::new(!welcome.deltas);
     // Apart, so that a full queue in one direction never stops the other.
     tokio::select! {
-        end = read_messages(node, messages) => end,
-        end = write_heartbeats(node, &reports) => end,
+        end = read_messages(node, messages, &whole_wanted) => end,
+        end = write_heartbeats(node, &reports, welcome.deltas, &whole_wanted) => end,
         end = write_changes(node, &reports) => end,
     }
 }
@@ -97,19 +102,24 @@ fn registration(node: &Node, address: SocketAddr) -> Register {
         software_kvm: is_software_kvm(),
         cpuid: node.cpuid.clone(),
         migration_tls: node.certificates.is_some(),
+        cpu_speed: node.cpu_speed,
     }
 }
 
-async fn wait_until_registered(messages: &mut Streaming<SchedulerMessage>) -> Result<(), SessionEnd> {
+async fn wait_until_registered(messages: &mut Streaming<SchedulerMessage>) -> Result<Registered, SessionEnd> {
     while let Some(message) = messages.message().await? {
-        if let Some(Message::Registered(_)) = message.message {
-            return Ok(());
+        if let Some(Message::Registered(registered)) = message.message {
+            return Ok(registered);
         }
     }
     Err(SessionEnd::Closed)
 }
 
-async fn read_messages<T>(node: &Node, mut messages: Streaming<SchedulerMessage>) -> Result<T, SessionEnd> {
+async fn read_messages<T>(
+    node: &Node,
+    mut messages: Streaming<SchedulerMessage>,
+    whole_wanted: &AtomicBool,
+) -> Result<T, SessionEnd> {
     while let Some(message) = messages.message().await? {
         match message.message {
             Some(Message::ConsoleAck(ack)) => match ack.vm_id.parse() {
@@ -119,13 +129,20 @@ async fn read_messages<T>(node: &Node, mut messages: Streaming<SchedulerMessage>
                     .for_each(|vm| vm.acknowledge_console(ack.offset)),
                 Err(error) => tracing::warn!(%error, "console acknowledgement ignored"),
             },
+            Some(Message::WholeReportWanted(_)) => whole_wanted.store(true, Ordering::Relaxed),
             Some(Message::Registered(_)) | None => {}
         }
     }
     Err(SessionEnd::Closed)
 }
 
-async fn write_heartbeats<T>(node: &Arc<Node>, reports: &mpsc::Sender<AgentReport>) -> Result<T, SessionEnd> {
+async fn write_heartbeats<T>(
+    node: &Arc<Node>,
+    reports: &mpsc::Sender<AgentReport>,
+    deltas: bool,
+    whole_wanted: &AtomicBool,
+) -> Result<T, SessionEnd> {
+    let mut encoder = Encoder::new(Thresholds::DEFAULT, phase(&node.name));
     let mut ticks = interval(HEARTBEAT);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -135,8 +152,18 @@ async fn write_heartbeats<T>(node: &Arc<Node>, reports: &mpsc::Sender<AgentRepor
         let heartbeat = heartbeat
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(SessionEnd::Load)?;
-        send(reports, Report::Heartbeat(heartbeat)).await?;
+        if whole_wanted.swap(!deltas, Ordering::Relaxed) {
+            encoder.want_whole();
+        }
+        send(reports, encoder.encode(heartbeat)).await?;
     }
+}
+
+/// When, after its first, a node sends its whole reports: not when others do.
+fn phase(node: &NodeName) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    node.hash(&mut hasher);
+    u32::try_from(hasher.finish() % u64::from(WHOLE_EVERY)).unwrap_or(0)
 }
 
 async fn write_changes<T>(node: &Node, reports: &mpsc::Sender<AgentReport>) -> Result<T, SessionEnd> {

@@ -9,6 +9,7 @@ use tonic::Status;
 
 use crate::console;
 use crate::node::Node;
+use crate::sampling;
 use crate::vm::Vm;
 
 /// Pause before asking again after the VMM's stream has broken.
@@ -20,6 +21,7 @@ pub(crate) async fn supervise(node: Arc<Node>, vm: Arc<Vm>) {
         how = vm.process.exited() => how,
         never = follow_status(&node, &vm) => match never {},
         never = console::pump(&vm, node.uplink.sessions()) => match never {},
+        never = sampling::follow(&vm, node.memory_sampling) => match never {},
     };
     vm.set_gone(&how);
     if vm.is_retiring() {

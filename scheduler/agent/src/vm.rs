@@ -18,6 +18,7 @@ use crate::facts::{self, Usage, UsageMeter};
 use crate::key::VmKey;
 use crate::process::WatchedProcess;
 use crate::runtime_dir::{RuntimeDir, VmRecord};
+use crate::sampling::LatestSample;
 
 /// How long a VMM may take to answer a question that needs no work.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -35,6 +36,8 @@ pub(crate) struct Vm {
     /// Console bytes before this offset are in the scheduler's log.
     pub(crate) console_acked: watch::Sender<u64>,
     usage: Mutex<UsageMeter>,
+    /// How it writes its memory.
+    pub(crate) memory_sample: LatestSample,
     retiring: AtomicBool,
 }
 
@@ -70,6 +73,7 @@ impl Vm {
             status: watch::Sender::new(status),
             console_acked: watch::Sender::new(0),
             usage: Mutex::default(),
+            memory_sample: LatestSample::default(),
             retiring: AtomicBool::new(false),
         })
     }
@@ -177,17 +181,27 @@ impl Vm {
     /// Everything the scheduler wants to know, as of now.
     pub(crate) fn facts(&self) -> VmFacts {
         let alive = !self.process.is_gone();
-        let resident_bytes = if alive {
-            facts::resident_bytes(self.process.identity().pid)
-        } else {
-            0
-        };
+        if !alive {
+            return VmFacts {
+                status: Some(self.status()),
+                ran_here: self.dir.has_run(),
+                ..VmFacts::default()
+            };
+        }
+        let usage = self.meter().latest();
+        let sample = self.memory_sample.get(Instant::now());
         VmFacts {
             status: Some(self.status()),
-            vmm_alive: alive,
-            resident_bytes,
-            cpu_use: if alive { self.meter().latest().cpu_use } else { 0.0 },
+            vmm_alive: true,
+            resident_bytes: facts::resident_bytes(self.process.identity().pid),
+            cpu_use: usage.cpu_use,
             ran_here: self.dir.has_run(),
+            cpu_steal: usage.cpu_steal,
+            dirty_rate_bytes_per_second: sample.map(|sample| sample.dirty_rate_bytes_per_second),
+            working_set_bytes: sample.map(|sample| sample.working_set_bytes),
+            read_bytes_per_second: usage.read_rate,
+            write_bytes_per_second: usage.write_rate,
+            handle: 0,
         }
     }
 

@@ -85,6 +85,44 @@ async fn a_vm_is_launched_reported_and_destroyed_and_only_its_epoch_stays() {
 }
 
 #[tokio::test]
+async fn what_a_vm_writes_is_reported_and_reports_are_deltas_until_one_is_lost() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let vm = new_vm(1);
+    client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect("launched");
+    eventually("the VMM's sample is in a report", || {
+        let beating = scheduler.told(|told| told.beating()).unwrap_or_default();
+        beating.iter().any(|facts| {
+            facts.dirty_rate_bytes_per_second == Some(7 << 20) && facts.working_set_bytes == Some(9 << 20)
+        })
+    })
+    .await;
+    let wholes = scheduler.told(|told| {
+        assert!(told.deltas > 0, "{} whole reports", told.wholes);
+        told.lose_delta = true;
+        told.wholes
+    });
+    eventually("a whole report in place of the one that was lost", || {
+        scheduler.told(|told| told.wholes > wholes)
+    })
+    .await;
+    assert_eq!(scheduler.told(|told| told.beating()).unwrap_or_default().len(), 1);
+    client.destroy_vm(vm).await.expect("destroyed");
+    eventually("it has left the reports", || {
+        scheduler
+            .told(|told| told.beating())
+            .unwrap_or_default()
+            .is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_failed_boot_is_told_in_the_vmms_words_and_leaves_nothing() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;

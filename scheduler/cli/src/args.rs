@@ -35,7 +35,7 @@ pub struct GlobalArgs {
         value_name = "URL"
     )]
     pub endpoint: String,
-    /// Tables for people or JSON for scripts.
+    /// Tables for people (wide: with more columns of nodes and VMs) or JSON for scripts.
     #[arg(short, long = "output", global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
 }
@@ -65,6 +65,7 @@ pub enum Command {
     /// Run a workload in a new microVM.
     Run(commands::run::RunArgs),
     /// List VMs.
+    #[command(visible_alias = "vms")]
     Ps(commands::ps::PsArgs),
     /// List nodes.
     Nodes(commands::nodes::NodesArgs),

@@ -38,6 +38,12 @@ pub fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
+/// A rate as shown: "1.0 MiB/s", or "-" where it is not known.
+#[must_use]
+pub fn known_rate(bytes_per_second: Option<u64>) -> String {
+    bytes_per_second.map_or("-".to_owned(), |rate| format!("{}/s", size(rate)))
+}
+
 /// A duration of microseconds as shown: "1.24 s", "12.3 ms", "87 us".
 #[must_use]
 pub fn micros(us: u64) -> String {
@@ -99,6 +105,8 @@ mod tests {
     #[test]
     fn figures_as_shown() {
         assert_eq!(size(256 << 20), "256.0 MiB");
+        assert_eq!(known_rate(Some(1 << 20)), "1.0 MiB/s");
+        assert_eq!(known_rate(None), "-");
         assert_eq!(micros(87), "87 us");
         assert_eq!(micros(12_345), "12.3 ms");
         assert_eq!(micros(1_240_000), "1.24 s");

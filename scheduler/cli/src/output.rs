@@ -14,6 +14,8 @@ use crate::error::CliError;
 pub enum Format {
     /// For people.
     Table,
+    /// For people with wide terminals: more columns of nodes and VMs.
+    Wide,
     /// For scripts.
     Json,
 }
@@ -37,6 +39,12 @@ impl Output {
         self.format == Format::Json
     }
 
+    /// True if people asked for more columns.
+    #[must_use]
+    pub fn is_wide(self) -> bool {
+        self.format == Format::Wide
+    }
+
     /// Writes one result: as pretty JSON, or as the text that `human` makes of it.
     pub fn show<T: Serialize + ?Sized>(
         self,
@@ -45,7 +53,7 @@ impl Output {
     ) -> Result<(), CliError> {
         let text = match self.format {
             Format::Json => serde_json::to_string_pretty(value).map_err(json_error)?,
-            Format::Table => human(value),
+            Format::Table | Format::Wide => human(value),
         };
         self.line(&text)
     }
@@ -58,7 +66,7 @@ impl Output {
     ) -> Result<(), CliError> {
         let text = match self.format {
             Format::Json => serde_json::to_string(value).map_err(json_error)?,
-            Format::Table => human(value),
+            Format::Table | Format::Wide => human(value),
         };
         self.line(&text)
     }

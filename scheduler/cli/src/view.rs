@@ -50,6 +50,16 @@ pub struct VmView {
     pub priority: u32,
     /// Where it was started; empty if not known.
     pub home: String,
+    /// CPUs that it waited for while others had them; null where not known, as are the next four.
+    pub cpu_steal: Option<f64>,
+    /// Memory that it writes, smoothed.
+    pub dirty_rate_bytes_per_second: Option<u64>,
+    /// Memory that it writes again and again, smoothed.
+    pub working_set_bytes: Option<u64>,
+    /// From storage.
+    pub read_bytes_per_second: Option<u64>,
+    /// To storage.
+    pub write_bytes_per_second: Option<u64>,
 }
 
 /// What a VM asks of its node, as terms.
@@ -98,6 +108,11 @@ impl From<&cluster::Vm> for VmView {
             locked: vm.locked,
             priority: vm.priority,
             home: vm.home.clone(),
+            cpu_steal: vm.cpu_steal,
+            dirty_rate_bytes_per_second: vm.dirty_rate_bytes_per_second,
+            working_set_bytes: vm.working_set_bytes,
+            read_bytes_per_second: vm.read_bytes_per_second,
+            write_bytes_per_second: vm.write_bytes_per_second,
         }
     }
 }
@@ -150,6 +165,67 @@ pub struct NodeView {
     pub reserved_memory_bytes: u64,
     /// CPUs that VMs are not counted on.
     pub reserved_cpus: f64,
+    /// live; suspect after 5 s of silence, lost after 30.
+    pub liveness: &'static str,
+    /// Since its last report; null if none has come since the scheduler started.
+    pub silent_ms: Option<u64>,
+    /// CPUs in use now.
+    pub cpu_use: f64,
+    /// Threads that run or could.
+    pub run_queue: f64,
+    /// As it names itself.
+    pub cpu_model: String,
+    /// Of one CPU, by that of the cluster's typical node.
+    pub cpu_speed: f64,
+    /// PSI "some avg10", percent; null where the kernel does not say.
+    pub psi_cpu: Option<f64>,
+    /// PSI "some avg10", percent.
+    pub psi_memory: Option<f64>,
+    /// PSI "some avg10", percent.
+    pub psi_io: Option<f64>,
+    /// Of the host; null with a budget, as are the next three.
+    pub swap_in_bytes_per_second: Option<u64>,
+    /// Of the host.
+    pub swap_out_bytes_per_second: Option<u64>,
+    /// Of the host's network devices.
+    pub network_receive_bytes_per_second: Option<u64>,
+    /// Of the host's network devices.
+    pub network_transmit_bytes_per_second: Option<u64>,
+    /// Its NUMA nodes.
+    pub numa: Vec<NumaView>,
+}
+
+/// A NUMA node.
+#[derive(Debug, Serialize)]
+pub struct NumaView {
+    /// As the host numbers it.
+    pub id: u32,
+    /// Its CPUs.
+    pub cpus: u32,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Free, or of files.
+    pub memory_available_bytes: u64,
+}
+
+impl From<&cluster::NumaNode> for NumaView {
+    fn from(node: &cluster::NumaNode) -> Self {
+        Self {
+            id: node.id,
+            cpus: node.cpus,
+            memory_bytes: node.memory_bytes,
+            memory_available_bytes: node.memory_available_bytes,
+        }
+    }
+}
+
+fn liveness(of: cluster::Liveness) -> &'static str {
+    match of {
+        cluster::Liveness::Live => "live",
+        cluster::Liveness::Suspect => "suspect",
+        cluster::Liveness::Lost => "lost",
+        cluster::Liveness::Unspecified => "unknown",
+    }
 }
 
 impl From<&cluster::Node> for NodeView {
@@ -175,6 +251,20 @@ impl From<&cluster::Node> for NodeView {
             taints: node.taints.clone(),
             reserved_memory_bytes: node.reserved_memory_bytes,
             reserved_cpus: node.reserved_cpus,
+            liveness: liveness(node.liveness()),
+            silent_ms: node.silent_ms,
+            cpu_use: node.cpu_use,
+            run_queue: node.run_queue,
+            cpu_model: node.cpu_model.clone(),
+            cpu_speed: node.cpu_speed,
+            psi_cpu: node.psi_cpu,
+            psi_memory: node.psi_memory,
+            psi_io: node.psi_io,
+            swap_in_bytes_per_second: node.swap_in_bytes_per_second,
+            swap_out_bytes_per_second: node.swap_out_bytes_per_second,
+            network_receive_bytes_per_second: node.network_receive_bytes_per_second,
+            network_transmit_bytes_per_second: node.network_transmit_bytes_per_second,
+            numa: node.numa.iter().map(NumaView::from).collect(),
         }
     }
 }

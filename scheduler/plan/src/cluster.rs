@@ -40,13 +40,15 @@ pub(crate) struct Vm<'a> {
     pub demand: f64,
     /// Bytes it dirties per second, growth included.
     pub dirty: f64,
+    /// Bytes that it writes again and again; all it can hold where that is not known.
+    pub working_set: f64,
     /// Bytes per second that a migration of it gets.
     pub link: f64,
     /// How long moving it takes alone on a link.
     pub move_seconds: f64,
     /// Bytes per second by which pre-copy gets ahead.
     headway: f64,
-    /// Pre-copy gets ahead of its dirty rate.
+    /// Pre-copy gets ahead of its dirty rate, or what it writes is so little that this does not matter.
     pub converges: bool,
 }
 
@@ -162,6 +164,10 @@ impl<'a> Cluster<'a> {
         let measured = self.nodes[node].view.link_rate;
         let link = measured.map_or(self.policy.link_rate, |rate| rate.min(self.policy.link_rate));
         let link = (link.0 as f64).max(1.0);
+        // It grows meanwhile, and what is new is written too.
+        let set = view
+            .working_set
+            .map_or(f64::INFINITY, |set| set.0 as f64 + growth);
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
         let cpu_use = load(view.cpu_use);
         let demand = match view.resident {
@@ -181,10 +187,11 @@ impl<'a> Cluster<'a> {
             growth,
             demand,
             dirty,
+            working_set: set,
             link,
             move_seconds: move_seconds(self.policy, resident, headway),
             headway,
-            converges: dirty < link * CONVERGES_BELOW,
+            converges: dirty < link * CONVERGES_BELOW || set <= self.policy.max_downtime.as_secs_f64() * link,
         }
     }
 

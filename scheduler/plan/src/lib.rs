@@ -50,4 +50,4 @@ pub use policy::{Automation, Mode, Policy, PolicyError};
 pub use queue::{Turn, Waiting, take_turns};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};
-pub use smooth::{ExportedLoad, Growth, LocalLoad};
+pub use smooth::{ExportedLoad, Growth, LocalLoad, Peak, SMOOTHING};

@@ -259,6 +259,8 @@ pub struct VmView {
     pub cpu_use: f64,
     /// How fast it dirties memory, where known.
     pub dirty_rate: Option<BytesPerSecond>,
+    /// Memory that it writes again and again, where known: pre-copy has no more than that to send again.
+    pub working_set: Option<Bytes>,
     /// How fast `resident` grows, smoothed: see [`crate::Growth`].
     pub growth: BytesPerSecond,
     /// A reason why it cannot be moved.
@@ -295,6 +297,7 @@ impl VmView {
             resident: None,
             cpu_use: 0.0,
             dirty_rate: None,
+            working_set: None,
             growth: BytesPerSecond(0),
             cannot_move: None,
             in_flight: None,

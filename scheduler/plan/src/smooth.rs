@@ -8,6 +8,59 @@ use std::time::Duration;
 
 use crate::model::{Bytes, BytesPerSecond};
 
+/// How much a sample weighs against what was known, when it is above that and when it is below.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Weights {
+    /// Above.
+    pub rising: f64,
+    /// Below.
+    pub falling: f64,
+}
+
+/// Every constant of smoothing; docs/scheduling.md has the same table.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Smoothing {
+    /// A load as the node itself sees it, and what a VM asks of its CPUs.
+    pub local: Weights,
+    /// A load as others see the node.
+    pub exported: Weights,
+    /// How fast memory grows. The first sample counts in full.
+    pub growth: Weights,
+    /// A VM's dirty rate, and the working set of its writes: what a move would meet is the worst of late.
+    pub peak: Weights,
+}
+
+/// The constants in use. Loads: (5 old + 3 new) / 8 and (7 old + new) / 8, as in Kerrighed's `mosix_probe.c`.
+pub const SMOOTHING: Smoothing = Smoothing {
+    local: Weights {
+        rising: 3.0 / 8.0,
+        falling: 1.0,
+    },
+    exported: Weights {
+        rising: 1.0,
+        falling: 1.0 / 8.0,
+    },
+    growth: Weights {
+        rising: 0.7,
+        falling: 0.4,
+    },
+    peak: Weights {
+        rising: 1.0,
+        falling: 1.0 / 8.0,
+    },
+};
+
+impl Weights {
+    fn mean(self, old: f64, sample: f64) -> f64 {
+        let weight = self.of(old, sample);
+        (1.0 - weight) * old + weight * sample
+    }
+
+    fn of(self, old: f64, sample: f64) -> f64 {
+        if sample > old { self.rising } else { self.falling }
+    }
+}
+
 /// A load as the node itself sees it: (5 old + 3 new) / 8 when it rises, at once when it falls.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct LocalLoad(f64);
@@ -15,12 +68,7 @@ pub struct LocalLoad(f64);
 impl LocalLoad {
     /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
     pub fn update(&mut self, sample: f64) -> f64 {
-        let sample = load(sample);
-        self.0 = if sample > self.0 {
-            (5.0 * self.0 + 3.0 * sample) / 8.0
-        } else {
-            sample
-        };
+        self.0 = SMOOTHING.local.mean(self.0, load(sample));
         self.0
     }
 
@@ -38,12 +86,7 @@ pub struct ExportedLoad(f64);
 impl ExportedLoad {
     /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
     pub fn update(&mut self, sample: f64) -> f64 {
-        let sample = load(sample);
-        self.0 = if sample < self.0 {
-            (7.0 * self.0 + sample) / 8.0
-        } else {
-            sample
-        };
+        self.0 = SMOOTHING.exported.mean(self.0, load(sample));
         self.0
     }
 
@@ -63,9 +106,6 @@ pub struct Growth {
 }
 
 impl Growth {
-    const WEIGHT_RISING: f64 = 0.7;
-    const WEIGHT_FALLING: f64 = 0.4;
-
     /// Takes the amount now, `elapsed` after the last sample; answers the new rate. The first sample only sets the
     /// base, as does one that comes after no time. Start a new `Growth` when a VM arrives on another node.
     pub fn update(&mut self, amount: Bytes, elapsed: Duration) -> BytesPerSecond {
@@ -75,11 +115,7 @@ impl Growth {
         {
             let sample = (amount.0 as f64 - last.0 as f64) / seconds;
             let rate = self.rate.unwrap_or(sample);
-            let weight = if sample > rate {
-                Self::WEIGHT_RISING
-            } else {
-                Self::WEIGHT_FALLING
-            };
+            let weight = SMOOTHING.growth.of(rate, sample);
             self.rate = Some(rate + weight * (sample - rate));
         }
         self.last = Some(amount);
@@ -92,6 +128,27 @@ impl Growth {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         // float casts saturate, and it is not negative
         BytesPerSecond(self.rate.unwrap_or(0.0).max(0.0) as u64)
+    }
+}
+
+/// An amount, or a rate, whose worst of late matters: it rises at once and falls slowly.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Peak(f64);
+
+impl Peak {
+    /// The value after one more sample.
+    #[must_use]
+    pub fn next(self, sample: u64) -> Self {
+        Self(SMOOTHING.peak.mean(self.0, sample as f64))
+    }
+
+    /// The value.
+    #[must_use]
+    pub fn value(self) -> u64 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // float casts saturate, and it is not negative
+        let value = self.0 as u64;
+        value
     }
 }
 
@@ -122,6 +179,15 @@ mod tests {
         assert_eq!(exported.update(8.0), 8.0);
         assert_eq!(exported.update(0.0), 7.0);
         assert_eq!(exported.update(f64::NAN), 6.125);
+    }
+
+    #[test]
+    fn a_peak_rises_at_once_and_falls_slowly() {
+        let peak = Peak::default().next(800);
+        assert_eq!(peak.value(), 800);
+        assert_eq!(peak.next(0).value(), 700);
+        assert_eq!(peak.next(900).value(), 900);
+        assert_eq!(peak.next(u64::MAX).value(), u64::MAX);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shoal_plan::{Action, ActionKind, Automation, Note, NoteKind, Plan, Policy};
 use tokio::time::MissedTickBehavior;
@@ -62,11 +62,14 @@ pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
 pub async fn plan_with(scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) -> Plan {
     let shared = Arc::clone(scheduler);
     let planned = tokio::task::spawn_blocking(move || {
+        let started = Instant::now();
         let snapshot = observe::snapshot(&shared);
-        match wanted {
+        let plan = match wanted {
             Wanted::All => shoal_plan::round(&snapshot, &policy),
             Wanted::Drains => drains(shoal_plan::urgent(&snapshot, &policy)),
-        }
+        };
+        shared.metrics.count_planning(started.elapsed());
+        plan
     });
     planned.await.unwrap_or_else(|error| {
         tracing::error!(%error, "the planner failed");
@@ -114,7 +117,7 @@ pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
 
 async fn housekeeping(scheduler: &Shared) {
     for entry in scheduler.nodes.list() {
-        observe::announce_reachability(scheduler, &entry);
+        observe::announce_liveness(scheduler, &entry);
     }
     for (vm, end) in scheduler.logs.expire_early().await {
         let Some(entry) = scheduler.vms.get(vm) else {

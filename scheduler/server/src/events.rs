@@ -55,6 +55,8 @@ pub enum Kind {
     NodeReady,
     /// A node has not reported for a while.
     NodeUnreachable,
+    /// A node has not reported for long: what it was like is forgotten.
+    NodeLost,
     /// A node is being drained.
     NodeDraining,
     /// A drained node is empty.
@@ -96,6 +98,7 @@ impl Kind {
             Self::MigrationLinkBack => "migration-link-back",
             Self::NodeReady => "node-ready",
             Self::NodeUnreachable => "node-unreachable",
+            Self::NodeLost => "node-lost",
             Self::NodeDraining => "node-draining",
             Self::NodeDrained => "node-drained",
             Self::NodeUncordoned => "node-uncordoned",

@@ -4,6 +4,7 @@
 //! - what users call: `api`, one call a file; `view` shows records; `limits` says what may be asked for
 //! - what agents call: `registry`; what they report goes through `observe` into `nodes`
 //! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`, `history`
+//! - `seed`: what load tests start from
 //! - what is in memory: `vms`, `nodes`, `migrations`
 //! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
@@ -35,6 +36,8 @@ mod reconcile;
 mod record;
 mod registry;
 mod scheduler;
+#[doc(hidden)]
+pub mod seed;
 mod server;
 mod store;
 #[cfg(test)]

@@ -1,6 +1,7 @@
-//! What is counted of migrations, for Prometheus.
+//! What is counted of migrations and reports, and what nodes and VMs are like, for Prometheus.
 
 pub mod http;
+mod observed;
 
 use std::fmt;
 use std::sync::atomic::AtomicU64;
@@ -16,6 +17,8 @@ use shoal_proto::cluster;
 use shoal_proto::vm::{MigrationReport, MigrationResult, OnStall};
 
 use crate::scheduler::Scheduler;
+
+use observed::ObservedMetrics;
 
 /// A word out of a fixed set.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -34,6 +37,22 @@ struct Ended {
     on_stall: Word,
 }
 
+/// What came of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReportKind {
+    /// It was whole.
+    Whole,
+    /// It said what had changed.
+    Delta,
+    /// It said what had changed since one that did not come.
+    Gap,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfReport {
+    kind: Word,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Open {
     state: Word,
@@ -43,6 +62,9 @@ struct Open {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    observed: ObservedMetrics,
+    reports: Family<OfReport, Counter>,
+    planning: Histogram,
     ended: Family<Ended, Counter>,
     open: Family<Open, Gauge>,
     duration: Histogram,
@@ -63,6 +85,10 @@ impl Default for Metrics {
         let pauses = || Histogram::new(exponential_buckets(1e-4, 2.0, 15));
         let mut metrics = Self {
             registry: Registry::default(),
+            observed: ObservedMetrics::default(),
+            reports: Family::default(),
+            // From 1 ms to 16 s.
+            planning: Histogram::new(exponential_buckets(1e-3, 2.0, 15)),
             ended: Family::default(),
             open: Family::default(),
             duration: Histogram::new(exponential_buckets(1e-2, 2.0, 17)),
@@ -84,6 +110,11 @@ impl Default for Metrics {
 impl Metrics {
     fn register(&mut self) {
         let registry = self.registry.sub_registry_with_prefix("shoal");
+        self.observed.register(registry);
+        let reports = "Reports of agents";
+        registry.register("reports", reports, self.reports.clone());
+        let planning = "A look at the cluster, and a plan";
+        registry.register("planning_seconds", planning, self.planning.clone());
         let ended = "Migrations that have ended";
         registry.register("migrations", ended, self.ended.clone());
         let open = "Migrations under way";
@@ -163,6 +194,21 @@ impl Metrics {
         }
     }
 
+    /// Counts a round of planning.
+    pub fn count_planning(&self, took: std::time::Duration) {
+        self.planning.observe(took.as_secs_f64());
+    }
+
+    /// Counts a report.
+    pub fn count_report(&self, kind: ReportKind) {
+        let kind = Word(match kind {
+            ReportKind::Whole => "whole",
+            ReportKind::Delta => "delta",
+            ReportKind::Gap => "gap",
+        });
+        self.reports.get_or_create(&OfReport { kind }).inc();
+    }
+
     /// Counts what a guest missed, in microseconds: that is known a while after its migration.
     pub fn count_guest_gap(&self, us: u64) {
         self.guest_gap.observe(seconds(us));
@@ -201,6 +247,7 @@ impl Metrics {
             let labels = Open { state: Word(state) };
             self.open.get_or_create(&labels).set(count);
         }
+        self.observed.set(scheduler);
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = encode(&mut text, &self.registry);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use shoal_plan::{Bytes, ExportedLoad, Growth, LocalLoad};
+use shoal_plan::{Bytes, ExportedLoad, Growth, LocalLoad, Peak};
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -12,8 +12,12 @@ use tonic::Status;
 use crate::agent::Agent;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
 
-/// A node that has not reported for this long is unreachable. It may be well and cut off: nothing is restarted.
+/// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
+/// nothing is restarted.
 pub const SILENCE: Duration = Duration::from_secs(5);
+/// A node that has not reported for this long is lost: what it was like is forgotten. Its VMs still are where they are, until
+/// it comes back or an operator says otherwise.
+pub const LOST: Duration = Duration::from_secs(30);
 
 /// Below this, in CPUs, a node's use says nothing of how long its threads wait.
 const MEASURABLE_CPU: f64 = 0.01;
@@ -21,11 +25,38 @@ const MEASURABLE_CPU: f64 = 0.01;
 /// One end of an agent's Report stream.
 pub type ReportSender = mpsc::Sender<Result<node::SchedulerMessage, Status>>;
 
+/// Whether a node reports, from how long it has been silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Liveness {
+    /// It has reported lately.
+    Live,
+    /// Silent for [`SILENCE`].
+    Suspect,
+    /// Silent for [`LOST`].
+    Lost,
+}
+
+impl Liveness {
+    fn after(silence: Duration) -> Self {
+        if silence < SILENCE {
+            Self::Live
+        } else if silence < LOST {
+            Self::Suspect
+        } else {
+            Self::Lost
+        }
+    }
+}
+
 /// What a node last reported of one VM at one epoch.
 #[derive(Debug, Clone)]
 pub struct ObservedVm {
     /// As reported.
-    pub facts: node::VmFacts,
+    pub facts: Arc<node::VmFacts>,
+    /// How fast it dirties memory, in bytes per second, smoothed; none while it is not sampled.
+    pub dirty_rate: Option<Peak>,
+    /// What it writes again and again, in bytes, smoothed; none while it is not sampled.
+    pub working_set: Option<Peak>,
     /// How fast its resident memory grows.
     pub growth: Growth,
     /// CPUs it would use if it had not to wait for any, smoothed.
@@ -73,10 +104,16 @@ struct Inner {
     last_report: Option<Instant>,
     /// When this scheduler began to listen for it.
     since: Instant,
-    announced_ready: bool,
+    announced: Liveness,
+    /// It was lost: what it reported before is no base for what comes.
+    forget: bool,
+    /// Of one CPU, as measured by its agent.
+    cpu_speed: Option<f64>,
     /// Bytes per second that migrations out of it got.
     link_rate: Option<u64>,
     observed: Observed,
+    /// All it reported but its VMs.
+    figures: node::Heartbeat,
     /// Its VMs, in every state, at every epoch.
     vms: HashMap<(VmId, Epoch), ObservedVm>,
 }
@@ -97,9 +134,12 @@ impl NodeEntry {
                 session: None,
                 last_report: None,
                 since: Instant::now(),
-                announced_ready: known,
+                announced: if known { Liveness::Live } else { Liveness::Suspect },
+                forget: false,
+                cpu_speed: None,
                 link_rate: None,
                 observed: Observed::default(),
+                figures: node::Heartbeat::default(),
                 vms: HashMap::new(),
             }),
         })
@@ -124,6 +164,50 @@ impl NodeEntry {
     pub fn observed(&self) -> (Observed, bool) {
         let inner = self.lock();
         (inner.observed, inner.is_reachable())
+    }
+
+    /// How long it has been silent; none if it has not reported since this scheduler started.
+    pub fn silent_for(&self) -> Option<Duration> {
+        self.lock().last_report.map(|last| last.elapsed())
+    }
+
+    /// Whether it reports.
+    pub fn liveness(&self) -> Liveness {
+        self.lock().liveness()
+    }
+
+    /// What it last reported, but its VMs.
+    pub fn figures(&self) -> node::Heartbeat {
+        self.lock().figures.clone()
+    }
+
+    /// Speed of one of its CPUs, in a unit that all agents share; none where it was not measured.
+    pub fn cpu_speed(&self) -> Option<f64> {
+        self.lock().cpu_speed
+    }
+
+    /// Keeps what its agent measured; 0 stands for nothing.
+    pub fn set_cpu_speed(&self, speed: f64) {
+        self.lock().cpu_speed = (speed.is_finite() && speed > 0.0).then_some(speed);
+    }
+
+    /// A report has come that says nothing.
+    pub fn touch(&self) {
+        self.lock().last_report = Some(Instant::now());
+    }
+
+    /// Has the agent send a whole report; false if that cannot be asked for now.
+    pub fn want_whole_report(&self) -> bool {
+        let message = node::SchedulerMessage {
+            message: Some(node::scheduler_message::Message::WholeReportWanted(
+                node::WholeReportWanted {},
+            )),
+        };
+        let inner = self.lock();
+        inner
+            .session
+            .as_ref()
+            .is_some_and(|session| session.sender.try_send(Ok(message)).is_ok())
     }
 
     /// It has reported since this scheduler started.
@@ -181,6 +265,7 @@ impl NodeEntry {
             inner.agent = Agent::new(&record)?;
         }
         inner.record = record;
+        inner.forget |= inner.liveness() == Liveness::Lost;
         inner.session = Some(Session { id, sender });
         inner.last_report = Some(Instant::now());
         Ok(())
@@ -214,11 +299,17 @@ impl NodeEntry {
         }
     }
 
-    /// Takes a heartbeat: all there is to know of the node.
-    pub fn heartbeat(&self, heartbeat: &node::Heartbeat, vms: Vec<((VmId, Epoch), node::VmFacts)>) {
+    /// Takes a report: all there is to know of the node.
+    pub fn heartbeat(&self, heartbeat: &node::Heartbeat, vms: Vec<((VmId, Epoch), Arc<node::VmFacts>)>) {
         let now = Instant::now();
         let mut inner = self.lock();
+        let lost = std::mem::take(&mut inner.forget) || inner.liveness() == Liveness::Lost;
+        if lost {
+            inner.observed = Observed::default();
+            inner.vms.clear();
+        }
         inner.last_report = Some(now);
+        inner.figures.clone_from(heartbeat);
         let memory = inner.record.memory_bytes;
         let observed = &mut inner.observed;
         observed.memory_available = heartbeat.memory_available_bytes.min(memory);
@@ -257,7 +348,9 @@ impl NodeEntry {
         let mut inner = self.lock();
         inner.last_report = Some(now);
         let seen = inner.vms.remove(&key);
-        inner.vms.insert(key, ObservedVm::next(seen, facts, now, None));
+        inner
+            .vms
+            .insert(key, ObservedVm::next(seen, Arc::new(facts), now, None));
     }
 
     /// A VM has left: until the next heartbeat its memory counts as free.
@@ -272,16 +365,16 @@ impl NodeEntry {
         }
     }
 
-    /// Whether the node has begun or ceased to answer since the last call.
-    pub fn reachability_change(&self) -> Option<bool> {
+    /// How the node reports, if that has changed since the last call.
+    pub fn liveness_change(&self) -> Option<Liveness> {
         let mut inner = self.lock();
-        let reachable = inner.is_reachable();
-        let had_no_chance = inner.last_report.is_none() && inner.since.elapsed() < SILENCE;
-        if inner.announced_ready == reachable || had_no_chance {
+        let liveness = inner.liveness();
+        let had_no_chance = inner.last_report.is_none() && liveness == Liveness::Live;
+        if inner.announced == liveness || had_no_chance {
             return None;
         }
-        inner.announced_ready = reachable;
-        Some(reachable)
+        inner.announced = liveness;
+        Some(liveness)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -291,21 +384,28 @@ impl NodeEntry {
 
 impl Inner {
     fn is_reachable(&self) -> bool {
-        self.last_report.is_some_and(|last| last.elapsed() < SILENCE)
+        self.last_report.is_some() && self.liveness() == Liveness::Live
+    }
+
+    /// A node that has not reported to this scheduler has been silent since that began to listen.
+    fn liveness(&self) -> Liveness {
+        Liveness::after(self.last_report.unwrap_or(self.since).elapsed())
     }
 }
 
 impl ObservedVm {
     /// The next view of a VM. `stretch` comes with a heartbeat; news in between are not sampled.
-    fn next(seen: Option<Self>, facts: node::VmFacts, now: Instant, stretch: Option<f64>) -> Self {
-        let (growth, cpu, sampled) = seen.map_or((Growth::default(), LocalLoad::default(), now), |seen| {
-            (seen.growth, seen.cpu, seen.sampled)
-        });
-        let mut next = Self {
-            facts,
-            growth,
-            cpu,
-            sampled,
+    fn next(seen: Option<Self>, facts: Arc<node::VmFacts>, now: Instant, stretch: Option<f64>) -> Self {
+        let mut next = match seen {
+            Some(seen) => Self { facts, ..seen },
+            None => Self {
+                facts,
+                dirty_rate: None,
+                working_set: None,
+                growth: Growth::default(),
+                cpu: LocalLoad::default(),
+                sampled: now,
+            },
         };
         let Some(stretch) = stretch else { return next };
         if next.state() == vm::VmState::Incoming {
@@ -318,6 +418,11 @@ impl ObservedVm {
         let cpus = next.facts.status.as_ref().map_or(u32::MAX, |status| status.cpus);
         let demand = (next.facts.cpu_use * stretch).min(f64::from(cpus));
         next.cpu.update(demand.max(next.facts.cpu_use));
+        let smooth = |known: Option<Peak>, sample: Option<u64>| {
+            sample.map(|sample| known.unwrap_or_default().next(sample))
+        };
+        next.dirty_rate = smooth(next.dirty_rate, next.facts.dirty_rate_bytes_per_second);
+        next.working_set = smooth(next.working_set, next.facts.working_set_bytes);
         next.sampled = now;
         next
     }
@@ -377,3 +482,6 @@ impl NodeTable {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

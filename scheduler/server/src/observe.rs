@@ -3,31 +3,33 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_plan::{Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, NodeState, NodeView, VmView};
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
+use shoal_report::Report;
 
 use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
-use crate::nodes::NodeEntry;
+use crate::nodes::{LOST, Liveness, NodeEntry, ObservedVm, SILENCE};
 use crate::reconcile::Subject;
 use crate::record::{Cordon, Intent, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
-/// Takes a heartbeat, which lists every VM of the node.
-pub fn heartbeat(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, heartbeat: node::Heartbeat) {
-    let mut heartbeat = heartbeat;
-    let vms: Vec<_> = std::mem::take(&mut heartbeat.vms)
-        .into_iter()
-        .filter_map(|facts| key(&facts).map(|key| (key, facts)))
+/// Takes a node's report, which lists every VM of the node.
+pub fn report(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, report: &Report) {
+    let vms: Vec<_> = report
+        .vms
+        .values()
+        .filter_map(|facts| key(facts).map(|key| (key, Arc::clone(facts))))
         .collect();
     let listed: HashSet<(VmId, Epoch)> = vms.iter().map(|(key, _)| *key).collect();
     let subjects: Vec<Subject> = vms
         .iter()
         .filter_map(|(key, facts)| disagreement(scheduler, name, *key, facts))
         .collect();
-    entry.heartbeat(&heartbeat, vms);
+    entry.heartbeat(&report.node, vms);
     for subject in subjects {
         scheduler.reconcile.push(subject);
     }
@@ -68,25 +70,32 @@ fn is_party(intent: &Intent, node: &NodeName, epoch: Epoch) -> bool {
     (intent.from == *node && intent.from_epoch == epoch) || (intent.to == *node && intent.epoch == epoch)
 }
 
-/// Announces that a node has begun or ceased to answer, if it has.
-pub fn announce_reachability(scheduler: &Scheduler, entry: &NodeEntry) {
-    if let Some(reachable) = entry.reachability_change() {
-        let node = entry.record();
-        let event = if reachable {
-            NewEvent::new(
-                Kind::NodeReady,
-                format!("{} answers at {}", node.name, node.address),
-            )
-        } else {
-            let vms = scheduler.vms.count_on_node(&node.name);
-            let message = format!(
-                "{} has not reported for 5 s; its {vms} VMs are unknown, not restarted",
-                node.name
-            );
-            NewEvent::new(Kind::NodeUnreachable, message)
-        };
-        scheduler.events.publish(event.node(&node.name));
-    }
+/// Announces that a node has begun or ceased to report, if it has.
+pub fn announce_liveness(scheduler: &Scheduler, entry: &NodeEntry) {
+    let Some(liveness) = entry.liveness_change() else {
+        return;
+    };
+    let node = entry.record();
+    let silent = |kind, limit: Duration, then: &str| {
+        let vms = scheduler.vms.count_on_node(&node.name);
+        let seconds = limit.as_secs();
+        let name = &node.name;
+        NewEvent::new(
+            kind,
+            format!(
+                "{name} has not reported for {seconds} s; its {vms} VMs are unknown, not restarted{then}"
+            ),
+        )
+    };
+    let event = match liveness {
+        Liveness::Live => NewEvent::new(
+            Kind::NodeReady,
+            format!("{} answers at {}", node.name, node.address),
+        ),
+        Liveness::Suspect => silent(Kind::NodeUnreachable, SILENCE, ""),
+        Liveness::Lost => silent(Kind::NodeLost, LOST, ": it counts as lost until it reports"),
+    };
+    scheduler.events.publish(event.node(&node.name));
 }
 
 /// The cluster as the planner is told of it.
@@ -104,8 +113,11 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     }
     let mut lacks = HashMap::new();
     let mut nodes: Vec<NodeView> = vec![];
-    for entry in scheduler.nodes.list() {
+    let all = scheduler.nodes.list();
+    let typical = typical_speed(&all);
+    for entry in all {
         let mut view = node_view(&entry);
+        view.speed = relative_speed(&entry, typical);
         if let Some(cpu) = entry.record().cpu {
             let of_kind = lacks
                 .entry(cpu.clone())
@@ -115,6 +127,22 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
         nodes.push(view);
     }
     ClusterSnapshot { nodes, vms }
+}
+
+/// The median of what is known of the nodes' CPUs.
+pub fn typical_speed(nodes: &[Arc<NodeEntry>]) -> Option<f64> {
+    let mut speeds: Vec<f64> = nodes.iter().filter_map(|node| node.cpu_speed()).collect();
+    let middle = speeds.len() / 2;
+    (!speeds.is_empty()).then(|| *speeds.select_nth_unstable_by(middle, f64::total_cmp).1)
+}
+
+/// Speed of a node's CPUs by that of the typical node; 1 where either is not known, or they hardly differ: two measurements of
+/// one CPU differ a little, too.
+pub fn relative_speed(node: &NodeEntry, typical: Option<f64>) -> f64 {
+    const SAME: std::ops::RangeInclusive<f64> = 0.9..=1.1;
+    let known = node.cpu_speed().zip(typical);
+    let relative = known.map_or(1.0, |(speed, typical)| (speed / typical).clamp(0.1, 10.0));
+    if SAME.contains(&relative) { 1.0 } else { relative }
 }
 
 fn key(facts: &node::VmFacts) -> Option<(VmId, Epoch)> {
@@ -174,8 +202,8 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         other_growth: observed.other_growth.value(),
         load_local: observed.load_local.value(),
         load_exported: observed.load_exported.value(),
-        pressure_memory: observed.pressure.memory,
-        pressure_cpu: observed.pressure.cpu,
+        pressure_memory: observed.pressure.memory.unwrap_or(0.0),
+        pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),
         migration_tls: record.migration_tls,
         labels: record.wishes.labels,
         taints: record.wishes.taints,
@@ -183,6 +211,18 @@ fn node_view(entry: &NodeEntry) -> NodeView {
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
         link_rate: entry.link_rate().map(BytesPerSecond),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
+    }
+}
+
+/// What a VM dirties in a second: as its node samples it, or else as its latest migration measured it. One under way knows
+/// better than samples, which end with its start.
+fn dirty_rate(entry: &VmEntry, seen: Option<&ObservedVm>, migrates: bool) -> Option<u64> {
+    let sampled = seen.and_then(|seen| seen.dirty_rate).map(shoal_plan::Peak::value);
+    let migration = entry.dirty_rate();
+    if migrates {
+        migration.or(sampled)
+    } else {
+        sampled.or(migration)
     }
 }
 
@@ -235,7 +275,11 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         growth: seen
             .as_ref()
             .map_or(BytesPerSecond(0), |seen| seen.growth.value()),
-        dirty_rate: entry.dirty_rate().map(BytesPerSecond),
+        dirty_rate: dirty_rate(entry, seen.as_ref(), in_flight.is_some()).map(BytesPerSecond),
+        working_set: seen
+            .as_ref()
+            .and_then(|seen| seen.working_set)
+            .map(|set| Bytes(set.value())),
         cannot_move,
         in_flight,
         since_last_move: entry.since_last_move(),

@@ -215,7 +215,7 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
     let agent = place.agent();
     let seen = place
         .observed_vm(vm, epoch)
-        .and_then(|seen| seen.facts.status)
+        .and_then(|seen| seen.facts.status.clone())
         .unwrap_or_default();
     let migration: MigrationId = seen
         .incoming_migration_id
@@ -247,7 +247,7 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
 fn owner_misses_memory(scheduler: &Scheduler, record: &VmRecord) -> bool {
     let owner = scheduler.nodes.get(&record.node);
     let seen = owner.and_then(|node| node.observed_vm(record.id, record.epoch));
-    let status = seen.and_then(|seen| seen.facts.vmm_alive.then_some(seen.facts.status).flatten());
+    let status = seen.and_then(|seen| seen.facts.vmm_alive.then(|| seen.facts.status.clone()).flatten());
     !record.phase.is_over() && status.is_none_or(|status| status.missing_bytes > 0)
 }
 

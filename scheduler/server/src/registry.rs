@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use shoal_cpuid::Table;
 use shoal_proto::node::registry_server::Registry;
@@ -11,6 +12,7 @@ use shoal_proto::node::{
     agent_report, scheduler_message,
 };
 use shoal_proto::{Epoch, NodeName, VmId};
+use shoal_report::Decoder;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -18,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::limits;
+use crate::metrics::ReportKind;
 use crate::nodes::{InvalidAddress, NodeEntry, ReportSender};
 use crate::observe;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
@@ -29,6 +32,8 @@ const DEPTH: usize = 256;
 const BLOB_CHUNK_BYTES: usize = 1 << 20;
 const BLOB_DEPTH: usize = 2;
 const MAX_NODE_CPUS: u32 = 65_536;
+/// An agent that was asked for a whole report and sends deltas is asked again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// The service.
 #[derive(Debug)]
@@ -70,7 +75,9 @@ impl Registry for RegistryApi {
         let (name, entry) = begin(&self.scheduler, &register, id, sender.clone()).await?;
         tracing::info!(node = %name, address = %register.address, version = %register.version, "agent registered");
         let registered = SchedulerMessage {
-            message: Some(scheduler_message::Message::Registered(Registered {})),
+            message: Some(scheduler_message::Message::Registered(Registered {
+                deltas: true,
+            })),
         };
         // The channel is new and has room.
         let _ = sender.try_send(Ok(registered));
@@ -193,7 +200,8 @@ pub async fn begin(
     entry
         .begin_session(record, session, sender)
         .map_err(bad_address)?;
-    observe::announce_reachability(scheduler, &entry);
+    entry.set_cpu_speed(register.cpu_speed);
+    observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))
 }
 
@@ -204,6 +212,9 @@ async fn listen(
     reports: &mut Streaming<AgentReport>,
     sender: &ReportSender,
 ) -> Result<(), Status> {
+    let mut decoder = Decoder::default();
+    // When a whole report was asked for last.
+    let mut asked: Option<Instant> = None;
     loop {
         let message = tokio::select! {
             message = reports.message() => message?,
@@ -213,8 +224,24 @@ async fn listen(
         let Some(message) = message else { return Ok(()) };
         match message.report {
             Some(agent_report::Report::Heartbeat(heartbeat)) => {
-                observe::heartbeat(scheduler, name, entry, heartbeat);
+                asked = None;
+                scheduler.metrics.count_report(ReportKind::Whole);
+                observe::report(scheduler, name, entry, decoder.whole(heartbeat));
             }
+            Some(agent_report::Report::Delta(delta)) => match decoder.delta(delta) {
+                Ok(report) => {
+                    scheduler.metrics.count_report(ReportKind::Delta);
+                    observe::report(scheduler, name, entry, report);
+                }
+                Err(gap) => {
+                    scheduler.metrics.count_report(ReportKind::Gap);
+                    entry.touch();
+                    if asked.is_none_or(|asked| asked.elapsed() >= ASK_AGAIN) && entry.want_whole_report() {
+                        tracing::info!(node = %name, %gap, "a whole report is asked for");
+                        asked = Some(Instant::now());
+                    }
+                }
+            },
             Some(agent_report::Report::VmChanged(facts)) => {
                 observe::vm_changed(scheduler, name, entry, facts);
             }

@@ -197,7 +197,7 @@ impl FakeNode {
             ..Default::default()
         };
         let entry = scheduler.nodes.get(&self.record.name).expect("registered");
-        observe::heartbeat(scheduler, &self.record.name, &entry, heartbeat);
+        observe::report(scheduler, &self.record.name, &entry, &heartbeat.into());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -1,9 +1,10 @@
 //! Records and reports as users see them.
 
-use shoal_plan::{Rules, Term};
+use shoal_plan::{Peak, Rules, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
-use crate::nodes::NodeEntry;
+use crate::nodes::{Liveness, NodeEntry};
+use crate::observe;
 use crate::queue::Waiting;
 use crate::record::{Cordon, ImageRecord, Outcome, Phase};
 use crate::scheduler::Scheduler;
@@ -43,6 +44,11 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         locked: record.wishes.locked,
         priority: record.wishes.priority,
         home: record.home.as_ref().map(ToString::to_string).unwrap_or_default(),
+        cpu_steal: seen.as_ref().and_then(|seen| seen.facts.cpu_steal),
+        dirty_rate_bytes_per_second: seen.as_ref().and_then(|seen| seen.dirty_rate).map(Peak::value),
+        working_set_bytes: seen.as_ref().and_then(|seen| seen.working_set).map(Peak::value),
+        read_bytes_per_second: seen.as_ref().and_then(|seen| seen.facts.read_bytes_per_second),
+        write_bytes_per_second: seen.as_ref().and_then(|seen| seen.facts.write_bytes_per_second),
     }
 }
 
@@ -123,10 +129,24 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
     (phase, message)
 }
 
+/// All nodes, by name.
+pub fn nodes(scheduler: &Scheduler) -> Vec<cluster::Node> {
+    let entries = scheduler.nodes.list();
+    let typical = observe::typical_speed(&entries);
+    let view = |entry| node_with(scheduler, entry, typical);
+    entries.iter().map(|entry| view(entry)).collect()
+}
+
 /// A node.
 pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
+    let typical = observe::typical_speed(&scheduler.nodes.list());
+    node_with(scheduler, entry, typical)
+}
+
+fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64>) -> cluster::Node {
     let record = entry.record();
     let (observed, reachable) = entry.observed();
+    let figures = entry.figures();
     let state = match record.cordon {
         _ if !reachable => NodeState::Unreachable,
         Cordon::Open => NodeState::Ready,
@@ -143,12 +163,45 @@ pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
         memory_available_bytes: observed.memory_available,
         cpu_load: observed.load_exported.value(),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
-        pressure_memory: observed.pressure.memory,
-        pressure_cpu: observed.pressure.cpu,
+        pressure_memory: observed.pressure.memory.unwrap_or(0.0),
+        pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),
         labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
         taints: record.wishes.taints.iter().map(ToString::to_string).collect(),
         reserved_memory_bytes: record.wishes.reserved_memory_bytes,
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
+        liveness: liveness(entry).into(),
+        silent_ms: entry
+            .silent_for()
+            .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        cpu_use: figures.cpu_use,
+        run_queue: figures.run_queue,
+        cpu_model: record.cpu_model,
+        cpu_speed: observe::relative_speed(entry, typical_speed),
+        psi_cpu: observed.pressure.cpu,
+        psi_memory: observed.pressure.memory,
+        psi_io: observed.pressure.io,
+        swap_in_bytes_per_second: figures.swap_in_bytes_per_second,
+        swap_out_bytes_per_second: figures.swap_out_bytes_per_second,
+        network_receive_bytes_per_second: figures.network_receive_bytes_per_second,
+        network_transmit_bytes_per_second: figures.network_transmit_bytes_per_second,
+        numa: figures.numa.iter().map(numa).collect(),
+    }
+}
+
+fn liveness(entry: &NodeEntry) -> cluster::Liveness {
+    match entry.liveness() {
+        Liveness::Live => cluster::Liveness::Live,
+        Liveness::Suspect => cluster::Liveness::Suspect,
+        Liveness::Lost => cluster::Liveness::Lost,
+    }
+}
+
+fn numa(node: &shoal_proto::node::NumaNode) -> cluster::NumaNode {
+    cluster::NumaNode {
+        id: node.id,
+        cpus: node.cpus,
+        memory_bytes: node.memory_bytes,
+        memory_available_bytes: node.memory_available_bytes,
     }
 }
 

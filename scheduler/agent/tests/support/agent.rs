@@ -42,6 +42,7 @@ impl Disk {
             insecure: false,
             migration_tls: None,
             memory_backing: shoal_proto::vm::MemoryBacking::Auto,
+            memory_sampling: Some(std::time::Duration::from_millis(100)),
             shutdown: Box::pin(std::future::pending()),
         }
     }

@@ -10,8 +10,9 @@ use shoal_proto::node::agent_report::Report;
 use shoal_proto::node::registry_server::{Registry, RegistryServer};
 use shoal_proto::node::{
     AgentReport, Blob, BlobChunk, ConsoleAck, FetchBlobRequest, Heartbeat, Register, Registered,
-    SchedulerMessage, VmFacts, scheduler_message::Message,
+    SchedulerMessage, VmFacts, WholeReportWanted, scheduler_message::Message,
 };
+use shoal_report::{Decoder, Report as Known};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -25,6 +26,11 @@ use super::eventually;
 pub struct Told {
     pub registered: Vec<Register>,
     pub heartbeat: Option<Heartbeat>,
+    /// Whole reports, and deltas.
+    pub wholes: usize,
+    pub deltas: usize,
+    /// The next delta is dropped, as if it had been lost.
+    pub lose_delta: bool,
     pub changes: Vec<VmFacts>,
     /// By VM: bytes by offset, each as often as it came.
     pub console: HashMap<String, Vec<(u64, Vec<u8>)>>,
@@ -156,8 +162,9 @@ impl Registry for Service {
         let mut reports = request.into_inner();
         let told = Arc::clone(&self.0);
         tokio::spawn(async move {
+            let mut decoder = Decoder::default();
             while let Ok(Some(report)) = reports.message().await {
-                if let Some(message) = take(&told, report) {
+                if let Some(message) = take(&told, &mut decoder, report) {
                     let message = SchedulerMessage {
                         message: Some(message),
                     };
@@ -187,16 +194,37 @@ impl Registry for Service {
     }
 }
 
-fn take(told: &Mutex<Told>, report: AgentReport) -> Option<Message> {
+fn whole(known: &Known) -> Heartbeat {
+    Heartbeat {
+        vms: known.vms.values().map(|vm| VmFacts::clone(vm)).collect(),
+        ..known.node.clone()
+    }
+}
+
+fn take(told: &Mutex<Told>, decoder: &mut Decoder, report: AgentReport) -> Option<Message> {
     let mut told = told.lock().expect("not poisoned");
     match report.report.expect("a report") {
         Report::Register(register) => {
             told.registered.push(register);
-            Some(Message::Registered(Registered {}))
+            Some(Message::Registered(Registered { deltas: true }))
         }
         Report::Heartbeat(heartbeat) => {
-            told.heartbeat = Some(heartbeat);
+            told.wholes += 1;
+            told.heartbeat = Some(whole(decoder.whole(heartbeat)));
             None
+        }
+        Report::Delta(delta) => {
+            told.deltas += 1;
+            if std::mem::take(&mut told.lose_delta) {
+                return None;
+            }
+            match decoder.delta(delta) {
+                Ok(known) => {
+                    told.heartbeat = Some(whole(known));
+                    None
+                }
+                Err(_) => Some(Message::WholeReportWanted(WholeReportWanted {})),
+            }
         }
         Report::VmChanged(facts) => {
             told.changes.push(facts);

@@ -205,6 +205,21 @@ impl Vmm for Scripted {
         Ok(Response::new(self.status()))
     }
 
+    type SampleMemoryStream = Streamed<MemorySample>;
+    async fn sample_memory(
+        &self,
+        request: Request<SampleMemoryRequest>,
+    ) -> Result<Response<Self::SampleMemoryStream>, Status> {
+        let sample = MemorySample {
+            dirty_rate_bytes_per_second: 7 << 20,
+            working_set_bytes: 9 << 20,
+            interval_ms: request.into_inner().interval_ms,
+            ..MemorySample::default()
+        };
+        let first = tokio_stream::once(Ok(sample));
+        Ok(Response::new(Box::pin(first.chain(tokio_stream::pending()))))
+    }
+
     type ReadConsoleStream = Streamed<ConsoleChunk>;
     async fn read_console(
         &self,

@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use shoal_agent::AgentConfig;
@@ -11,7 +12,7 @@ use shoal_proto::{NodeName, vm};
 use crate::client::Context;
 use crate::daemon;
 use crate::error::CliError;
-use crate::format::parse_size;
+use crate::format::{parse_duration, parse_size};
 
 /// Arguments of `agent`. `--endpoint` says where the scheduler is.
 #[derive(Debug, Args)]
@@ -47,6 +48,22 @@ pub struct AgentArgs {
     /// shared where the host gives it huge pages.
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     pub memory_backing: MemoryBacking,
+    /// How often VMs' writes to memory are sampled, for their dirty rate and working set: such as 5s, or off.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_sampling)]
+    pub memory_sampling: Sampling,
+}
+
+/// How often VMs' writes to memory are sampled; none: never.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampling(pub Option<Duration>);
+
+fn parse_sampling(text: &str) -> Result<Sampling, String> {
+    if text == "off" {
+        return Ok(Sampling(None));
+    }
+    parse_duration(text)
+        .map(|interval| Sampling(Some(interval)))
+        .map_err(|error| format!("{error}, nor 'off'"))
 }
 
 /// What guest memory is made of.
@@ -89,6 +106,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         insecure: args.insecure,
         migration_tls: args.migration_tls,
         memory_backing: args.memory_backing.into(),
+        memory_sampling: args.memory_sampling.0,
         shutdown: daemon::shutdown()?,
     };
     shoal_agent::serve(config)

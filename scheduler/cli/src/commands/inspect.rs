@@ -68,6 +68,16 @@ fn text(inspection: &Inspection) -> String {
             format::age(vm.age_seconds)
         ),
     ];
+    if let Some(steal) = vm.cpu_steal {
+        lines.push(format!("stolen:      {steal:.2} CPUs"));
+    }
+    if let Some(set) = vm.working_set_bytes {
+        let rate = format::known_rate(vm.dirty_rate_bytes_per_second);
+        lines.push(format!(
+            "writes:      {} again and again, {rate} dirtied",
+            format::size(set)
+        ));
+    }
     lines.push(format!("priority:    {}", vm.priority));
     if !vm.home.is_empty() {
         lines.push(format!("home:        {}", vm.home));

@@ -22,7 +22,15 @@ pub async fn run(context: &Context, _args: NodesArgs) -> Result<(), CliError> {
         .await?
         .into_inner();
     let nodes: Vec<NodeView> = response.nodes.iter().map(NodeView::from).collect();
-    context.output.show(&nodes, |nodes| node_table(nodes))
+    let wide = context.output.is_wide();
+    let shown = |nodes: &Vec<NodeView>| {
+        if wide {
+            wide_table(nodes)
+        } else {
+            node_table(nodes)
+        }
+    };
+    context.output.show(&nodes, shown)
 }
 
 /// Nodes as a table.
@@ -58,6 +66,64 @@ pub fn node_table(nodes: &[NodeView]) -> String {
             ]
         }),
     )
+}
+
+/// What nodes measure, as a table.
+#[must_use]
+pub fn wide_table(nodes: &[NodeView]) -> String {
+    let header = [
+        "NAME",
+        "STATE",
+        "LIVENESS",
+        "VMS",
+        "CPUS",
+        "SPEED",
+        "LOAD",
+        "CPU USE",
+        "RUN QUEUE",
+        "PSI CPU",
+        "PSI MEM",
+        "PSI IO",
+        "MEMORY",
+        "AVAILABLE",
+        "SWAP IN/OUT",
+        "NET IN/OUT",
+        "NUMA",
+        "CPU MODEL",
+    ];
+    let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}%"));
+    table(
+        header,
+        nodes.iter().map(|node| {
+            [
+                node.name.clone(),
+                node.state.to_owned(),
+                node.liveness.to_owned(),
+                node.vms.to_string(),
+                node.cpus.to_string(),
+                format!("{:.2}", node.cpu_speed),
+                format!("{:.2}", node.cpu_load),
+                format!("{:.2}", node.cpu_use),
+                format!("{:.0}", node.run_queue),
+                percent(node.psi_cpu),
+                percent(node.psi_memory),
+                percent(node.psi_io),
+                format::size(node.memory_bytes),
+                format::size(node.memory_available_bytes),
+                both(node.swap_in_bytes_per_second, node.swap_out_bytes_per_second),
+                both(
+                    node.network_receive_bytes_per_second,
+                    node.network_transmit_bytes_per_second,
+                ),
+                node.numa.len().to_string(),
+                node.cpu_model.clone(),
+            ]
+        }),
+    )
+}
+
+fn both(into: Option<u64>, out: Option<u64>) -> String {
+    format!("{}/{}", format::known_rate(into), format::known_rate(out))
 }
 
 fn percent_used(node: &NodeView) -> u64 {

@@ -22,7 +22,9 @@ pub async fn run(context: &Context, _args: PsArgs) -> Result<(), CliError> {
         .await?
         .into_inner();
     let vms: Vec<VmView> = response.vms.iter().map(VmView::from).collect();
-    context.output.show(&vms, |vms| vm_table(vms))
+    let wide = context.output.is_wide();
+    let shown = |vms: &Vec<VmView>| if wide { wide_table(vms) } else { vm_table(vms) };
+    context.output.show(&vms, shown)
 }
 
 /// VMs as a table.
@@ -45,6 +47,53 @@ pub fn vm_table(vms: &[VmView]) -> String {
                 format!("{:.2}", vm.cpu_use),
                 vm.epoch.to_string(),
                 format::age(vm.age_seconds),
+                vm.message.clone(),
+            ]
+        }),
+    )
+}
+
+/// What their nodes measure of VMs, as a table.
+#[must_use]
+pub fn wide_table(vms: &[VmView]) -> String {
+    let header = [
+        "NAME",
+        "STATE",
+        "NODE",
+        "CPUS",
+        "CPU USE",
+        "STOLEN",
+        "MEMORY",
+        "RESIDENT",
+        "WORKING SET",
+        "DIRTIES",
+        "READS/WRITES",
+        "PRIORITY",
+        "LOCKED",
+        "MESSAGE",
+    ];
+    let cpus = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
+    let io = |vm: &VmView| {
+        let (reads, writes) = (vm.read_bytes_per_second, vm.write_bytes_per_second);
+        format!("{}/{}", format::known_rate(reads), format::known_rate(writes))
+    };
+    table(
+        header,
+        vms.iter().map(|vm| {
+            [
+                vm.name.clone(),
+                vm.state.to_owned(),
+                vm.node.clone(),
+                vm.cpus.to_string(),
+                format!("{:.2}", vm.cpu_use),
+                cpus(vm.cpu_steal),
+                format::size(vm.memory_bytes),
+                format::size(vm.resident_bytes),
+                vm.working_set_bytes.map_or("-".to_owned(), format::size),
+                format::known_rate(vm.dirty_rate_bytes_per_second),
+                io(vm),
+                vm.priority.to_string(),
+                if vm.locked { "yes" } else { "no" }.to_owned(),
                 vm.message.clone(),
             ]
         }),

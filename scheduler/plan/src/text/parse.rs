@@ -200,6 +200,8 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_size(text).map(|size| Some(BytesPerSecond(size))),
         &mut vm.dirty_rate,
     )?;
+    let set = |text: &str| parse_size(text).map(|size| Some(Bytes(size)));
+    fields.set("working_set", SIZE, set, &mut vm.working_set)?;
     fields.rate("growth", &mut vm.growth)?;
     let why = "starting, stopping, in-doubt, not-running or locked";
     fields.set(

@@ -133,6 +133,9 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(rate) = vm.dirty_rate {
         line.size("dirty", rate.0);
     }
+    if let Some(set) = vm.working_set {
+        line.size("working_set", set.0);
+    }
     line.size_unless_zero("growth", vm.growth.0);
     if let Some(why) = vm.cannot_move {
         line.field("cannot_move", cannot_move(why));

@@ -117,6 +117,7 @@ fn vm() -> impl Strategy<Value = VmView> {
     let moved = prop_oneof![2 => Just(None), 1 => (0u64..120).prop_map(|s| Some(Duration::from_secs(s)))];
     let resident = prop_oneof![1 => Just(None), 9 => (0.0..1.0f64).prop_map(Some)];
     let dirty = prop::option::of((0u64..200 << 20).prop_map(BytesPerSecond));
+    let dirty = (dirty, prop::option::of((0u64..2048).prop_map(Bytes::mib)));
     let labels = prop_oneof![
         2 => Just(""), 1 => Just("app=web"), 1 => Just("app=db"), 1 => Just("app=db,tier=back"),
     ];
@@ -133,7 +134,7 @@ fn vm() -> impl Strategy<Value = VmView> {
             |(
                 (cpus, mib, resident, busy),
                 growth,
-                dirty_rate,
+                (dirty_rate, working_set),
                 cannot_move,
                 in_flight,
                 since_last_move,
@@ -147,6 +148,7 @@ fn vm() -> impl Strategy<Value = VmView> {
                     cpu_use: busy * f64::from(cpus),
                     growth: BytesPerSecond(growth),
                     dirty_rate,
+                    working_set,
                     cannot_move,
                     in_flight,
                     since_last_move,

@@ -7,11 +7,6 @@ use crate::view;
 
 pub fn call(scheduler: &Scheduler) -> ListNodesResponse {
     ListNodesResponse {
-        nodes: scheduler
-            .nodes
-            .list()
-            .iter()
-            .map(|entry| view::node(scheduler, entry))
-            .collect(),
+        nodes: view::nodes(scheduler),
     }
 }

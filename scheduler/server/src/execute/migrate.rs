@@ -137,7 +137,7 @@ fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
 fn has_shared_memory(scheduler: &Scheduler, record: &VmRecord) -> bool {
     let node = scheduler.nodes.get(&record.node);
     let seen = node.and_then(|node| node.observed_vm(record.id, record.epoch));
-    seen.and_then(|seen| seen.facts.status)
+    seen.and_then(|seen| seen.facts.status.clone())
         .is_some_and(|status| status.memory_backing() == vm::MemoryBacking::Shared)
 }
 

@@ -296,7 +296,7 @@ impl Settlement {
             return false;
         };
         let seen = node.observed_vm(intent.vm, intent.epoch);
-        match destination_view(seen.as_ref().map(|seen| &seen.facts)) {
+        match destination_view(seen.as_ref().map(|seen| &*seen.facts)) {
             Destination::Ended => true,
             Destination::Gone => self.owned() && node.is_reachable(),
             Destination::Ran | Destination::Fetching { .. } => !self.owned() || self.open.view().link_lost,

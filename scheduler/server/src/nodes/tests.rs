@@ -1,0 +1,138 @@
+use super::*;
+use crate::record::{Cordon, NodeRecord, NodeWishes};
+
+fn entry() -> NodeEntry {
+    let record = NodeRecord {
+        name: "node1".parse().expect("a name"),
+        address: "127.0.0.1:1".to_owned(),
+        cpus: 4,
+        memory_bytes: 1 << 30,
+        migration_tls: false,
+        cordon: Cordon::Open,
+        cpu: None,
+        cpu_model: String::new(),
+        wishes: NodeWishes::default(),
+    };
+    NodeEntry::new(record, true).expect("an address")
+}
+
+/// As if the last report, or the scheduler's start, lay so far back.
+fn silence(entry: &NodeEntry, time: Duration) {
+    let mut inner = entry.lock();
+    let then = Instant::now()
+        .checked_sub(time)
+        .expect("the host runs for longer");
+    inner.since = then;
+    inner.last_report = inner.last_report.map(|_| then);
+}
+
+fn vm(dirty_rate: Option<u64>) -> ((VmId, Epoch), Arc<node::VmFacts>) {
+    let facts = node::VmFacts {
+        dirty_rate_bytes_per_second: dirty_rate,
+        working_set_bytes: dirty_rate,
+        resident_bytes: 1 << 20,
+        ..node::VmFacts::default()
+    };
+    let id = "7d9f2f0e-5b7c-4c1e-9a66-5d1a55c0ffee".parse().expect("an id");
+    ((id, Epoch(1)), Arc::new(facts))
+}
+
+fn busy() -> node::Heartbeat {
+    node::Heartbeat {
+        cpu_use: 4.0,
+        run_queue: 4.0,
+        memory_available_bytes: 1 << 29,
+        ..node::Heartbeat::default()
+    }
+}
+
+#[tokio::test]
+async fn a_silent_node_is_suspect_and_then_lost() {
+    let entry = entry();
+    assert_eq!(entry.liveness_change(), None, "it has had no chance yet");
+    entry.heartbeat(&busy(), Vec::new());
+    assert_eq!(entry.liveness_change(), None);
+    for (silent_s, expected, reachable) in [
+        (4, Liveness::Live, true),
+        (5, Liveness::Suspect, false),
+        (29, Liveness::Suspect, false),
+        (30, Liveness::Lost, false),
+    ] {
+        silence(&entry, Duration::from_secs(silent_s));
+        assert_eq!(
+            (entry.liveness(), entry.is_reachable()),
+            (expected, reachable),
+            "{silent_s} s"
+        );
+    }
+    silence(&entry, Duration::from_secs(6));
+    assert_eq!(entry.liveness_change(), Some(Liveness::Suspect));
+    assert_eq!(entry.liveness_change(), None, "told once");
+    silence(&entry, Duration::from_secs(31));
+    assert_eq!(entry.liveness_change(), Some(Liveness::Lost));
+    entry.heartbeat(&busy(), Vec::new());
+    assert_eq!(entry.liveness_change(), Some(Liveness::Live));
+}
+
+#[tokio::test]
+async fn one_that_never_reports_is_lost_too() {
+    let entry = entry();
+    silence(&entry, Duration::from_secs(31));
+    assert_eq!(entry.liveness_change(), Some(Liveness::Lost));
+    assert_eq!(entry.silent_for(), None);
+}
+
+#[tokio::test]
+async fn what_a_lost_node_was_like_is_forgotten_and_a_suspect_one_is_known() {
+    let entry = entry();
+    entry.heartbeat(&busy(), vec![vm(Some(8 << 20))]);
+    let idle = node::Heartbeat {
+        memory_available_bytes: 1 << 30,
+        ..node::Heartbeat::default()
+    };
+    silence(&entry, Duration::from_secs(10));
+    entry.heartbeat(&idle, vec![vm(Some(0))]);
+    let (key, _) = vm(None);
+    let dirty = |entry: &NodeEntry| {
+        let seen = entry.observed_vm(key.0, key.1).expect("reported");
+        seen.dirty_rate.expect("sampled").value()
+    };
+    assert_eq!(entry.observed().0.load_exported.value(), 3.5);
+    assert_eq!(dirty(&entry), 7 << 20);
+    silence(&entry, Duration::from_secs(60));
+    let (sender, _) = mpsc::channel(1);
+    entry
+        .begin_session(entry.record(), 7, sender)
+        .expect("an address");
+    entry.heartbeat(&idle, vec![vm(Some(0))]);
+    assert_eq!(entry.observed().0.load_exported.value(), 0.0);
+    assert_eq!(dirty(&entry), 0);
+}
+
+#[tokio::test]
+async fn a_vm_that_is_not_sampled_has_no_dirty_rate() {
+    let entry = entry();
+    let (key, facts) = vm(None);
+    entry.heartbeat(&busy(), vec![(key, facts)]);
+    let seen = entry.observed_vm(key.0, key.1).expect("reported");
+    assert_eq!((seen.dirty_rate, seen.working_set), (None, None));
+    entry.heartbeat(&busy(), vec![vm(Some(4096))]);
+    entry.heartbeat(&busy(), vec![vm(None)]);
+    let seen = entry.observed_vm(key.0, key.1).expect("reported");
+    assert_eq!(seen.dirty_rate, None, "a value that is not kept up is not kept");
+}
+
+#[tokio::test]
+async fn speeds_that_cannot_be_are_not_known() {
+    let entry = entry();
+    for (told, known) in [
+        (0.0, None),
+        (f64::NAN, None),
+        (-1.0, None),
+        (f64::INFINITY, None),
+        (1.5, Some(1.5)),
+    ] {
+        entry.set_cpu_speed(told);
+        assert_eq!(entry.cpu_speed(), known, "{told}");
+    }
+}

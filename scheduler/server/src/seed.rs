@@ -1,0 +1,116 @@
+//! A state directory as a scheduler leaves it that has run VMs on many nodes: what load tests start from, since to launch a
+//! hundred thousand VMs one by one would take longer than they run.
+
+use std::path::Path;
+
+use shoal_proto::{Epoch, NodeName, VmId};
+
+use crate::config::SchedulerConfig;
+use crate::record::{BlobRef, Cordon, NodeRecord, NodeWishes, Phase, VmRecord, VmWishes, now_unix_ms};
+use crate::server::{self, ServerError};
+use crate::store::Write;
+
+/// Writes in one transaction.
+const BATCH: usize = 2000;
+
+/// A node to be.
+#[derive(Debug, Clone)]
+pub struct SeedNode {
+    /// Its name.
+    pub name: NodeName,
+    /// Where its agent answers.
+    pub address: String,
+    /// CPUs it lends.
+    pub cpus: u32,
+    /// Memory it lends.
+    pub memory_bytes: u64,
+}
+
+/// A VM that runs at epoch 1.
+#[derive(Debug, Clone)]
+pub struct SeedVm {
+    /// Its id.
+    pub id: VmId,
+    /// Where it runs.
+    pub node: NodeName,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory_bytes: u64,
+}
+
+/// Writes them to a state directory that no scheduler uses.
+///
+/// # Errors
+/// If it cannot be used.
+pub async fn seed(state_dir: &Path, nodes: Vec<SeedNode>, vms: Vec<SeedVm>) -> Result<(), ServerError> {
+    let config = SchedulerConfig {
+        listen: ([127, 0, 0, 1], 0).into(),
+        insecure: false,
+        state_dir: state_dir.to_owned(),
+        vmm_binary: None,
+        metrics: None,
+        policy: shoal_plan::Policy::default(),
+        shutdown: Box::pin(std::future::ready(())),
+    };
+    let (scheduler, _, _) = server::open(&config)?;
+    let nodes = nodes.into_iter().map(node);
+    let vms = vms
+        .into_iter()
+        .map(|seed| vm(seed).map(|vm| Write::PutVm(vm.into())));
+    let mut writes: Vec<Write> = Vec::with_capacity(BATCH);
+    for write in nodes.map(Some).chain(vms) {
+        writes.extend(write);
+        if writes.len() >= BATCH {
+            scheduler.store.apply(std::mem::take(&mut writes)).await?;
+        }
+    }
+    scheduler.store.apply(writes).await?;
+    Ok(())
+}
+
+fn node(seed: SeedNode) -> Write {
+    Write::PutNode(NodeRecord {
+        name: seed.name,
+        address: seed.address,
+        cpus: seed.cpus,
+        memory_bytes: seed.memory_bytes,
+        migration_tls: false,
+        cordon: Cordon::Open,
+        cpu: None,
+        cpu_model: String::new(),
+        wishes: NodeWishes::default(),
+    })
+}
+
+/// Named after its id, which is a name of a VM too.
+fn vm(seed: SeedVm) -> Option<VmRecord> {
+    Some(VmRecord {
+        id: seed.id,
+        name: format!("vm-{}", seed.id).parse().ok()?,
+        image: "seed".to_owned(),
+        image_digest: String::new(),
+        args: Vec::new(),
+        kernel: BlobRef {
+            sha256: "0".repeat(64),
+            size_bytes: 1,
+        },
+        initrd: None,
+        cmdline: String::new(),
+        cmdline_software_kvm: String::new(),
+        cpus: seed.cpus,
+        memory_bytes: seed.memory_bytes,
+        created_unix_ms: now_unix_ms(),
+        home: Some(seed.node.clone()),
+        node: seed.node,
+        epoch: Epoch(1),
+        last_epoch: Epoch(1),
+        fenced_through: Epoch(0),
+        phase: Phase::Running,
+        message: String::new(),
+        cpu: None,
+        cpu_baseline: false,
+        wishes: VmWishes::default(),
+        placement: String::new(),
+    })
+}

@@ -1,0 +1,150 @@
+//! How fast a guest dirties memory, and how much of it: what the VMM samples against what a probe was told to do; and that
+//! samples never stand in a migration's way.
+
+use shoal_proto::vm::{MemoryBacking, MemorySample, MigrationResult, SampleMemoryRequest};
+use shoal_tests::guest;
+use shoal_tests::machine::Machine;
+use shoal_tests::pair::{Pair, Runner, Setup, Side};
+use shoal_tests::vmm;
+use tokio::time::{Duration, timeout};
+use tonic::{Code, Streaming};
+
+const PAGE: u64 = 4096;
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn on_runtime(test: &str, body: impl Future<Output = ()>) {
+    let Some(_machine) = Machine::with_kvm(test) else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async { timeout(2 * LIMIT, body).await.expect("in time") });
+}
+
+fn setup(memory: u64, probe: &str, fill: u64, backing: MemoryBacking) -> Setup {
+    Setup {
+        memory,
+        backing,
+        probe: probe.to_owned(),
+        fill,
+        ..Setup::default()
+    }
+}
+
+async fn samples(pair: &mut Pair, side: Side, interval_ms: u64, window_ms: u64) -> Streaming<MemorySample> {
+    let request = SampleMemoryRequest {
+        interval_ms,
+        window_ms,
+    };
+    let answer = pair.side(side).client.sample_memory(request).await;
+    answer.expect("samples").into_inner()
+}
+
+async fn next(samples: &mut Streaming<MemorySample>) -> MemorySample {
+    let sample = timeout(LIMIT, samples.message()).await;
+    sample.expect("in time").expect("no error").expect("it goes on")
+}
+
+fn within_a_factor_of_two(what: &str, sampled: u64, truth: u64) {
+    assert!(
+        (truth / 2..=truth * 2).contains(&sampled),
+        "{what}: sampled {sampled}, told to be {truth}"
+    );
+}
+
+/// The median of eight samples, so that a host that is busy in one of them does not matter.
+async fn measured(pair: &mut Pair) -> (u64, u64) {
+    let mut stream = samples(pair, Side::Source, 600, 200).await;
+    let mut rates = Vec::new();
+    let mut last = MemorySample::default();
+    while rates.len() < 8 {
+        last = next(&mut stream).await;
+        rates.push(last.dirty_rate_bytes_per_second);
+    }
+    rates.sort_unstable();
+    (rates[4], last.working_set_bytes)
+}
+
+#[test]
+fn the_sample_is_what_the_guest_was_told_to_write() {
+    on_runtime("the sample", async {
+        for backing in [MemoryBacking::Anonymous, MemoryBacking::Shared] {
+            for (memory, set_mib, rate) in [
+                (96 << 20, 48, 12_000),
+                (512 << 20, 100, 20_000),
+                (512 << 20, 16, 2000),
+            ] {
+                let probe = format!("fill={set_mib}MiB wss={set_mib}MiB rate={rate} pattern=random");
+                let mut pair = Pair::start(setup(memory, &probe, set_mib << 20, backing)).await;
+                let (sampled_rate, sampled_set) = measured(&mut pair).await;
+                println!("{probe}: {sampled_rate} B/s, {sampled_set} B");
+                within_a_factor_of_two(&probe, sampled_rate, rate * PAGE);
+                within_a_factor_of_two(&probe, sampled_set, set_mib << 20);
+                guest::assert_unharmed(&pair.source.console().await);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_writes_nothing_has_no_dirty_rate() {
+    on_runtime("no writes", async {
+        let quiet = setup(96 << 20, "fill=32MiB rate=1", 32 << 20, MemoryBacking::Auto);
+        let mut pair = Pair::start(quiet).await;
+        let (rate, set) = measured(&mut pair).await;
+        // What the probe itself writes of its own state.
+        assert!(rate < 4 << 20 && set < 4 << 20, "{rate} B/s, {set} B");
+    });
+}
+
+/// As many samples as there can be, and a migration into the middle of a window: all memory arrives, and is right.
+#[test]
+fn a_migration_goes_before_samples() {
+    on_runtime("migration and samples", async {
+        for round in 0..3 {
+            let probe = "fill=48MiB wss=24MiB rate=6000 pattern=random";
+            let busy = setup(96 << 20, probe, 48 << 20, MemoryBacking::Auto);
+            let mut pair = Pair::start(busy).await;
+            // Windows are open nearly half of the time.
+            let mut before = samples(&mut pair, Side::Source, 100, 50).await;
+            for _ in 0..=round {
+                next(&mut before).await;
+            }
+            let to = pair.prepare().await;
+            let request = vmm::outgoing(to.to_string(), 2, Duration::from_millis(200));
+            let report = pair.migrate(request).await.expect("a report");
+            assert_eq!(report.result(), MigrationResult::Completed, "{}", report.reason);
+            assert!(report.passes > 1, "pages that were written meanwhile were found");
+            assert_eq!(pair.settle(Some(&report)).await, Runner::Destination);
+            // The source has nothing left to sample; the destination has, at once.
+            let mut after = samples(&mut pair, Side::Destination, 100, 50).await;
+            let there = next(&mut after).await;
+            assert!(there.dirty_rate_bytes_per_second > 0);
+            guest::assert_unharmed(&pair.destination.console().await);
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    on_runtime("refusals of samples", async {
+        let quiet = setup(64 << 20, "fill=1MiB", 1 << 20, MemoryBacking::Auto);
+        let mut pair = Pair::start(quiet).await;
+        for (interval_ms, window_ms, field) in [
+            (99, 0, "interval_ms"),
+            (1000, 501, "window_ms"),
+            (1000, 5, "window_ms"),
+        ] {
+            let request = SampleMemoryRequest {
+                interval_ms,
+                window_ms,
+            };
+            let refused = pair.source.client.sample_memory(request).await;
+            let refused = refused.expect_err("refused");
+            assert_eq!(refused.code(), Code::InvalidArgument);
+            assert!(refused.message().starts_with(field), "{refused}");
+        }
+    });
+}

@@ -2,6 +2,7 @@
 //!
 //! - [`machine`]: one test at a time, and only where there is KVM
 //! - [`cluster`]: a cluster of its own for each test, made by `shoal up`; how to kill and restart its parts
+//! - [`etcd`]: a real etcd
 //! - [`shoal`]: the `shoal` command
 //! - [`migration`]: a migration that is watched while it runs
 //! - [`moving`]: a migration that was begun with the `shoal` command, and is looked at with it
@@ -26,6 +27,7 @@
 
 pub mod certificates;
 pub mod cluster;
+pub mod etcd;
 pub mod guest;
 pub mod machine;
 pub mod migration;

@@ -20,6 +20,7 @@ use crate::policy::Defaults;
 use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
+use crate::schedulers::Schedulers;
 use crate::store::{Store, StoreError, Write};
 use crate::vms::VmTable;
 
@@ -61,6 +62,8 @@ pub struct Scheduler {
     /// Held from a snapshot until what was decided on it is stored, so that no room is given away twice. Taken after
     /// a VM's own lock, or with only `try_lock` on VMs.
     pub planning: tokio::sync::Mutex<()>,
+    /// This one and the others.
+    pub schedulers: Schedulers,
 }
 
 /// The scheduler as its tasks hold it.

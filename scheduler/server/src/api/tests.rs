@@ -1,5 +1,6 @@
 //! The calls about migrations, against scripted nodes.
 
+use super::Role;
 use std::sync::Arc;
 
 use shoal_proto::cluster::cluster_server::Cluster as _;
@@ -37,7 +38,7 @@ async fn start(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
 }
 
 fn api(cluster: &Cluster) -> ClusterApi {
-    ClusterApi(Arc::clone(&cluster.scheduler))
+    ClusterApi(Role::Leader(Arc::clone(&cluster.scheduler)))
 }
 
 /// Begins a migration and does not wait for its end.
@@ -146,7 +147,7 @@ async fn the_history_is_listed_latest_first_and_shown_whole_also_after_a_restart
                 .id,
             first.id
         );
-        cluster.restart();
+        cluster.restart().await;
     }
     for (id, code) in [("", Code::InvalidArgument), ("nobody", Code::NotFound)] {
         assert_eq!(get(&cluster, id).await.expect_err(id).code(), code);
@@ -343,7 +344,7 @@ async fn defaults_are_kept_over_a_restart() {
         ..Default::default()
     };
     let answered = set_defaults(&cluster, set).await.expect("set");
-    cluster.restart();
+    cluster.restart().await;
     let request = Request::new(GetMigrationDefaultsRequest {});
     let now = api(&cluster)
         .get_migration_defaults(request)

@@ -11,6 +11,7 @@ mod cpu_baseline;
 mod cut_connection;
 mod daemon_faults;
 mod fault_table;
+mod ha;
 mod linux;
 mod memory_backing;
 mod metrics;

@@ -63,6 +63,7 @@ pub(crate) async fn report_for_ever(node: Arc<Node>, address: SocketAddr) {
         };
         if node.schedulers.failed(status) {
             tracing::info!(%end, "asking the scheduler that leads");
+            tokio::time::sleep(FIRST_PAUSE).await;
             continue;
         }
         tracing::warn!(%end, retry_ms = pause.as_millis(), "no session with the scheduler");

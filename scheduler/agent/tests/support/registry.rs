@@ -192,7 +192,7 @@ fn take(told: &Mutex<Told>, report: AgentReport) -> Option<Message> {
     match report.report.expect("a report") {
         Report::Register(register) => {
             told.registered.push(register);
-            Some(Message::Registered(Registered {}))
+            Some(Message::Registered(Registered { term: 1 }))
         }
         Report::Heartbeat(heartbeat) => {
             told.heartbeat = Some(heartbeat);

@@ -88,6 +88,9 @@ impl Change {
 /// A key and its value.
 pub type Record = (Vec<u8>, Vec<u8>);
 
+/// A record and its table.
+pub type Placed = (Table, Vec<u8>, Vec<u8>);
+
 /// Keeps the bytes.
 #[tonic::async_trait]
 pub trait Backend: Debug + Send + Sync + 'static {

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use tonic::Code;
 
-use super::backend::{Backend, Change, Record, Snapshot, Table};
+use super::backend::{Backend, Change, Placed, Record, Snapshot, Table};
 use super::backup::BackupError;
 use super::{SCHEMA_VERSION, StoreError, Term};
 use api::{DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, RequestOp, TxnRequest, request_op};
@@ -261,7 +261,7 @@ impl Etcd {
     /// Replaces all that is stored; the caller has seen that nobody leads. Until it is done the store is refused.
     pub async fn replace(
         &self,
-        next: &mut (dyn FnMut() -> Result<Option<(Table, Vec<u8>, Vec<u8>)>, BackupError> + Send),
+        next: &mut (dyn FnMut() -> Result<Option<Placed>, BackupError> + Send),
         term: Term,
     ) -> Result<(), BackupError> {
         let data = self.keys.named("data/");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use super::super::backend::Table;
+use super::super::backend::{Placed, Table};
 use super::super::{SCHEMA_VERSION, records};
 use super::{BackupError, END, FORMAT, Header, MAGIC, MAX_HEADER, MAX_KEY, MAX_VALUE, RECORD, Summary};
 
@@ -20,8 +20,6 @@ pub struct Reader {
     summary: Summary,
     ended: bool,
 }
-
-type Record = (Table, Vec<u8>, Vec<u8>);
 
 impl Reader {
     /// Opens a file.
@@ -91,7 +89,7 @@ impl Reader {
     }
 
     /// The next record; none after the last, which the digest has proved to be the last.
-    pub fn next(&mut self) -> Result<Option<Record>, BackupError> {
+    pub fn next(&mut self) -> Result<Option<Placed>, BackupError> {
         if self.ended {
             return Ok(None);
         }

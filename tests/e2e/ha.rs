@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use crate::CALM;
 
-const VMS: [&str; 4] = ["a", "b", "c", "d"];
+/// A node sends two at a time: when two have gone and two are on their way, two are still to come.
+const VMS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 const NODES: [&str; 3] = ["node1", "node2", "node3"];
 
 #[test]
@@ -53,6 +54,9 @@ fn a_drain_ends_although_the_leader_is_killed_in_the_middle_of_it() {
         vms.iter()
             .any(|vm| vm["node"] != "node1" && vm["state"] == "running")
             && vms.iter().any(|vm| vm["state"] == "migrating")
+            && vms
+                .iter()
+                .any(|vm| vm["node"] == "node1" && vm["state"] == "running")
     });
     cluster.kill(&leader);
     let died = Instant::now();

@@ -29,7 +29,10 @@ struct Inner {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TermError {
     /// Another leads.
-    #[error("term: {asked} is over, the scheduler of term {highest} leads; nothing was done")]
+    #[error(
+        "term: {asked} is over, the scheduler of term {highest} leads; nothing was done. If that one is gone for good, \
+         remove the file 'term' in the agent's state directory"
+    )]
     Over { asked: u64, highest: u64 },
     /// Without it on disk an older one might be obeyed after a restart.
     #[error("the term file in {dir} cannot be written: {source}")]

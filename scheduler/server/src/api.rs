@@ -299,7 +299,9 @@ impl Cluster for ClusterApi {
     }
 
     async fn move_vms(&self, request: Request<MoveVmsRequest>) -> Answer<Self::MoveVmsStream> {
-        move_vms::call(self.0.leader().await?, &request.into_inner()).map(Response::new)
+        move_vms::call(self.0.leader().await?, &request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Answer<SchedulingPolicy> {

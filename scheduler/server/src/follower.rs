@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_proto::LEADER_HEADER;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OnceCell};
 use tonic::Status;
 
 use crate::images::ImageStore;
 use crate::scheduler::Shared;
 use crate::schedulers::Schedulers;
 use crate::server::{self, Base, ServerError};
+use crate::store::Store;
 use crate::store::etcd::Etcd;
-use crate::store::{Contents, Store};
 
 /// What was read is looked at again after this.
 const FRESH: Duration = Duration::from_secs(1);
@@ -27,6 +27,8 @@ pub struct Follower {
     etcd: Etcd,
     schedulers: Schedulers,
     view: Mutex<Option<View>>,
+    /// Blobs that VMs needed when this scheduler began to follow. Those of later VMs are of images that it has seen.
+    of_vms: OnceCell<Vec<String>>,
 }
 
 #[derive(Debug)]
@@ -35,7 +37,6 @@ struct View {
     revision: i64,
     looked: Instant,
     scheduler: Shared,
-    blobs: Vec<String>,
 }
 
 impl Follower {
@@ -46,6 +47,7 @@ impl Follower {
             etcd,
             schedulers,
             view: Mutex::default(),
+            of_vms: OnceCell::new(),
         }
     }
 
@@ -64,18 +66,26 @@ impl Follower {
         self.base.config.state_dir.join("blobs")
     }
 
-    /// What is stored. Nothing acts on it.
-    pub async fn read(&self) -> Result<Shared, ServerError> {
-        Ok(self.fresh().await?.0)
-    }
-
-    /// Every blob that images and VMs need.
+    /// Every blob that images and VMs need. Cheap enough to be asked each second.
     pub async fn blobs(&self) -> Result<Vec<String>, ServerError> {
-        Ok(self.fresh().await?.1)
+        let store = self.store().await?;
+        let of_vms = async || Ok::<_, ServerError>(store.load().await?.blobs());
+        let mut blobs = self.of_vms.get_or_try_init(of_vms).await?.clone();
+        for image in store.images().await? {
+            blobs.push(image.kernel.sha256);
+            blobs.extend(image.initrd.map(|initrd| initrd.sha256));
+        }
+        blobs.sort();
+        blobs.dedup();
+        Ok(blobs)
     }
 
-    /// Read again only if something was written since.
-    async fn fresh(&self) -> Result<(Shared, Vec<String>), ServerError> {
+    async fn store(&self) -> Result<Store, ServerError> {
+        Ok(Store::new(Arc::new(self.etcd.clone()), self.etcd.term().await?))
+    }
+
+    /// What is stored, read again only if something was written since. Nothing acts on it.
+    pub async fn read(&self) -> Result<Shared, ServerError> {
         let mut view = self.view.lock().await;
         if let Some(known) = view.as_mut() {
             let is_fresh = known.looked.elapsed() < FRESH || self.etcd.revision().await? == known.revision;
@@ -83,31 +93,29 @@ impl Follower {
                 if known.looked.elapsed() >= FRESH {
                     known.looked = Instant::now();
                 }
-                return Ok((Arc::clone(&known.scheduler), known.blobs.clone()));
+                return Ok(Arc::clone(&known.scheduler));
             }
         }
         let (looked, revision) = (Instant::now(), self.etcd.revision().await?);
-        let store = Store::new(Arc::new(self.etcd.clone()), self.etcd.term().await?);
+        let store = self.store().await?;
         let contents = store.load().await?;
-        let blobs = needed(&contents);
         let images = ImageStore::view(self.blob_directory(), contents.images.clone());
-        let (scheduler, _, intents) = server::build(
+        let (scheduler, _, unfinished) = server::build(
             &self.base.config,
             store,
             contents,
             images,
             self.schedulers.clone(),
         )?;
-        for intent in intents {
+        for intent in unfinished.intents {
             scheduler.migrations.open(Arc::new(intent));
         }
         *view = Some(View {
             revision,
             looked,
             scheduler: Arc::clone(&scheduler),
-            blobs: blobs.clone(),
         });
-        Ok((scheduler, blobs))
+        Ok(scheduler)
     }
 
     /// Why something is refused, and whom to ask.
@@ -128,16 +136,4 @@ impl Follower {
         }
         status
     }
-}
-
-/// Kernels and initrds of images, and of VMs whatever became of their images.
-fn needed(contents: &Contents) -> Vec<String> {
-    let mut blobs = contents.blobs();
-    for image in &contents.images {
-        blobs.push(image.kernel.sha256.clone());
-        blobs.extend(image.initrd.as_ref().map(|initrd| initrd.sha256.clone()));
-    }
-    blobs.sort();
-    blobs.dedup();
-    blobs
 }

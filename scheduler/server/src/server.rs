@@ -24,6 +24,7 @@ use crate::images::{ImageStore, mirror};
 use crate::logs::LogStore;
 use crate::metrics::{self, Metrics};
 use crate::migrations::MigrationTable;
+use crate::moves::{self, MoveOrder, Moves};
 use crate::nodes::{InvalidAddress, NodeTable};
 use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
@@ -167,8 +168,8 @@ pub async fn lead(
     schedulers: Schedulers,
 ) -> Result<(), ServerError> {
     let term = store.term();
-    let (scheduler, subjects, intents) = assemble(&base.config, store, contents, schedulers)?;
-    reconcile::recover(&scheduler, intents);
+    let (scheduler, subjects, unfinished) = assemble(&base.config, store, contents, schedulers)?;
+    unfinished.take_up(&scheduler).await;
 
     let mut tasks = JoinSet::new();
     tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
@@ -219,9 +220,26 @@ fn listen(listener: &std::net::TcpListener) -> Result<TcpListener, ServerError> 
 
 type Subjects = tokio::sync::mpsc::UnboundedReceiver<reconcile::Subject>;
 
+/// What a former scheduler, or this one in a former life, had begun.
+#[derive(Debug)]
+pub struct Unfinished {
+    /// Migrations.
+    pub intents: Vec<Intent>,
+    /// Moves of all VMs of a node.
+    pub orders: Vec<MoveOrder>,
+}
+
+impl Unfinished {
+    /// Goes on with it.
+    pub async fn take_up(self, scheduler: &Shared) {
+        reconcile::recover(scheduler, self.intents);
+        moves::resume(scheduler, self.orders).await;
+    }
+}
+
 /// Opens the state directory with the store in it.
 #[cfg(test)]
-pub async fn open(config: &Settings) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
+pub async fn open(config: &Settings) -> Result<(Shared, Subjects, Unfinished), ServerError> {
     let (store, contents) = Store::open_file(&config.state_dir.join(STORE_FILE)).await?;
     let schedulers = Schedulers::alone(([127, 0, 0, 1], 0).into(), now_unix_ms());
     assemble(config, store, contents, schedulers)
@@ -233,7 +251,7 @@ fn assemble(
     store: Store,
     contents: Contents,
     schedulers: Schedulers,
-) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
+) -> Result<(Shared, Subjects, Unfinished), ServerError> {
     let directory = config.state_dir.join("blobs");
     let used = contents.blobs();
     let records = contents.images.clone();
@@ -251,7 +269,7 @@ pub fn build(
     contents: Contents,
     images: ImageStore,
     schedulers: Schedulers,
-) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
+) -> Result<(Shared, Subjects, Unfinished), ServerError> {
     let (reconcile, subjects) = ReconcileQueue::new();
     let history = History::new(contents.history, contents.sampled);
     let scheduler = Scheduler {
@@ -271,10 +289,15 @@ pub fn build(
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
+        moves: Moves::default(),
         schedulers,
         store,
     };
-    Ok((Arc::new(scheduler), subjects, contents.intents))
+    let unfinished = Unfinished {
+        intents: contents.intents,
+        orders: contents.orders,
+    };
+    Ok((Arc::new(scheduler), subjects, unfinished))
 }
 
 impl Contents {

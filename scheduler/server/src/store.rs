@@ -23,6 +23,7 @@ use shoal_proto::{VmId, cluster, vm};
 use tokio::sync::RwLock;
 
 use crate::cpus::{CpuDigest, StoredCpus};
+use crate::moves::MoveOrder;
 use crate::record::{ImageRecord, Intent, NodeRecord, QueuedRecord, VmRecord};
 
 pub use backend::Backend;
@@ -37,13 +38,17 @@ const MOST_CHANGES: usize = 120;
 const MOST_BYTES: usize = 1 << 20;
 
 /// Which lead of a scheduler this is. It rises with each; what was decided in an older one counts no more.
+///
+/// It is one more than the last, or the seconds since 1970 if that is more: so it rises also where a store was put back to an
+/// old state, or was lost, which agents that have heard of later terms do not know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Term(pub u64);
 
 impl Term {
     /// The one after this.
     pub fn next(self) -> Self {
-        Self(self.0.saturating_add(1))
+        let now = crate::record::now_unix_ms() / 1000;
+        Self(self.0.saturating_add(1).max(u64::try_from(now).unwrap_or(0)))
     }
 }
 
@@ -165,6 +170,10 @@ pub enum Write {
     PutQueued(Arc<QueuedRecord>),
     /// Removes one from the queue.
     DeleteQueued(u64),
+    /// Keeps what someone asked for until it is done.
+    PutMoveOrder(MoveOrder),
+    /// It is done.
+    DeleteMoveOrder(MoveOrder),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
     /// Keeps a kind of CPU.
@@ -196,6 +205,8 @@ pub struct Contents {
     pub scheduling_policy: BTreeMap<String, String>,
     /// VMs that wait, in order of arrival.
     pub queue: Vec<QueuedRecord>,
+    /// Moves that someone asked for and that are not done.
+    pub orders: Vec<MoveOrder>,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
     /// Kinds of CPUs.
@@ -241,6 +252,11 @@ impl Store {
     /// Reads all of it, as it is at one moment, in pages.
     pub async fn load(&self) -> Result<Contents, StoreError> {
         records::load(self.backend.as_ref()).await
+    }
+
+    /// Reads the images alone.
+    pub async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        records::images(self.backend.as_ref()).await
     }
 
     /// Writes all of it, as it is at one moment, as a backup.

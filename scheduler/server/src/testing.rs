@@ -587,8 +587,8 @@ async fn open(directory: &std::path::Path) -> Shared {
             ..shoal_plan::Policy::default()
         },
     };
-    let (scheduler, subjects, intents) = crate::server::open(&config).await.expect("opened");
-    reconcile::recover(&scheduler, intents);
+    let (scheduler, subjects, unfinished) = crate::server::open(&config).await.expect("opened");
+    unfinished.take_up(&scheduler).await;
     tokio::spawn(reconcile::run(Arc::clone(&scheduler), subjects));
     scheduler
 }

@@ -40,14 +40,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<(), CliError> {
             let written = shoal_server::back_up(&store, &args.file).await;
             written.map_err(|error| CliError::Daemon(Box::new(error)))?.bytes
         }
-        None => {
-            let written = from_scheduler(context, &args.file).await;
-            if written.is_err() && args.file.exists() && !matches!(written, Err(CliError::File { .. })) {
-                // What is there is not whole.
-                drop(std::fs::remove_file(&args.file));
-            }
-            written?
-        }
+        None => from_scheduler(context, &args.file).await?,
     };
     let result = json!({ "file": args.file, "bytes": bytes });
     context.output.show(&result, |_| {
@@ -68,11 +61,19 @@ async fn from_scheduler(context: &Context, path: &Path) -> Result<u64, CliError>
         source,
     };
     let mut file = File::create_new(path).map_err(file_error)?;
-    let mut bytes = 0;
-    while let Some(chunk) = chunks.message().await? {
-        bytes += chunk.data.len() as u64;
-        file.write_all(&chunk.data).map_err(file_error)?;
+    let copy = async {
+        let mut bytes = 0;
+        while let Some(chunk) = chunks.message().await? {
+            bytes += chunk.data.len() as u64;
+            file.write_all(&chunk.data).map_err(file_error)?;
+        }
+        file.sync_all().map_err(file_error)?;
+        Ok(bytes)
+    };
+    let copied = copy.await;
+    if copied.is_err() {
+        // What is there is not whole.
+        drop(std::fs::remove_file(path));
     }
-    file.sync_all().map_err(file_error)?;
-    Ok(bytes)
+    copied
 }

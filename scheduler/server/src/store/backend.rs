@@ -22,6 +22,8 @@ pub enum Table {
     Cpus,
     /// VMs that wait for room. Key: sequence number (big endian).
     Queue,
+    /// Moves that someone asked for and that are not done. Key: direction and node.
+    Orders,
     /// Key: name.
     Nodes,
     /// Key: name.
@@ -32,7 +34,7 @@ pub enum Table {
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Vms,
         Self::Intents,
         Self::History,
@@ -40,6 +42,7 @@ impl Table {
         Self::Settings,
         Self::Cpus,
         Self::Queue,
+        Self::Orders,
         Self::Nodes,
         Self::Images,
         Self::Events,
@@ -56,6 +59,7 @@ impl Table {
             Self::Settings => "options",
             Self::Cpus => "cpus",
             Self::Queue => "queue",
+            Self::Orders => "orders",
             Self::Nodes => "nodes",
             Self::Images => "images",
             Self::Events => "events",

@@ -9,6 +9,7 @@ use super::backend::{Backend, Change, Snapshot, Table};
 use super::{Contents, StoreError, Write};
 use crate::cpus::CpuDigest;
 use crate::history;
+use crate::moves::MoveOrder;
 use crate::record::{ImageRecord, Intent, NodeRecord, QueuedRecord, VmRecord};
 
 pub const MIGRATION_DEFAULTS: &[u8] = b"migration-defaults";
@@ -64,6 +65,8 @@ pub async fn encode(
             serde_json::to_vec(queued.as_ref())?,
         ),
         Write::DeleteQueued(number) => delete(Table::Queue, &number.to_be_bytes()),
+        Write::PutMoveOrder(order) => put(Table::Orders, &order_key(&order), serde_json::to_vec(&order)?),
+        Write::DeleteMoveOrder(order) => delete(Table::Orders, &order_key(&order)),
         Write::PutNode(node) => put(
             Table::Nodes,
             node.name.as_str().as_bytes(),
@@ -114,6 +117,10 @@ async fn stored(
     backend.get(table, key).await
 }
 
+fn order_key(order: &MoveOrder) -> Vec<u8> {
+    format!("{:?}/{}", order.direction, order.node).into_bytes()
+}
+
 fn put_intent(intent: &Intent) -> Result<Change, StoreError> {
     let value = serde_json::to_vec(intent)?;
     Ok(Change::Put(Table::Intents, intent.vm.as_bytes().to_vec(), value))
@@ -159,6 +166,7 @@ pub async fn load(backend: &dyn Backend) -> Result<Contents, StoreError> {
         history: reader.scan(Table::History, migration).await?,
         sampled: reader.keys(Table::Samples).await?,
         queue: reader.scan(Table::Queue, json).await?,
+        orders: reader.scan(Table::Orders, json).await?,
         nodes: reader.scan(Table::Nodes, json).await?,
         images: reader.scan(Table::Images, json).await?,
         events: reader
@@ -180,6 +188,16 @@ pub async fn load(backend: &dyn Backend) -> Result<Contents, StoreError> {
     Ok(contents)
 }
 
+/// Reads the images alone.
+pub async fn images(backend: &dyn Backend) -> Result<Vec<ImageRecord>, StoreError> {
+    let snapshot = backend.snapshot().await?;
+    let reader = Reader {
+        name: backend.name(),
+        snapshot: snapshot.as_ref(),
+    };
+    reader.scan(Table::Images, json).await
+}
+
 /// Whether a record can be read.
 pub fn check(table: Table, key: &[u8], value: &[u8]) -> bool {
     match table {
@@ -190,6 +208,7 @@ pub fn check(table: Table, key: &[u8], value: &[u8]) -> bool {
         Table::Settings => setting(key, value).is_some(),
         Table::Cpus => cpu(key, value).is_some(),
         Table::Queue => json::<QueuedRecord>(key, value).is_some(),
+        Table::Orders => json::<MoveOrder>(key, value).is_some(),
         Table::Nodes => json::<NodeRecord>(key, value).is_some(),
         Table::Images => json::<ImageRecord>(key, value).is_some(),
         Table::Events => number(key).is_some() && cluster::Event::decode(value).is_ok(),

@@ -1,6 +1,7 @@
 use super::file::{Bytes, META, definition};
 use super::*;
 use crate::history;
+use crate::moves::Direction;
 use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, QueuedRecord, VmWishes, now_unix_ms};
 use redb::Database;
 use shoal_plan::labels::parse_terms;
@@ -214,6 +215,10 @@ async fn everything_comes_back(place: &impl Place) {
         vm: waits.clone(),
         pinned: None,
     };
+    let order = |direction| MoveOrder {
+        node: "node1".parse().expect("a node"),
+        direction,
+    };
     let event = cluster::Event {
         sequence: 300,
         message: "hello".to_owned(),
@@ -236,6 +241,8 @@ async fn everything_comes_back(place: &impl Place) {
             Write::PutQueued(Arc::new(queued(3))),
             Write::PutQueued(Arc::new(queued(4))),
             Write::PutNode(node.clone()),
+            Write::PutMoveOrder(order(Direction::Expel)),
+            Write::PutMoveOrder(order(Direction::Bring)),
             Write::PutEvent(event.clone()),
             Write::PutEvent(early),
         ])
@@ -250,6 +257,7 @@ async fn everything_comes_back(place: &impl Place) {
             Write::SetGuestGap(1, 1500),
             Write::TrimEvents(2),
             Write::DeleteQueued(3),
+            Write::DeleteMoveOrder(order(Direction::Bring)),
         ])
         .await
         .expect("written");
@@ -275,6 +283,7 @@ async fn everything_comes_back(place: &impl Place) {
     assert_eq!(contents.migration_defaults, defaults);
     assert_eq!(contents.scheduling_policy, policy);
     assert_eq!(contents.queue, [queued(4)]);
+    assert_eq!(contents.orders, [order(Direction::Expel)]);
     let whole = store.migration(300).await.expect("readable");
     assert_eq!(whole, Some(gone_on));
     let thinned = store.migration(2).await.expect("readable").expect("there");

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::super::backend::{Backend, Change, Table};
 use super::super::etcd::{Etcd, Location};
@@ -146,7 +145,7 @@ async fn restore_file(from: &Path, path: &Path, term: Term, force: bool) -> Resu
             }
             backend.commit(batch).await?;
         }
-        backend.set_term(after_restore(last))?;
+        backend.set_term(last)?;
     }
     if path.exists() {
         fs::rename(path, path.with_extension("replaced")).map_err(io)?;
@@ -173,7 +172,7 @@ async fn restore_etcd(from: &Path, url: &str, term: Term, force: bool) -> Result
     }
     let last = etcd.term().await.unwrap_or_default().max(term);
     let mut reader = Reader::open(from)?;
-    etcd.replace(&mut || reader.next(), after_restore(last)).await
+    etcd.replace(&mut || reader.next(), last).await
 }
 
 async fn is_empty(backend: &dyn Backend) -> Result<bool, StoreError> {
@@ -184,14 +183,4 @@ async fn is_empty(backend: &dyn Backend) -> Result<bool, StoreError> {
         }
     }
     Ok(true)
-}
-
-/// A backup may be old, and agents may have heard of later terms: by the clock, which is ahead of any count of terms that
-/// were less than one a second.
-fn after_restore(last: Term) -> Term {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    last.next().max(Term(seconds))
 }

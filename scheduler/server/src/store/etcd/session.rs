@@ -107,11 +107,14 @@ impl Etcd {
 }
 
 impl Session {
-    /// Takes the lead, if nobody has it.
+    /// Takes the lead, if nobody has it. Once it was given, a second time is an error: the session is to be left.
     pub async fn campaign(&self) -> Result<Option<Lead>, StoreError> {
         let (store, keys) = (&self.store, &self.store.keys);
-        if store.leader().await?.is_some() {
-            return Ok(None);
+        match store.leader().await? {
+            // An election whose answer was lost, and with it what to write with: the lease has to be given back.
+            Some(leader) if leader.member.id == self.member.id => return Err(StoreError::Deposed),
+            Some(_) => return Ok(None),
+            None => {}
         }
         let has_schema = store.check_schema().await?;
         let commit = store.get_key(keys.commit()).await?;

@@ -9,6 +9,11 @@ mod ids;
 
 pub use ids::{Epoch, IdError, MigrationId, NodeName, VmId, VmName};
 
+/// Metadata of an error: where the scheduler is that leads, as `IP:PORT`.
+pub const LEADER_HEADER: &str = "shoal-leader";
+/// Metadata of a scheduler's calls to agents: the term of its lead, in decimal.
+pub const TERM_HEADER: &str = "shoal-term";
+
 /// Encoded descriptors of every service, for gRPC server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

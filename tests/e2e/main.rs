@@ -12,6 +12,7 @@ mod cut_connection;
 mod daemon_faults;
 mod fault_table;
 mod fleet;
+mod ha;
 mod linux;
 mod memory_backing;
 mod memory_sampling;

@@ -2,6 +2,7 @@
 //!
 //! - [`machine`]: one test at a time, and only where there is KVM
 //! - [`cluster`]: a cluster of its own for each test, made by `shoal up`; how to kill and restart its parts
+//! - [`etcd`]: a real etcd; [`schedulers`]: several schedulers with it
 //! - [`shoal`]: the `shoal` command
 //! - [`migration`]: a migration that is watched while it runs
 //! - [`moving`]: a migration that was begun with the `shoal` command, and is looked at with it
@@ -27,6 +28,7 @@
 
 pub mod certificates;
 pub mod cluster;
+pub mod etcd;
 pub mod fleet;
 pub mod guest;
 pub mod machine;
@@ -38,6 +40,7 @@ pub mod paths;
 pub mod process;
 pub mod protocol1;
 pub mod proxy;
+pub mod schedulers;
 pub mod shoal;
 pub mod soak;
 pub mod vmm;

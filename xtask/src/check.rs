@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::build::cargo;
 use crate::context::{Context, run, step};
-use crate::images;
+use crate::{images, packages};
 
 /// Formatting and lints; unit tests too, unless `lints_only`.
 ///
@@ -25,6 +25,7 @@ pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
     if lints_only {
         return Ok(());
     }
+    packages::ensure(packages::TESTS)?;
     step("unit tests", || {
         run(cargo(context).args(["test", "--workspace"]))?;
         images::test_guest_programs(context, None)

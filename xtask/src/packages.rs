@@ -77,10 +77,20 @@ pub const LINUX: &[Package] = &[
 ];
 
 /// What the end-to-end tests and the demo need.
-pub const TESTS: &[Package] = &[Package {
-    name: "iproute2",
-    file: "/sbin/ip",
-}];
+pub const TESTS: &[Package] = &[
+    Package {
+        name: "iproute2",
+        file: "/sbin/ip",
+    },
+    Package {
+        name: ETCD,
+        file: "/usr/bin/etcd",
+    },
+];
+
+const ETCD: &str = "etcd-server";
+/// The service that comes with it; tests start their own.
+const ETCD_SERVICE: &str = "etcd.service";
 
 /// Installs everything that any command needs.
 ///
@@ -117,7 +127,14 @@ pub fn ensure(packages: &[Package]) -> Result<()> {
         run(apt_get()
             .args(["install", "--yes", "--quiet", "--no-install-recommends"])
             .args(&missing))
-    })
+    })?;
+    if missing.contains(&ETCD) {
+        // Where there is no systemd, there is no service to end.
+        let _ = Command::new("systemctl")
+            .args(["disable", "--now", ETCD_SERVICE])
+            .output();
+    }
+    Ok(())
 }
 
 fn apt_get() -> Command {

@@ -13,7 +13,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
 use crate::keyed_lock::KeyedLocks;
-use crate::uplink::Registry;
+use crate::schedulers::{Registry, Schedulers};
 
 /// How long the scheduler may be silent in the middle of a blob.
 const SILENCE_LIMIT: Duration = Duration::from_secs(15);
@@ -83,21 +83,36 @@ impl BlobCache {
     }
 
     /// The blob's file; fetched first if it is not here. Several who want the same blob share one fetch.
-    pub(crate) async fn get(&self, blob: &BlobId, registry: &Registry) -> Result<PathBuf, BlobError> {
+    pub(crate) async fn get(&self, blob: &BlobId, schedulers: &Schedulers) -> Result<PathBuf, BlobError> {
         let path = self.dir.join(&blob.sha256);
         let _turn = self.fetching.lock(&blob.sha256).await;
         if holds(&path, blob.size).await {
             return Ok(path);
         }
         tracing::info!(sha256 = blob.sha256, bytes = blob.size, "fetching an image blob");
+        let mut first_error = None;
+        for registry in schedulers.all() {
+            match self.fetch(blob, registry, &path).await {
+                Ok(()) => return Ok(path),
+                // The others may have it. What the one that leads has said is what matters.
+                Err(error @ BlobError::Fetch { .. }) => {
+                    first_error.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let nobody = || blob.fetch_error(Status::unavailable("there is no scheduler"));
+        Err(first_error.unwrap_or_else(nobody))
+    }
+
+    async fn fetch(&self, blob: &BlobId, mut from: Registry, path: &Path) -> Result<(), BlobError> {
         let request = node::FetchBlobRequest {
             sha256: blob.sha256.clone(),
         };
-        let response = registry.clone().fetch_blob(request).await;
+        let response = from.fetch_blob(request).await;
         let chunks = response.map_err(|status| blob.fetch_error(status))?.into_inner();
-        self.store(blob, chunks.map(|chunk| chunk.map(|chunk| chunk.data)), &path)
-            .await?;
-        Ok(path)
+        self.store(blob, chunks.map(|chunk| chunk.map(|chunk| chunk.data)), path)
+            .await
     }
 
     /// Writes the chunks beside the final file and gives it its name once size and digest are right.

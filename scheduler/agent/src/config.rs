@@ -21,8 +21,8 @@ pub struct AgentConfig {
     pub listen: SocketAddr,
     /// Where others reach this agent, if that is not `listen`. Required when `listen` is the unspecified address.
     pub advertise: Option<SocketAddr>,
-    /// The scheduler's endpoint, such as `http://127.0.0.1:7470`.
-    pub scheduler: String,
+    /// Endpoints of the schedulers, such as `http://127.0.0.1:7470`; the one that leads is found among them.
+    pub schedulers: Vec<String>,
     /// The agent's own directory; created if missing, and locked while the agent runs.
     pub state_dir: PathBuf,
     /// Memory in bytes that the node lends. `None`: all of the host's.
@@ -49,7 +49,7 @@ impl fmt::Debug for AgentConfig {
             .field("node", &self.node)
             .field("listen", &self.listen)
             .field("advertise", &self.advertise)
-            .field("scheduler", &self.scheduler)
+            .field("schedulers", &self.schedulers)
             .field("state_dir", &self.state_dir)
             .field("memory_budget", &self.memory_budget)
             .field("cpus", &self.cpus)
@@ -146,7 +146,7 @@ mod tests {
             node: "node1".parse().expect("a name"),
             listen: listen.parse().expect("an address"),
             advertise: None,
-            scheduler: "http://127.0.0.1:7470".into(),
+            schedulers: vec!["http://127.0.0.1:7470".into()],
             state_dir: "state".into(),
             memory_budget: None,
             cpus: None,

@@ -208,7 +208,8 @@ fn read_epoch(path: &Path) -> io::Result<Option<Epoch>> {
     read_if_there(path)?.map(|text| parse_epoch(&text)).transpose()
 }
 
-fn read_if_there(path: &Path) -> io::Result<Option<String>> {
+/// A file as text; none if there is no such file.
+pub(crate) fn read_if_there(path: &Path) -> io::Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -225,7 +226,7 @@ fn not_a_number() -> io::Error {
 }
 
 /// After this returns the file has the new content, whatever happens to the host; before, the old one.
-fn write_durably(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn write_durably(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let mut file = File::create(&temporary)?;
     file.write_all(content)?;

@@ -11,9 +11,10 @@
 //! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it
 //! - `supervise`, `console`: what goes on as long as it lives; `retire`: its end
 //! - `facts`, `node_load`, `procfs`, `sampling`, `speed`: what is measured; `report`, `uplink`: how the scheduler hears of it
+//! - `schedulers`: which of several schedulers that is; `term`: why a former one is not obeyed
 //!
 //! On disk, in the state directory: `vms/VM_ID-EPOCH/` (`vmm.sock`, `pid`, `spec.json`, `vmm.log`, and `ran` once the
-//! vCPUs have run), `epochs/VM_ID` (the newest epoch seen), `blobs/SHA256`, `agent.lock`.
+//! vCPUs have run), `epochs/VM_ID` (the newest epoch seen), `blobs/SHA256`, `term` (the highest heard of), `agent.lock`.
 #![forbid(unsafe_code)]
 
 mod adopt;
@@ -34,10 +35,12 @@ mod report;
 mod retire;
 mod runtime_dir;
 mod sampling;
+mod schedulers;
 mod service;
 mod spawn;
 mod speed;
 mod supervise;
+mod term;
 mod uplink;
 mod vm;
 
@@ -111,8 +114,7 @@ pub enum AgentError {
 /// If the agent cannot start, or its server fails.
 pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     config.validate()?;
-    let registry =
-        uplink::registry(&config.scheduler).map_err(|_| AgentError::Endpoint(config.scheduler.clone()))?;
+    let schedulers = schedulers::Schedulers::new(&config.schedulers).map_err(AgentError::Endpoint)?;
     let state_error = |source| AgentError::State {
         path: config.state_dir.clone(),
         source,
@@ -123,7 +125,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         .map(|dir| certificates::MigrationCertificates::open(dir, &config.node))
         .transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
-    let mut node = node::Node::open(&config, certificates, &state_dir, registry).map_err(state_error)?;
+    let mut node = node::Node::open(&config, certificates, &state_dir, schedulers).map_err(state_error)?;
     node.cpuid = cpuid::of_host(&config.vmm_binary).await;
     // Nodes that share a host have the same CPUs, and start at the same time.
     if !node.capacity.budgeted {
@@ -138,7 +140,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
     let bound = listener.local_addr().map_err(listen_error)?;
     adopt::adopt_all(&node).await?;
-    tracing::info!(node = %node.name, address = %bound, scheduler = config.scheduler, "agent serves");
+    tracing::info!(node = %node.name, address = %bound, schedulers = ?config.schedulers, "agent serves");
 
     let reporter = tokio::spawn(report::report_for_ever(
         Arc::clone(&node),
@@ -148,7 +150,10 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(AgentServer::new(service::AgentService::new(Arc::clone(&node))))
+        .add_service(AgentServer::with_interceptor(
+            service::AgentService::new(Arc::clone(&node)),
+            node.terms.clone(),
+        ))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
             // An error means that `stop` was dropped, which is an order to stop too.
             stopped.await.unwrap_or_default();

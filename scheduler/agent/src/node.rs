@@ -20,9 +20,11 @@ use crate::key::VmKey;
 use crate::keyed_lock::KeyedLocks;
 use crate::node_load::{Capacity, LoadMeter};
 use crate::runtime_dir::VmRecord;
+use crate::schedulers::Schedulers;
 use crate::spawn::{SpawnError, spawn};
 use crate::supervise::supervise;
-use crate::uplink::{Registry, Uplink};
+use crate::term::Terms;
+use crate::uplink::Uplink;
 use crate::vm::Vm;
 
 /// The node: its VMMs and what is needed to start and watch them.
@@ -44,7 +46,8 @@ pub(crate) struct Node {
     pub(crate) certificates: Option<MigrationCertificates>,
     /// What guest memory is made of.
     pub(crate) memory_backing: vm::MemoryBacking,
-    pub(crate) registry: Registry,
+    pub(crate) schedulers: Schedulers,
+    pub(crate) terms: Terms,
     pub(crate) uplink: Uplink,
     pub(crate) epochs: EpochStore,
     pub(crate) blobs: BlobCache,
@@ -64,7 +67,7 @@ impl Node {
         config: &AgentConfig,
         certificates: Option<MigrationCertificates>,
         state_dir: &Path,
-        registry: Registry,
+        schedulers: Schedulers,
     ) -> io::Result<Self> {
         let vms_dir = state_dir.join("vms");
         std::fs::create_dir_all(&vms_dir)?;
@@ -79,7 +82,8 @@ impl Node {
             reachable_ip: config.reachable_ip(),
             certificates,
             memory_backing: config.memory_backing,
-            registry,
+            schedulers,
+            terms: Terms::open(state_dir)?,
             uplink: Uplink::default(),
             epochs: EpochStore::open(state_dir.join("epochs"))?,
             blobs: BlobCache::open(state_dir.join("blobs"))?,

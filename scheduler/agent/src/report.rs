@@ -20,6 +20,7 @@ use tonic::{Status, Streaming};
 
 use crate::node::Node;
 use crate::node_load::is_software_kvm;
+use crate::term::TermError;
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How long the scheduler may take to say that the node is registered.
@@ -38,6 +39,8 @@ enum SessionEnd {
     Closed,
     #[error("the scheduler did not register the node within {} s", REGISTER_LIMIT.as_secs())]
     NotRegistered,
+    #[error(transparent)]
+    Term(#[from] TermError),
     #[error("the node's load cannot be read: {0}")]
     Load(io::Error),
 }
@@ -58,6 +61,15 @@ pub(crate) async fn report_for_ever(node: Arc<Node>, address: SocketAddr) {
         if registered {
             pause = FIRST_PAUSE;
         }
+        let status = match &end {
+            SessionEnd::Status(status) => Some(status.as_ref()),
+            _ => None,
+        };
+        if node.schedulers.failed(status) {
+            tracing::info!(%end, "asking the scheduler that leads");
+            tokio::time::sleep(FIRST_PAUSE).await;
+            continue;
+        }
         tracing::warn!(%end, retry_ms = pause.as_millis(), "no session with the scheduler");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -71,10 +83,10 @@ async fn session(
 ) -> Result<std::convert::Infallible, SessionEnd> {
     let (reports, queue) = mpsc::channel(QUEUE);
     send(&reports, Report::Register(registration(node, address))).await?;
-    let mut registry = node.registry.clone();
+    let mut registry = node.schedulers.current();
     let welcome = async {
         let mut messages = registry.report(ReceiverStream::new(queue)).await?.into_inner();
-        let registered = wait_until_registered(&mut messages).await?;
+        let registered = wait_until_registered(node, &mut messages).await?;
         Ok::<_, SessionEnd>((messages, registered))
     };
     let (messages, welcome) = timeout(REGISTER_LIMIT, welcome)
@@ -106,9 +118,13 @@ fn registration(node: &Node, address: SocketAddr) -> Register {
     }
 }
 
-async fn wait_until_registered(messages: &mut Streaming<SchedulerMessage>) -> Result<Registered, SessionEnd> {
+async fn wait_until_registered(
+    node: &Node,
+    messages: &mut Streaming<SchedulerMessage>,
+) -> Result<Registered, SessionEnd> {
     while let Some(message) = messages.message().await? {
         if let Some(Message::Registered(registered)) = message.message {
+            node.terms.hear(registered.term)?;
             return Ok(registered);
         }
     }

@@ -2,36 +2,14 @@
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use shoal_proto::node::AgentReport;
-use shoal_proto::node::registry_client::RegistryClient;
 use tokio::sync::{Notify, mpsc, watch};
-use tonic::transport::{Channel, Endpoint};
 
 use crate::key::VmKey;
 
-/// A client of the scheduler's Registry service. Connects when it is used, and again after a failure.
-pub(crate) type Registry = RegistryClient<Channel>;
-
 /// The way into the report stream while there is one.
 pub(crate) type Session = Option<mpsc::Sender<AgentReport>>;
-
-/// A connection that does not answer for this long is dead.
-const KEEP_ALIVE: Duration = Duration::from_secs(3);
-const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-
-/// A client for the scheduler at this endpoint; nothing is opened yet.
-pub(crate) fn registry(endpoint: &str) -> Result<Registry, tonic::transport::Error> {
-    let channel = Endpoint::from_shared(endpoint.to_owned())?
-        .connect_timeout(CONNECT_LIMIT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true)
-        .connect_lazy();
-    Ok(RegistryClient::new(channel))
-}
 
 /// Shared by the reporter (which owns the stream), the supervisors and the console pumps.
 #[derive(Debug, Default)]
@@ -98,10 +76,5 @@ mod tests {
         uplink.vm_changed(key);
         assert_eq!(uplink.next_changed().await, HashSet::from([key]));
         assert!(uplink.take_changed().is_empty());
-    }
-
-    #[test]
-    fn endpoints_are_checked() {
-        assert!(registry("not an endpoint").is_err());
     }
 }

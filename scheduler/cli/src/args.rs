@@ -26,21 +26,36 @@ pub struct Cli {
 /// Options that every command takes.
 #[derive(Debug, Clone, Args)]
 pub struct GlobalArgs {
-    /// Where the cluster answers.
+    /// Where the schedulers answer, each as HOST:PORT or http://HOST:PORT; the one that leads is found among them.
     #[arg(
         long,
+        visible_alias = "endpoint",
         global = true,
         env = "SHOAL_ENDPOINT",
         default_value = "http://127.0.0.1:7470",
-        value_name = "URL"
+        value_delimiter = ',',
+        value_name = "URL[,URL...]"
     )]
-    pub endpoint: String,
+    pub scheduler: Vec<String>,
     /// Tables for people (wide: with more columns of nodes and VMs) or JSON for scripts.
     #[arg(short, long = "output", global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
 }
 
 impl GlobalArgs {
+    /// Where the schedulers answer, as URLs.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<String> {
+        let url = |text: &String| {
+            if text.contains(':') && !text.contains("://") {
+                format!("http://{text}")
+            } else {
+                text.clone()
+            }
+        };
+        self.scheduler.iter().map(url).collect()
+    }
+
     /// Where and how results are written.
     #[must_use]
     pub fn output(&self) -> Output {
@@ -57,6 +72,12 @@ pub enum Command {
     Down(commands::down::DownArgs),
     /// The scheduler daemon, for real hosts.
     Scheduler(commands::scheduler::SchedulerArgs),
+    /// Show the schedulers, and which of them leads.
+    Schedulers(commands::schedulers::SchedulersArgs),
+    /// Write all that the cluster's store holds to a file.
+    Backup(commands::backup::BackupArgs),
+    /// Put a backup into a store that no scheduler uses.
+    Restore(commands::restore::RestoreArgs),
     /// The node daemon, for real hosts.
     Agent(commands::agent::AgentArgs),
     /// Import and list images.
@@ -182,6 +203,14 @@ mod tests {
             "shoal agent --migration-tls d/node1 --memory-backing shared",
             "shoal up --memory-backing anonymous",
             "shoal up --no-migration-tls",
+            "shoal scheduler --store etcd://10.0.0.1:2379,10.0.0.2:2379/shoal --advertise 10.0.0.1:7470 --lease 3s",
+            "shoal ps --scheduler 10.0.0.1:7470,10.0.0.2:7470",
+            "shoal agent --scheduler http://10.0.0.1:7470,10.0.0.2:7470",
+            "shoal schedulers -o json",
+            "shoal backup all.shoal",
+            "shoal backup all.shoal --store etcd://127.0.0.1:2379",
+            "shoal restore all.shoal --state-dir d --force",
+            "shoal restore all.shoal --store etcd://127.0.0.1:2379/shoal",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
@@ -206,6 +235,8 @@ mod tests {
             "shoal policy reset",
             "shoal run linux --priority 10",
             "shoal rebalance --mode tidy",
+            "shoal restore all.shoal --state-dir d --store etcd://127.0.0.1:2379",
+            "shoal backup",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use prost::Message;
 use serde_json::{Value, json};
+use shoal_proto::LEADER_HEADER;
 use shoal_proto::cluster::{NodeRejection, PlacementFailure};
 use tonic::{Code, Status};
 
@@ -18,7 +19,7 @@ pub enum CliError {
     Usage(String),
     /// Nothing answers at the endpoint.
     #[error(
-        "cannot reach the cluster at {endpoint}: {reason}\nstart one with `shoal up`, or say where it is with --endpoint or SHOAL_ENDPOINT"
+        "cannot reach the cluster at {endpoint}: {reason}\nstart one with `shoal up`, or say where it is with --scheduler or SHOAL_ENDPOINT"
     )]
     Unreachable {
         /// Where it was looked for.
@@ -81,6 +82,20 @@ impl CliError {
             Self::Unreachable { .. } | Self::Lost(_) => ExitCode::from(4),
             _ => ExitCode::FAILURE,
         }
+    }
+
+    /// The scheduler has gone, or does not lead any more: another may answer.
+    #[must_use]
+    pub fn is_interruption(&self) -> bool {
+        matches!(
+            self,
+            Self::Lost(_)
+                | Self::Unreachable { .. }
+                | Self::Refused {
+                    code: Code::Unavailable,
+                    ..
+                }
+        )
     }
 
     /// One word for scripts.
@@ -146,6 +161,9 @@ impl From<Status> for CliError {
             return Self::Lost(chain(source));
         }
         let message = status.message().to_owned();
+        if status.metadata().contains_key(LEADER_HEADER) {
+            return Self::Lost(message);
+        }
         match status.code() {
             Code::ResourceExhausted => {
                 let rejections = PlacementFailure::decode(status.details())

@@ -238,7 +238,9 @@ impl From<&cluster::Node> for NodeView {
                 NodeState::Ready => "ready",
                 NodeState::Draining => "draining",
                 NodeState::Cordoned => "cordoned",
-                NodeState::Unreachable | NodeState::Unspecified => "unreachable",
+                NodeState::Unreachable => "unreachable",
+                // Asked of a scheduler that does not lead, and so does not hear from nodes.
+                NodeState::Unspecified => "unknown",
             },
             cpus: node.cpus,
             memory_bytes: node.memory_bytes,

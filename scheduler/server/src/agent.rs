@@ -11,11 +11,15 @@ use shoal_proto::node::{
     WriteConsoleRequest,
 };
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, vm};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::nodes::InvalidAddress;
 use crate::record::NodeRecord;
+use crate::store::Term;
 
 const CONNECT_TIME: Duration = Duration::from_secs(3);
 /// Questions and small commands.
@@ -58,7 +62,20 @@ impl AgentError {
 #[derive(Debug, Clone)]
 pub struct Agent {
     node: NodeName,
-    client: AgentClient<Channel>,
+    client: AgentClient<InterceptedService<Channel, SayTerm>>,
+}
+
+/// Adds to each call in which term it is made, so that agents can refuse those of a scheduler that does not lead any more.
+#[derive(Debug, Clone)]
+struct SayTerm(MetadataValue<Ascii>);
+
+impl Interceptor for SayTerm {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request
+            .metadata_mut()
+            .insert(shoal_proto::TERM_HEADER, self.0.clone());
+        Ok(request)
+    }
 }
 
 /// A VM at an epoch, as agents are told.
@@ -70,8 +87,8 @@ pub fn vm_ref(vm: VmId, epoch: Epoch) -> VmRef {
 }
 
 impl Agent {
-    /// The agent at the node's address.
-    pub fn new(node: &NodeRecord) -> Result<Self, InvalidAddress> {
+    /// The agent at the node's address, as it is called in this term.
+    pub fn new(node: &NodeRecord, term: Term) -> Result<Self, InvalidAddress> {
         let invalid = || InvalidAddress(crate::limits::shorten(&node.address));
         let address: SocketAddr = node.address.parse().map_err(|_| invalid())?;
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
@@ -82,7 +99,7 @@ impl Agent {
             .keep_alive_timeout(Duration::from_secs(3));
         Ok(Self {
             node: node.name.clone(),
-            client: AgentClient::new(endpoint.connect_lazy()),
+            client: AgentClient::with_interceptor(endpoint.connect_lazy(), SayTerm(term.0.into())),
         })
     }
 

@@ -1,6 +1,7 @@
 //! The cluster API: one call a file. Calls validate, ask the parts that do the work, and turn what comes back into wire
 //! messages; they make no decisions.
 
+mod backup;
 mod cancel_migration;
 mod drain_node;
 mod errors;
@@ -15,6 +16,7 @@ mod list_images;
 mod list_migrations;
 mod list_nodes;
 mod list_queue;
+mod list_schedulers;
 mod list_vms;
 mod migrate_vm;
 mod move_vms;
@@ -37,22 +39,24 @@ mod update_vm;
 mod wait_vm;
 mod write_console;
 
+pub use errors::chain;
+
 use std::pin::Pin;
 use std::sync::Arc;
 
 use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse, Event, ExplainVmRequest,
-    Explanation, GetCpuBaselineRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest,
-    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListMigrationsRequest,
-    ListMigrationsResponse, ListNodesRequest, ListNodesResponse, ListQueueRequest, ListQueueResponse,
-    ListVmsRequest, ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse, Migration,
-    MigrationDefaults, MoveVmsRequest, MoveVmsResponse, Node, RebalanceRequest, RebalanceResponse,
-    RemoveVmRequest, RemoveVmResponse, ResolveVmRequest, RunVmRequest, SchedulingPolicy,
-    SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
-    StreamLogsRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm, WriteConsoleRequest,
-    WriteConsoleResponse,
+    BackupChunk, BackupRequest, CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse,
+    Event, ExplainVmRequest, Explanation, GetCpuBaselineRequest, GetMigrationDefaultsRequest,
+    GetMigrationRequest, GetPolicyRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
+    ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest, ListNodesResponse,
+    ListQueueRequest, ListQueueResponse, ListSchedulersRequest, ListSchedulersResponse, ListVmsRequest,
+    ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse, Migration, MigrationDefaults,
+    MoveVmsRequest, MoveVmsResponse, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
+    RemoveVmResponse, ResolveVmRequest, RunVmRequest, SchedulingPolicy, SetCpuBaselineRequest,
+    SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest, StreamLogsRequest,
+    UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
 };
 use shoal_proto::vm::MigrationPolicy;
 use tokio::sync::mpsc;
@@ -60,6 +64,8 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::follower::Follower;
+use crate::images::ImageStore;
 use crate::migrations::OpenMigration;
 use crate::nodes::NodeEntry;
 use crate::record::VmRecord;
@@ -72,9 +78,46 @@ type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// Messages that a stream may be ahead of its reader.
 const STREAM_DEPTH: usize = 16;
 
+/// What a scheduler is at the moment.
+#[derive(Debug, Clone)]
+pub enum Role {
+    /// The one that leads.
+    Leader(Shared),
+    /// One of the others.
+    Follower(Arc<Follower>),
+}
+
+impl Role {
+    /// For what changes anything, or needs to know what agents report. A follower says who leads.
+    pub async fn leader(&self) -> Result<&Shared, Status> {
+        match self {
+            Self::Leader(scheduler) => Ok(scheduler),
+            Self::Follower(follower) => Err(follower.refusal().await),
+        }
+    }
+
+    /// For what can be answered from what is stored.
+    pub async fn read(&self) -> Result<Shared, Status> {
+        match self {
+            Self::Leader(scheduler) => Ok(Arc::clone(scheduler)),
+            Self::Follower(follower) => follower.read().await.map_err(|error| {
+                Status::unavailable(format!("this scheduler does not lead, and {}", chain(&error)))
+            }),
+        }
+    }
+
+    /// The file of a blob; None if the text is no SHA-256.
+    pub fn blob(&self, sha256: &str) -> Option<std::path::PathBuf> {
+        match self {
+            Self::Leader(scheduler) => scheduler.images.blob(sha256),
+            Self::Follower(follower) => ImageStore::view(follower.blob_directory(), Vec::new()).blob(sha256),
+        }
+    }
+}
+
 /// The service.
 #[derive(Debug, Clone)]
-pub struct ClusterApi(pub Shared);
+pub struct ClusterApi(pub Role);
 
 #[tonic::async_trait]
 impl Cluster for ClusterApi {
@@ -83,63 +126,64 @@ impl Cluster for ClusterApi {
     type DrainNodeStream = AnswerStream<DrainNodeResponse>;
     type StreamEventsStream = AnswerStream<Event>;
     type MoveVmsStream = AnswerStream<MoveVmsResponse>;
+    type BackupStream = AnswerStream<BackupChunk>;
 
     async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Answer<Image> {
-        import_image::call(&self.0, request.into_inner())
+        import_image::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_images(&self, _: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
-        Ok(Response::new(list_images::call(&self.0)))
+        Ok(Response::new(list_images::call(self.0.read().await?.as_ref())))
     }
 
     async fn run_vm(&self, request: Request<RunVmRequest>) -> Answer<Vm> {
-        run_vm::call(&self.0, request.into_inner())
+        run_vm::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Answer<ListVmsResponse> {
-        Ok(Response::new(list_vms::call(&self.0)))
+        Ok(Response::new(list_vms::call(self.0.read().await?.as_ref())))
     }
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
-        get_vm::call(&self.0, &request.into_inner()).map(Response::new)
+        get_vm::call(self.0.read().await?.as_ref(), &request.into_inner()).map(Response::new)
     }
 
     async fn wait_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
-        wait_vm::call(&self.0, &request.into_inner())
+        wait_vm::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn stop_vm(&self, request: Request<StopVmRequest>) -> Answer<Vm> {
-        stop_vm::call(&self.0, &request.into_inner())
+        stop_vm::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn remove_vm(&self, request: Request<RemoveVmRequest>) -> Answer<RemoveVmResponse> {
-        remove_vm::call(&self.0, &request.into_inner())
+        remove_vm::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn stream_logs(&self, request: Request<StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
-        stream_logs::call(&self.0, &request.into_inner())
+        stream_logs::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn write_console(&self, request: Request<WriteConsoleRequest>) -> Answer<WriteConsoleResponse> {
-        write_console::call(&self.0, request.into_inner())
+        write_console::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn migrate_vm(&self, request: Request<MigrateVmRequest>) -> Answer<Self::MigrateVmStream> {
-        migrate_vm::call(&self.0, request.into_inner())
+        migrate_vm::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
@@ -148,23 +192,23 @@ impl Cluster for ClusterApi {
         &self,
         request: Request<ListMigrationsRequest>,
     ) -> Answer<ListMigrationsResponse> {
-        list_migrations::call(&self.0, &request.into_inner()).map(Response::new)
+        list_migrations::call(self.0.read().await?.as_ref(), &request.into_inner()).map(Response::new)
     }
 
     async fn get_migration(&self, request: Request<GetMigrationRequest>) -> Answer<Migration> {
-        get_migration::call(&self.0, &request.into_inner())
+        get_migration::call(self.0.read().await?.as_ref(), &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn cancel_migration(&self, request: Request<CancelMigrationRequest>) -> Answer<Migration> {
-        cancel_migration::call(&self.0, &request.into_inner())
+        cancel_migration::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn set_migration(&self, request: Request<SetMigrationRequest>) -> Answer<MigrationPolicy> {
-        set_migration::call(&self.0, &request.into_inner())
+        set_migration::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
@@ -173,49 +217,53 @@ impl Cluster for ClusterApi {
         &self,
         _: Request<GetMigrationDefaultsRequest>,
     ) -> Answer<MigrationDefaults> {
-        Ok(Response::new(get_migration_defaults::call(&self.0)))
+        Ok(Response::new(get_migration_defaults::call(
+            self.0.read().await?.as_ref(),
+        )))
     }
 
     async fn set_migration_defaults(&self, request: Request<MigrationDefaults>) -> Answer<MigrationDefaults> {
-        set_migration_defaults::call(&self.0, request.into_inner())
+        set_migration_defaults::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn get_cpu_baseline(&self, _: Request<GetCpuBaselineRequest>) -> Answer<CpuBaseline> {
-        Ok(Response::new(get_cpu_baseline::call(&self.0)))
+        Ok(Response::new(get_cpu_baseline::call(
+            self.0.read().await?.as_ref(),
+        )))
     }
 
     async fn set_cpu_baseline(&self, request: Request<SetCpuBaselineRequest>) -> Answer<CpuBaseline> {
-        set_cpu_baseline::call(&self.0, &request.into_inner())
+        set_cpu_baseline::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn resolve_vm(&self, request: Request<ResolveVmRequest>) -> Answer<Vm> {
-        resolve_vm::call(&self.0, &request.into_inner())
+        resolve_vm::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Answer<ListNodesResponse> {
-        Ok(Response::new(list_nodes::call(&self.0)))
+        Ok(Response::new(list_nodes::call(self.0.read().await?.as_ref())))
     }
 
     async fn drain_node(&self, request: Request<DrainNodeRequest>) -> Answer<Self::DrainNodeStream> {
-        drain_node::call(&self.0, &request.into_inner())
+        drain_node::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn uncordon_node(&self, request: Request<UncordonNodeRequest>) -> Answer<Node> {
-        uncordon_node::call(&self.0, &request.into_inner())
+        uncordon_node::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn rebalance(&self, request: Request<RebalanceRequest>) -> Answer<RebalanceResponse> {
-        rebalance::call(&self.0, &request.into_inner())
+        rebalance::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
@@ -225,39 +273,49 @@ impl Cluster for ClusterApi {
     }
 
     async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<Node> {
-        update_node::call(&self.0, request.into_inner())
+        update_node::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Answer<Vm> {
-        update_vm::call(&self.0, request.into_inner())
+        update_vm::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn get_policy(&self, _: Request<GetPolicyRequest>) -> Answer<SchedulingPolicy> {
-        Ok(Response::new(self.0.policy.view()))
+        Ok(Response::new(self.0.read().await?.policy.view()))
     }
 
     async fn explain_vm(&self, request: Request<ExplainVmRequest>) -> Answer<Explanation> {
-        explain_vm::call(&self.0, &request.into_inner())
+        explain_vm::call(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_queue(&self, _: Request<ListQueueRequest>) -> Answer<ListQueueResponse> {
-        Ok(Response::new(list_queue::call(&self.0)))
+        Ok(Response::new(list_queue::call(self.0.read().await?.as_ref())))
     }
 
     async fn move_vms(&self, request: Request<MoveVmsRequest>) -> Answer<Self::MoveVmsStream> {
-        move_vms::call(&self.0, &request.into_inner()).map(Response::new)
+        move_vms::call(self.0.leader().await?, &request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Answer<SchedulingPolicy> {
-        set_policy::call(&self.0, request.into_inner())
+        set_policy::call(self.0.leader().await?, request.into_inner())
             .await
             .map(Response::new)
+    }
+
+    async fn list_schedulers(&self, _: Request<ListSchedulersRequest>) -> Answer<ListSchedulersResponse> {
+        list_schedulers::call(&self.0).await.map(Response::new)
+    }
+
+    async fn backup(&self, _: Request<BackupRequest>) -> Answer<Self::BackupStream> {
+        Ok(Response::new(backup::call(self.0.read().await?)))
     }
 }
 

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::time::Duration;
 
 use shoal_plan::Policy;
 
@@ -15,10 +16,16 @@ pub type Shutdown = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub struct SchedulerConfig {
     /// Where the cluster and registry services listen. Other than loopback only with `insecure`.
     pub listen: SocketAddr,
+    /// Where users, agents and other schedulers reach this one, if that is not `listen`.
+    pub advertise: Option<SocketAddr>,
     /// Allows an address other than loopback, although nothing is encrypted or authenticated yet.
     pub insecure: bool,
-    /// Holds the store, the image blobs and the console logs. Created if missing.
+    /// Holds the store, unless that is elsewhere, the image blobs and the console logs. Created if missing.
     pub state_dir: PathBuf,
+    /// `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`, which several schedulers can share. None: a file in `state_dir`.
+    pub store: Option<String>,
+    /// In etcd: how long a leader that says nothing goes on to count as one. At least 2 s, which is etcd's least.
+    pub lease: Duration,
     /// `shoal-vmm`, asked at image import whether the kernel can be booted. None: that check is left out.
     pub vmm_binary: Option<PathBuf>,
     /// Where Prometheus finds metrics, if anywhere. Other than loopback only with `insecure`.
@@ -35,7 +42,36 @@ impl fmt::Debug for SchedulerConfig {
             .field("listen", &self.listen)
             .field("insecure", &self.insecure)
             .field("state_dir", &self.state_dir)
-            .field("vmm_binary", &self.vmm_binary)
+            .field("store", &self.store)
             .finish_non_exhaustive()
+    }
+}
+
+/// What of it holds for the whole life of a scheduler.
+#[derive(Debug)]
+pub struct Settings {
+    /// See [`SchedulerConfig::state_dir`].
+    pub state_dir: PathBuf,
+    /// See [`SchedulerConfig::store`].
+    pub store: Option<String>,
+    /// See [`SchedulerConfig::lease`].
+    pub lease: Duration,
+    /// See [`SchedulerConfig::vmm_binary`].
+    pub vmm_binary: Option<PathBuf>,
+    /// See [`SchedulerConfig::policy`].
+    pub policy: Policy,
+}
+
+impl SchedulerConfig {
+    /// Its end apart from the rest.
+    pub(crate) fn split(self) -> (Settings, Shutdown) {
+        let settings = Settings {
+            state_dir: self.state_dir,
+            store: self.store,
+            lease: self.lease,
+            vmm_binary: self.vmm_binary,
+            policy: self.policy,
+        };
+        (settings, self.shutdown)
     }
 }

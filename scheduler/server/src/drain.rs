@@ -50,6 +50,9 @@ pub async fn progress(scheduler: &Shared, entry: &NodeEntry) -> Progress {
     if is_empty(scheduler, &name) {
         return Progress::Empty;
     }
+    if scheduler.awaits_reports() {
+        return Progress::Moving;
+    }
     if !entry.is_reachable() {
         return Progress::Stuck(format!("{name} does not answer; it is drained when it does"));
     }

@@ -11,8 +11,8 @@ use crate::store::{Store, StoreError, Write};
 
 /// Events kept.
 const KEPT: usize = 10_000;
-/// Events given to a reader, or stored, at a time.
-const BATCH: usize = 512;
+/// Events given to a reader, or stored, at a time: one batch of the store.
+const BATCH: usize = 100;
 
 /// The kind of an event: a word that scripts can compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -222,7 +222,7 @@ mod tests {
     async fn events_are_numbered_bounded_and_survive() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("store");
-        let (store, _) = Store::open(&path).expect("opened");
+        let (store, _) = Store::open_file(&path).await.expect("opened");
         let events = Events::new(Vec::new());
         for index in 0..KEPT + 5 {
             events.publish(NewEvent::new(Kind::VmStarted, index.to_string()));
@@ -231,7 +231,7 @@ mod tests {
         events.persist(&store).await.expect("stored");
         drop(store);
 
-        let (_, contents) = Store::open(&path).expect("opened again");
+        let (_, contents) = Store::open_file(&path).await.expect("opened again");
         assert_eq!(contents.events.len(), KEPT);
         let again = Events::new(contents.events);
         again.publish(NewEvent::new(Kind::VmExited, "more"));

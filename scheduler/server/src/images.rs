@@ -2,6 +2,7 @@
 
 mod import;
 mod manifest;
+pub mod mirror;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -39,14 +40,19 @@ impl ImageStore {
                 std::fs::remove_file(entry.path())?;
             }
         }
+        Ok(Self::view(directory, images))
+    }
+
+    /// The images as they are stored; what is in the directory is left alone.
+    pub fn view(directory: PathBuf, images: Vec<ImageRecord>) -> Self {
         let images = images
             .into_iter()
             .map(|image| (image.name.clone(), Arc::new(image)))
             .collect();
-        Ok(Self {
+        Self {
             directory,
             images: RwLock::new(images),
-        })
+        }
     }
 
     /// Where blobs are.

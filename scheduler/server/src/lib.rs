@@ -3,7 +3,9 @@
 //! - [`serve`] (`server`) puts it together; `scheduler` is what its parts share
 //! - what users call: `api`, one call a file; `view` shows records; `limits` says what may be asked for
 //! - what agents call: `registry`; what they report goes through `observe` into `nodes`
-//! - what is durable: `record` (the types), `store` (redb), `images` (blobs), `logs` (consoles), `events`, `history`
+//! - several schedulers: `cluster` (who leads, and what each does), `follower` (what one that does not lead answers),
+//!   `schedulers` (who there is)
+//! - what is durable: `record` (the types), `store` (redb or etcd, backups), `images` (blobs), `logs` (consoles), `events`, `history`
 //! - `seed`: what load tests start from
 //! - what is in memory: `vms`, `nodes`, `migrations`
 //! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
@@ -14,12 +16,14 @@
 mod agent;
 mod api;
 mod bandwidth;
+mod cluster;
 mod config;
 mod control;
 mod cpus;
 mod drain;
 mod events;
 mod execute;
+mod follower;
 mod history;
 mod images;
 mod limits;
@@ -36,6 +40,7 @@ mod reconcile;
 mod record;
 mod registry;
 mod scheduler;
+mod schedulers;
 #[doc(hidden)]
 pub mod seed;
 mod server;
@@ -48,3 +53,4 @@ mod vms;
 pub use config::{SchedulerConfig, Shutdown};
 pub use server::{ServerError, serve};
 pub use shoal_plan::{Automation, Policy};
+pub use store::backup::{BackupError, StoreLocation, Summary as BackupSummary, back_up, restore};

@@ -1,29 +1,46 @@
 //! All VMs off a node, or back to it, because someone asked (MOSIX's expel and bring): in steps that the limits allow, each
-//! planned anew. A restart of the scheduler ends it; migrations under way go on.
+//! planned anew. What was asked for is stored until it is done: the next scheduler goes on with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use shoal_plan::{NoteKind, Plan, VmId};
 use shoal_proto::NodeName;
 use shoal_proto::vm::MigrationResult;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::control;
 use crate::migrations::OpenMigration;
 use crate::observe;
 use crate::scheduler::Shared;
+use crate::store::{StoreError, Write};
 
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Where to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Direction {
     /// Off the node, to where they fit.
     Expel,
     /// Back to the node, of those that were started there.
     Bring,
+}
+
+/// What someone asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MoveOrder {
+    /// Off, or back to.
+    pub node: NodeName,
+    /// Which of the two.
+    pub direction: Direction,
+}
+
+/// All that are under way.
+#[derive(Debug, Default)]
+pub struct Moves {
+    running: Mutex<HashMap<MoveOrder, watch::Receiver<Progress>>>,
 }
 
 /// How far it has come.
@@ -39,36 +56,87 @@ pub struct Progress {
     pub done: bool,
 }
 
-/// Begins it. It goes on whether or not someone follows it.
-pub fn begin(scheduler: &Shared, node: NodeName, direction: Direction) -> watch::Receiver<Progress> {
+/// Begins it, or joins it if the same is under way. It goes on whether or not someone follows it.
+pub async fn begin(
+    scheduler: &Shared,
+    node: NodeName,
+    direction: Direction,
+) -> Result<watch::Receiver<Progress>, StoreError> {
+    let order = MoveOrder { node, direction };
+    let mut running = scheduler.moves.running.lock().await;
+    if let Some(known) = running.get(&order) {
+        let mut joined = known.clone();
+        joined.mark_changed();
+        return Ok(joined);
+    }
+    scheduler
+        .store
+        .apply(vec![Write::PutMoveOrder(order.clone())])
+        .await?;
     let (sender, receiver) = watch::channel(Progress::default());
-    tokio::spawn(run(Arc::clone(scheduler), node, direction, sender));
-    receiver
+    running.insert(order.clone(), receiver.clone());
+    tokio::spawn(run(Arc::clone(scheduler), order, sender));
+    Ok(receiver)
 }
 
-async fn run(scheduler: Shared, node: NodeName, direction: Direction, sender: watch::Sender<Progress>) {
+/// Goes on with what a former scheduler had begun.
+pub async fn resume(scheduler: &Shared, orders: Vec<MoveOrder>) {
+    for order in orders {
+        tracing::info!(node = %order.node, direction = ?order.direction, "going on with moves that were asked for");
+        let (sender, receiver) = watch::channel(Progress::default());
+        scheduler
+            .moves
+            .running
+            .lock()
+            .await
+            .insert(order.clone(), receiver);
+        tokio::spawn(run(Arc::clone(scheduler), order, sender));
+    }
+}
+
+async fn run(scheduler: Shared, order: MoveOrder, sender: watch::Sender<Progress>) {
     let mut begun: Vec<Arc<OpenMigration>> = Vec::new();
+    while scheduler.awaits_reports() {
+        tokio::time::sleep(INTERVAL).await;
+    }
     loop {
         let failed = failed(&begun);
         let mut plan;
         {
             let _planning = scheduler.planning.lock().await;
-            plan = self::plan(&scheduler, &node, direction).await;
+            plan = self::plan(&scheduler, &order.node, order.direction).await;
             // A VM whose move has failed is not tried again.
             plan.actions.retain(|action| !failed.contains(&action.vm));
             begun.extend(control::begin(&scheduler, &plan).await);
         }
         let progress = progress(&plan, &begun, &failed);
-        let done = progress.done;
+        if progress.done {
+            end(&scheduler, &order).await;
+            sender.send_replace(progress);
+            return;
+        }
         sender.send_if_modified(|shown| {
             let changed = *shown != progress;
             *shown = progress;
             changed
         });
-        if done {
-            return;
-        }
         tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+async fn end(scheduler: &Shared, order: &MoveOrder) {
+    let mut running = scheduler.moves.running.lock().await;
+    running.remove(order);
+    let deleted = scheduler
+        .store
+        .apply(vec![Write::DeleteMoveOrder(order.clone())])
+        .await;
+    if let Err(error) = deleted {
+        // The next scheduler finds nothing left to do.
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "moves that are done stay in the store"
+        );
     }
 }
 

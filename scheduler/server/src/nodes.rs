@@ -11,6 +11,7 @@ use tonic::Status;
 
 use crate::agent::Agent;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
+use crate::store::Term;
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
 /// nothing is restarted.
@@ -100,6 +101,7 @@ struct Session {
 struct Inner {
     record: NodeRecord,
     agent: Agent,
+    term: Term,
     session: Option<Session>,
     last_report: Option<Instant>,
     /// When this scheduler began to listen for it.
@@ -125,12 +127,13 @@ pub struct NodeEntry {
 }
 
 impl NodeEntry {
-    fn new(record: NodeRecord, known: bool) -> Result<Self, InvalidAddress> {
-        let agent = Agent::new(&record)?;
+    fn new(record: NodeRecord, known: bool, term: Term) -> Result<Self, InvalidAddress> {
+        let agent = Agent::new(&record, term)?;
         Ok(Self {
             inner: Mutex::new(Inner {
                 record,
                 agent,
+                term,
                 session: None,
                 last_report: None,
                 since: Instant::now(),
@@ -262,7 +265,7 @@ impl NodeEntry {
     ) -> Result<(), InvalidAddress> {
         let mut inner = self.lock();
         if inner.record.address != record.address {
-            inner.agent = Agent::new(&record)?;
+            inner.agent = Agent::new(&record, inner.term)?;
         }
         inner.record = record;
         inner.forget |= inner.liveness() == Liveness::Lost;
@@ -436,17 +439,19 @@ pub struct InvalidAddress(pub String);
 /// All nodes that have ever registered.
 #[derive(Debug, Default)]
 pub struct NodeTable {
+    term: Term,
     nodes: RwLock<BTreeMap<NodeName, Arc<NodeEntry>>>,
 }
 
 impl NodeTable {
-    /// From what was stored.
-    pub fn new(records: Vec<NodeRecord>) -> Result<Self, InvalidAddress> {
+    /// From what was stored; agents are called in this term.
+    pub fn new(records: Vec<NodeRecord>, term: Term) -> Result<Self, InvalidAddress> {
         let mut nodes = BTreeMap::new();
         for record in records {
-            nodes.insert(record.name.clone(), Arc::new(NodeEntry::new(record, true)?));
+            nodes.insert(record.name.clone(), Arc::new(NodeEntry::new(record, true, term)?));
         }
         Ok(Self {
+            term,
             nodes: RwLock::new(nodes),
         })
     }
@@ -467,7 +472,7 @@ impl NodeTable {
             return Ok(Arc::clone(entry));
         }
         let name = record.name.clone();
-        let entry = Arc::new(NodeEntry::new(record, false)?);
+        let entry = Arc::new(NodeEntry::new(record, false, self.term)?);
         nodes.insert(name, Arc::clone(&entry));
         Ok(entry)
     }

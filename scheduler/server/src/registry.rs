@@ -19,6 +19,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::api::Role;
 use crate::limits;
 use crate::metrics::ReportKind;
 use crate::nodes::{InvalidAddress, NodeEntry, ReportSender};
@@ -38,17 +39,17 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The service.
 #[derive(Debug)]
 pub struct RegistryApi {
-    scheduler: Shared,
+    role: Role,
     sessions: AtomicU64,
 }
 
 type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl RegistryApi {
-    /// For this scheduler.
-    pub fn new(scheduler: Shared) -> Self {
+    /// For a scheduler that leads, or one that has blobs only.
+    pub fn new(role: Role) -> Self {
         Self {
-            scheduler,
+            role,
             sessions: AtomicU64::new(1),
         }
     }
@@ -63,6 +64,7 @@ impl Registry for RegistryApi {
         &self,
         request: Request<Streaming<AgentReport>>,
     ) -> Result<Response<Self::ReportStream>, Status> {
+        let scheduler = self.role.leader().await?;
         let mut reports = request.into_inner();
         let first = reports.message().await?.and_then(|message| message.report);
         let Some(agent_report::Report::Register(register)) = first else {
@@ -72,16 +74,17 @@ impl Registry for RegistryApi {
         };
         let (sender, receiver) = mpsc::channel(DEPTH);
         let id = self.sessions.fetch_add(1, Ordering::Relaxed);
-        let (name, entry) = begin(&self.scheduler, &register, id, sender.clone()).await?;
+        let (name, entry) = begin(scheduler, &register, id, sender.clone()).await?;
         tracing::info!(node = %name, address = %register.address, version = %register.version, "agent registered");
         let registered = SchedulerMessage {
             message: Some(scheduler_message::Message::Registered(Registered {
                 deltas: true,
+                term: scheduler.store.term().0,
             })),
         };
         // The channel is new and has room.
         let _ = sender.try_send(Ok(registered));
-        let scheduler = Arc::clone(&self.scheduler);
+        let scheduler = Arc::clone(scheduler);
         tokio::spawn(async move {
             let end = listen(&scheduler, &name, &entry, &mut reports, &sender).await;
             tracing::info!(node = %name, ?end, "agent's report stream ended");
@@ -95,7 +98,7 @@ impl Registry for RegistryApi {
         request: Request<FetchBlobRequest>,
     ) -> Result<Response<Self::FetchBlobStream>, Status> {
         let sha256 = request.into_inner().sha256;
-        let path = self.scheduler.images.blob(&sha256);
+        let path = self.role.blob(&sha256);
         let path = path.ok_or_else(|| Status::invalid_argument("sha256: is not 64 lower-case hex digits"))?;
         let mut file = tokio::fs::File::open(path)
             .await
@@ -183,7 +186,7 @@ pub async fn begin(
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
     };
-    crate::agent::Agent::new(&record).map_err(bad_address)?;
+    crate::agent::Agent::new(&record, scheduler.store.term()).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {
         let new_kind = new_kind.flatten();
         let writes = new_kind.iter().cloned().chain([Write::PutNode(record.clone())]);

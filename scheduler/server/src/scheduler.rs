@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_proto::{NodeName, node};
 
@@ -14,12 +14,14 @@ use crate::images::ImageStore;
 use crate::logs::LogStore;
 use crate::metrics::Metrics;
 use crate::migrations::MigrationTable;
+use crate::moves::Moves;
 use crate::nodes::NodeTable;
 use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
 use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
+use crate::schedulers::Schedulers;
 use crate::store::{Store, StoreError, Write};
 use crate::vms::VmTable;
 
@@ -61,7 +63,14 @@ pub struct Scheduler {
     /// Held from a snapshot until what was decided on it is stored, so that no room is given away twice. Taken after
     /// a VM's own lock, or with only `try_lock` on VMs.
     pub planning: tokio::sync::Mutex<()>,
+    /// Moves that someone asked for.
+    pub moves: Moves,
+    /// This one and the others.
+    pub schedulers: Schedulers,
 }
+
+/// After a start, or a failover, agents that live have reported within this.
+const FIRST_REPORTS: Duration = Duration::from_secs(15);
 
 /// The scheduler as its tasks hold it.
 pub type Shared = Arc<Scheduler>;
@@ -75,6 +84,12 @@ impl Scheduler {
         self.store.apply(writes).await?;
         self.vms.publish(&record);
         Ok(record)
+    }
+
+    /// This scheduler has only begun, and some nodes have not reported yet: what cannot be done now may be in a moment.
+    pub fn awaits_reports(&self) -> bool {
+        let silent = || self.nodes.list().iter().any(|node| !node.has_reported());
+        self.started.elapsed() < FIRST_REPORTS && silent()
     }
 
     /// Shares the network among the migrations under way again.

@@ -5,10 +5,9 @@ use std::path::Path;
 
 use shoal_proto::{Epoch, NodeName, VmId};
 
-use crate::config::SchedulerConfig;
 use crate::record::{BlobRef, Cordon, NodeRecord, NodeWishes, Phase, VmRecord, VmWishes, now_unix_ms};
-use crate::server::{self, ServerError};
-use crate::store::Write;
+use crate::server::{STORE_FILE, ServerError};
+use crate::store::{Store, Write};
 
 /// Writes in one transaction.
 const BATCH: usize = 2000;
@@ -44,16 +43,7 @@ pub struct SeedVm {
 /// # Errors
 /// If it cannot be used.
 pub async fn seed(state_dir: &Path, nodes: Vec<SeedNode>, vms: Vec<SeedVm>) -> Result<(), ServerError> {
-    let config = SchedulerConfig {
-        listen: ([127, 0, 0, 1], 0).into(),
-        insecure: false,
-        state_dir: state_dir.to_owned(),
-        vmm_binary: None,
-        metrics: None,
-        policy: shoal_plan::Policy::default(),
-        shutdown: Box::pin(std::future::ready(())),
-    };
-    let (scheduler, _, _) = server::open(&config)?;
+    let (store, _) = Store::open_file(&state_dir.join(STORE_FILE)).await?;
     let nodes = nodes.into_iter().map(node);
     let vms = vms
         .into_iter()
@@ -62,10 +52,10 @@ pub async fn seed(state_dir: &Path, nodes: Vec<SeedNode>, vms: Vec<SeedVm>) -> R
     for write in nodes.map(Some).chain(vms) {
         writes.extend(write);
         if writes.len() >= BATCH {
-            scheduler.store.apply(std::mem::take(&mut writes)).await?;
+            store.apply(std::mem::take(&mut writes)).await?;
         }
     }
-    scheduler.store.apply(writes).await?;
+    store.apply(writes).await?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Puts a scheduler together and serves it.
+//! Puts a scheduler together and serves it: alone, with its store in a file; or as one of several, which `cluster` does.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,33 +8,39 @@ use std::time::Duration;
 use shoal_proto::cluster::cluster_server::ClusterServer;
 use shoal_proto::node::registry_server::RegistryServer;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use crate::api::ClusterApi;
-use crate::config::SchedulerConfig;
+use crate::api::{ClusterApi, Role};
+use crate::cluster;
+use crate::config::{SchedulerConfig, Settings};
 use crate::control;
 use crate::cpus::Cpus;
 use crate::events::Events;
 use crate::history::History;
-use crate::images::ImageStore;
+use crate::images::{ImageStore, mirror};
 use crate::logs::LogStore;
 use crate::metrics::{self, Metrics};
 use crate::migrations::MigrationTable;
+use crate::moves::{self, MoveOrder, Moves};
 use crate::nodes::{InvalidAddress, NodeTable};
 use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
 use crate::queue::Queue;
 use crate::reconcile::{self, ReconcileQueue};
-use crate::record::{Intent, VmRecord};
+use crate::record::{Intent, VmRecord, now_unix_ms};
 use crate::registry::RegistryApi;
 use crate::scheduler::{Scheduler, Shared};
-use crate::store::{Store, StoreError};
+use crate::schedulers::Schedulers;
+use crate::store::{Contents, Store, StoreError};
 use crate::vms::{KEPT_MIGRATIONS, VmTable};
 
 /// A heartbeat of a node with tens of thousands of VMs is a few MiB.
 const MAX_MESSAGE_BYTES: usize = 32 << 20;
+/// The store's file in the state directory.
+pub const STORE_FILE: &str = "shoal.redb";
 /// How long calls under way may take to end at shutdown.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -47,6 +53,18 @@ pub enum ServerError {
          use a loopback address, or pass --insecure on a network you trust"
     )]
     NotLoopback(SocketAddr),
+    /// Others cannot connect to it.
+    #[error("advertise: {0} is not an address that others can connect to; say one with --advertise")]
+    NotReachable(SocketAddr),
+    /// Shorter than etcd grants.
+    #[error("lease: {0:?} is not between 2 s and 60 s")]
+    Lease(Duration),
+    /// The system gives no threads.
+    #[error("cannot start threads")]
+    Threads(#[source] std::io::Error),
+    /// A part of the scheduler failed.
+    #[error("the scheduler failed inside: {0}")]
+    Inside(#[from] tokio::task::JoinError),
     /// The address cannot be listened on.
     #[error("listen: {address} cannot be listened on")]
     Listen {
@@ -83,6 +101,22 @@ pub enum ServerError {
     Transport(#[from] tonic::transport::Error),
 }
 
+/// What holds for the whole life of a scheduler, whether it leads or not.
+#[derive(Debug)]
+pub struct Base {
+    /// As it was told.
+    pub config: Settings,
+    /// Where it listens. Each time that it begins to lead, or ceases to, another server takes it over.
+    listener: std::net::TcpListener,
+    metrics: Option<std::net::TcpListener>,
+    /// Where others reach it.
+    pub address: SocketAddr,
+    /// Turns true when it is to end.
+    pub shutdown: watch::Receiver<bool>,
+    /// Since when it runs.
+    pub started_unix_ms: i64,
+}
+
 /// Runs a scheduler until its shutdown completes. VMs and agents go on without it.
 pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
     for address in [Some(config.listen), config.metrics].into_iter().flatten() {
@@ -91,56 +125,155 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
         }
     }
     config.policy.check()?;
-    let listener = bind(config.listen).await?;
-    let metrics = match config.metrics {
-        Some(address) => Some(bind(address).await?),
-        None => None,
-    };
-    let address = listener.local_addr().map_err(|source| ServerError::Listen {
+    let listener = bind(config.listen)?;
+    let metrics = config.metrics.map(bind).transpose()?;
+    let bound = listener.local_addr().map_err(|source| ServerError::Listen {
         address: config.listen,
         source,
     })?;
-    let (scheduler, subjects, intents) = open(&config)?;
-    reconcile::recover(&scheduler, intents);
+    let (ended, shutdown) = watch::channel(false);
+    let address = config.advertise.unwrap_or(bound);
+    let (config, told) = config.split();
+    tokio::spawn(async move {
+        told.await;
+        ended.send_replace(true);
+    });
+    let base = Arc::new(Base {
+        address,
+        config,
+        listener,
+        metrics,
+        shutdown,
+        started_unix_ms: now_unix_ms(),
+    });
+    std::fs::create_dir_all(&base.config.state_dir).map_err(|source| ServerError::StateDir {
+        path: base.config.state_dir.clone(),
+        source,
+    })?;
+    match &base.config.store {
+        None => {
+            let (store, contents) = Store::open_file(&base.config.state_dir.join(STORE_FILE)).await?;
+            let schedulers = Schedulers::alone(base.address, base.started_unix_ms);
+            lead(Arc::clone(&base), store, contents, schedulers).await
+        }
+        Some(url) => cluster::run(&base, url).await,
+    }
+}
+
+/// Leads until the shutdown. A leader that is deposed is dropped, with all that it has begun.
+pub async fn lead(
+    base: Arc<Base>,
+    store: Store,
+    contents: Contents,
+    schedulers: Schedulers,
+) -> Result<(), ServerError> {
+    let term = store.term();
+    let (scheduler, subjects, unfinished) = assemble(&base.config, store, contents, schedulers)?;
+    unfinished.take_up(&scheduler).await;
 
     let mut tasks = JoinSet::new();
     tasks.spawn(reconcile::run(Arc::clone(&scheduler), subjects));
     tasks.spawn(control::run(Arc::clone(&scheduler)));
-    if let Some(listener) = metrics {
-        tasks.spawn(metrics::http::serve(Arc::clone(&scheduler), listener));
+    if scheduler.schedulers.are_several() {
+        let directory = scheduler.images.directory().to_owned();
+        let shared = Arc::clone(&scheduler);
+        tasks.spawn(mirror::run(directory, scheduler.schedulers.clone(), move || {
+            std::future::ready(Ok(shared.blobs()))
+        }));
     }
-    tracing::info!(%address, state_dir = %config.state_dir.display(), "scheduler is ready");
-    let served = serve_grpc(&scheduler, listener, config.shutdown).await;
+    let metrics = serve_metrics(&base, Some(&scheduler))?;
+    tracing::info!(address = %base.address, %term, state_dir = %base.config.state_dir.display(),
+        "scheduler is ready");
+    let served = serve_grpc(&base, Role::Leader(Arc::clone(&scheduler))).await;
     tasks.shutdown().await;
+    if let Some(metrics) = metrics {
+        metrics.abort();
+    }
     scheduler.events.persist(&scheduler.store).await?;
     tracing::info!("scheduler has ended");
     served
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, ServerError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ServerError::Listen { address, source })
+/// Serves metrics, if there is a place for them; one that does not lead has none.
+pub fn serve_metrics(base: &Base, scheduler: Option<&Shared>) -> Result<Option<JoinHandle<()>>, ServerError> {
+    let Some(listener) = &base.metrics else {
+        return Ok(None);
+    };
+    let serve = metrics::http::serve(scheduler.cloned(), listen(listener)?);
+    Ok(Some(tokio::spawn(serve)))
+}
+
+fn bind(address: SocketAddr) -> Result<std::net::TcpListener, ServerError> {
+    let bound = std::net::TcpListener::bind(address);
+    let ready = bound.and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    ready.map_err(|source| ServerError::Listen { address, source })
+}
+
+/// The socket for the runtime that this is called in.
+fn listen(listener: &std::net::TcpListener) -> Result<TcpListener, ServerError> {
+    let again = listener.try_clone().and_then(TcpListener::from_std);
+    again.map_err(|source| ServerError::Listen {
+        address: listener.local_addr().unwrap_or_else(|_| ([0, 0, 0, 0], 0).into()),
+        source,
+    })
 }
 
 type Subjects = tokio::sync::mpsc::UnboundedReceiver<reconcile::Subject>;
 
-/// Opens the state directory.
-pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>), ServerError> {
-    let directory = &config.state_dir;
-    let state_dir = |source| ServerError::StateDir {
-        path: directory.clone(),
+/// What a former scheduler, or this one in a former life, had begun.
+#[derive(Debug)]
+pub struct Unfinished {
+    /// Migrations.
+    pub intents: Vec<Intent>,
+    /// Moves of all VMs of a node.
+    pub orders: Vec<MoveOrder>,
+}
+
+impl Unfinished {
+    /// Goes on with it.
+    pub async fn take_up(self, scheduler: &Shared) {
+        reconcile::recover(scheduler, self.intents);
+        moves::resume(scheduler, self.orders).await;
+    }
+}
+
+/// Opens the state directory with the store in it.
+#[cfg(test)]
+pub async fn open(config: &Settings) -> Result<(Shared, Subjects, Unfinished), ServerError> {
+    let (store, contents) = Store::open_file(&config.state_dir.join(STORE_FILE)).await?;
+    let schedulers = Schedulers::alone(([127, 0, 0, 1], 0).into(), now_unix_ms());
+    assemble(config, store, contents, schedulers)
+}
+
+/// A scheduler that leads, from what was stored.
+fn assemble(
+    config: &Settings,
+    store: Store,
+    contents: Contents,
+    schedulers: Schedulers,
+) -> Result<(Shared, Subjects, Unfinished), ServerError> {
+    let directory = config.state_dir.join("blobs");
+    let used = contents.blobs();
+    let records = contents.images.clone();
+    let images = ImageStore::open(directory, records, &used).map_err(|source| ServerError::StateDir {
+        path: config.state_dir.clone(),
         source,
-    };
-    std::fs::create_dir_all(directory).map_err(state_dir)?;
-    let (store, contents) = Store::open(&directory.join("shoal.redb"))?;
-    let waiting = contents.queue.iter().map(|waiting| &waiting.vm);
-    let used = blobs(contents.vms.iter().chain(waiting));
-    let images = ImageStore::open(directory.join("blobs"), contents.images, &used).map_err(state_dir)?;
+    })?;
+    build(config, store, contents, images, schedulers)
+}
+
+/// A scheduler from what was stored; its images are there already.
+pub fn build(
+    config: &Settings,
+    store: Store,
+    contents: Contents,
+    images: ImageStore,
+    schedulers: Schedulers,
+) -> Result<(Shared, Subjects, Unfinished), ServerError> {
     let (reconcile, subjects) = ReconcileQueue::new();
     let history = History::new(contents.history, contents.sampled);
     let scheduler = Scheduler {
-        nodes: NodeTable::new(contents.nodes)?,
+        nodes: NodeTable::new(contents.nodes, store.term())?,
         images,
         cpus: Cpus::new(contents.cpus),
         vms: VmTable::new(contents.vms, history.by_vm(KEPT_MIGRATIONS)),
@@ -148,7 +281,7 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
         history,
         metrics: Metrics::default(),
         defaults: Defaults::new(contents.migration_defaults),
-        logs: LogStore::new(directory.join("logs")),
+        logs: LogStore::new(config.state_dir.join("logs")),
         events: Events::new(contents.events),
         queue: Queue::new(contents.queue),
         reconcile,
@@ -156,9 +289,40 @@ pub fn open(config: &SchedulerConfig) -> Result<(Shared, Subjects, Vec<Intent>),
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
+        moves: Moves::default(),
+        schedulers,
         store,
     };
-    Ok((Arc::new(scheduler), subjects, contents.intents))
+    let unfinished = Unfinished {
+        intents: contents.intents,
+        orders: contents.orders,
+    };
+    Ok((Arc::new(scheduler), subjects, unfinished))
+}
+
+impl Contents {
+    /// Blobs that VMs need, whatever became of their images.
+    pub fn blobs(&self) -> Vec<String> {
+        let waiting = self.queue.iter().map(|waiting| &waiting.vm);
+        blobs(self.vms.iter().chain(waiting))
+    }
+}
+
+impl Scheduler {
+    /// Blobs that images and VMs need.
+    fn blobs(&self) -> Vec<String> {
+        let mut needed: Vec<String> = Vec::new();
+        for image in self.images.list() {
+            needed.push(image.kernel.sha256.clone());
+            needed.extend(image.initrd.as_ref().map(|initrd| initrd.sha256.clone()));
+        }
+        for vm in self.vms.list() {
+            needed.extend(blobs(std::iter::once(vm.record().as_ref())));
+        }
+        needed.sort();
+        needed.dedup();
+        needed
+    }
 }
 
 fn blobs<'a>(vms: impl Iterator<Item = &'a VmRecord> + Clone) -> Vec<String> {
@@ -169,19 +333,24 @@ fn blobs<'a>(vms: impl Iterator<Item = &'a VmRecord> + Clone) -> Vec<String> {
     kernels.chain(initrds).collect()
 }
 
-async fn serve_grpc(
-    scheduler: &Shared,
-    listener: TcpListener,
-    shutdown: crate::config::Shutdown,
-) -> Result<(), ServerError> {
-    let cluster = ClusterServer::new(ClusterApi(Arc::clone(scheduler)))
+/// Serves until the shutdown.
+pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
+    let listener = listen(&base.listener)?;
+    let mut shutdown = base.shutdown.clone();
+    let leads = matches!(role, Role::Leader(_));
+    let cluster = ClusterServer::new(ClusterApi(role.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let registry = RegistryServer::new(RegistryApi::new(Arc::clone(scheduler)))
-        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let registry = RegistryServer::new(RegistryApi::new(role)).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<ClusterServer<ClusterApi>>().await;
-    health_reporter.set_serving::<RegistryServer<RegistryApi>>().await;
+    if leads {
+        health_reporter.set_serving::<RegistryServer<RegistryApi>>().await;
+    } else {
+        health_reporter
+            .set_not_serving::<RegistryServer<RegistryApi>>()
+            .await;
+    }
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -195,7 +364,8 @@ async fn serve_grpc(
         .add_service(cluster)
         .add_service(registry)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
-            shutdown.await;
+            // An error means that nobody can tell it to end any more.
+            let _ = shutdown.wait_for(|ended| *ended).await;
             let _ = ended.send(());
         });
     // Streams that people follow do not end by themselves: after a grace they are cut.

@@ -1,45 +1,62 @@
-//! The durable state: one redb file. It is read once, at start; afterwards it is only written, each batch in one
-//! transaction that is on the disk before [`Store::apply`] returns.
+//! The durable state. It is read once, when this scheduler begins to lead; afterwards it is only written, each batch
+//! whole or not at all, and durable before [`Store::apply`] returns.
+//!
+//! - `backend`: what keeps the bytes has to do no more than this
+//! - `file` (redb, one scheduler) and `etcd` (several) do it
+//! - `records`: what the bytes are, the same for both; `upgrade`: what older schedulers wrote
+//! - `backup`: all of a store in a file, and back, into either kind
+
+pub mod backend;
+pub mod backup;
+pub mod etcd;
+mod file;
+mod records;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prost::Message as _;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use serde::de::DeserializeOwned;
-use shoal_cpuid::Table;
+use shoal_cpuid::Table as CpuTable;
 use shoal_proto::{VmId, cluster, vm};
+use tokio::sync::RwLock;
 
 use crate::cpus::{CpuDigest, StoredCpus};
-use crate::history;
+use crate::moves::MoveOrder;
 use crate::record::{ImageRecord, Intent, NodeRecord, QueuedRecord, VmRecord};
 
+pub use backend::Backend;
+use backend::{Change, Table};
+pub use file::FileBackend;
+
 /// Raised with every change that an older scheduler could not read.
-const SCHEMA_VERSION: u64 = 2;
+pub const SCHEMA_VERSION: u64 = 3;
+/// Changes in one batch. etcd takes 128 operations in one transaction unless it is told otherwise, and two are its fence.
+const MOST_CHANGES: usize = 120;
+/// Bytes in one batch. etcd takes 1.5 MiB in one request unless it is told otherwise.
+const MOST_BYTES: usize = 1 << 20;
 
-type Bytes = TableDefinition<'static, &'static [u8], &'static [u8]>;
+/// Which lead of a scheduler this is. It rises with each; what was decided in an older one counts no more.
+///
+/// It is one more than the last, or the seconds since 1970 if that is more: so it rises also where a store was put back to an
+/// old state, or was lost, which agents that have heard of later terms do not know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Term(pub u64);
 
-const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
-const VMS: Bytes = TableDefinition::new("vms");
-const INTENTS: Bytes = TableDefinition::new("intents");
-/// Ended migrations, without samples. Key: number (big endian), rising.
-const HISTORY: Bytes = TableDefinition::new("history");
-/// Their samples, as a report with nothing else. The same key.
-const SAMPLES: Bytes = TableDefinition::new("samples");
-/// What operators set. Key: name.
-const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
-const MIGRATION_DEFAULTS: &str = "migration-defaults";
-const SCHEDULING_POLICY: &str = "scheduling-policy";
-/// CPUID tables, features only, by their digests; under [`BASELINE`] a digest.
-const CPUS: Bytes = TableDefinition::new("cpus");
-const BASELINE: &[u8] = b"baseline";
-/// VMs that wait for room. Key: sequence number (big endian).
-const QUEUE: Bytes = TableDefinition::new("queue");
-const NODES: Bytes = TableDefinition::new("nodes");
-const IMAGES: Bytes = TableDefinition::new("images");
-/// Key: sequence number (big endian).
-const EVENTS: Bytes = TableDefinition::new("events");
+impl Term {
+    /// The one after this.
+    pub fn next(self) -> Self {
+        let now = crate::record::now_unix_ms() / 1000;
+        Self(self.0.saturating_add(1).max(u64::try_from(now).unwrap_or(0)))
+    }
+}
+
+impl std::fmt::Display for Term {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// Why the store cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
@@ -49,40 +66,79 @@ pub enum StoreError {
         "store {0}: another scheduler uses this state directory; stop it first or give another --state-dir"
     )]
     InUse(PathBuf),
+    /// It is not where etcd is.
+    #[error("store: '{text}' {why}; the form is etcd://HOST:PORT[,HOST:PORT...][/PREFIX]")]
+    Location {
+        /// As it was given.
+        text: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// Written by a newer program.
     #[error(
-        "store {path}: schema version {found}, this scheduler reads up to {SCHEMA_VERSION}; use a newer shoal"
+        "store {store}: schema version {found}, this scheduler reads up to {SCHEMA_VERSION}; use a newer shoal"
     )]
     NewerSchema {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        store: String,
         /// Its version.
         found: u64,
     },
     /// A record does not decode, or the file is no store.
     #[error(
-        "store {path}: {what} is damaged; restore the file from a backup, or move it away to start empty"
+        "store {store}: {what} is damaged; restore a backup (`shoal restore`), or move it away to start empty"
     )]
     Corrupt {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        store: String,
         /// Which part.
         what: String,
     },
+    /// A restore was interrupted.
+    #[error("store {0}: a restore did not come to its end; run `shoal restore` again, with --force")]
+    HalfRestored(String),
     /// The database reports an error.
-    #[error("store {path}")]
+    #[error("store {store}")]
     Database {
-        /// The file.
-        path: PathBuf,
+        /// Which store.
+        store: String,
         /// What it says.
-        source: Box<redb::Error>,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// More than a store takes at once.
+    #[error("store: {what} is more than can be stored at once ({MOST_CHANGES} changes, {MOST_BYTES} bytes)")]
+    TooLarge {
+        /// What is.
+        what: String,
     },
     /// A record cannot be encoded.
     #[error("record cannot be encoded")]
     Encode(#[from] serde_json::Error),
+    /// Another scheduler leads, or may. Nothing was stored, or the next leader finds it.
+    #[error("this scheduler does not lead any more; the one that does goes on with what was stored")]
+    Deposed,
+    /// Opened for reading.
+    #[error("this scheduler does not lead, and stores nothing")]
+    ReadOnly,
     /// The writer task was cancelled, which happens only at shutdown.
     #[error("store write was interrupted by shutdown")]
     Interrupted,
+}
+
+impl StoreError {
+    fn corrupt(store: &str, what: impl Into<String>) -> Self {
+        Self::Corrupt {
+            store: store.to_owned(),
+            what: what.into(),
+        }
+    }
+
+    fn database(store: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Database {
+            store: store.to_owned(),
+            source: source.into(),
+        }
+    }
 }
 
 /// One change. A batch of them is atomic.
@@ -114,10 +170,14 @@ pub enum Write {
     PutQueued(Arc<QueuedRecord>),
     /// Removes one from the queue.
     DeleteQueued(u64),
+    /// Keeps what someone asked for until it is done.
+    PutMoveOrder(MoveOrder),
+    /// It is done.
+    DeleteMoveOrder(MoveOrder),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
     /// Keeps a kind of CPU.
-    PutCpu(CpuDigest, Table),
+    PutCpu(CpuDigest, CpuTable),
     /// Changes or removes the CPU baseline.
     SetCpuBaseline(Option<CpuDigest>),
     /// Inserts or replaces an image.
@@ -128,7 +188,7 @@ pub enum Write {
     TrimEvents(u64),
 }
 
-/// All that was stored when the scheduler started.
+/// All that was stored when the scheduler began to lead.
 #[derive(Debug, Default)]
 pub struct Contents {
     /// VMs.
@@ -145,6 +205,8 @@ pub struct Contents {
     pub scheduling_policy: BTreeMap<String, String>,
     /// VMs that wait, in order of arrival.
     pub queue: Vec<QueuedRecord>,
+    /// Moves that someone asked for and that are not done.
+    pub orders: Vec<MoveOrder>,
     /// Nodes.
     pub nodes: Vec<NodeRecord>,
     /// Kinds of CPUs.
@@ -158,345 +220,96 @@ pub struct Contents {
 /// The open store.
 #[derive(Debug, Clone)]
 pub struct Store {
-    database: Arc<Database>,
-    path: Arc<PathBuf>,
+    backend: Arc<dyn Backend>,
+    term: Term,
+    /// Held alone by a batch that reads what it changes, and shared by all others.
+    turn: Arc<RwLock<()>>,
 }
 
 impl Store {
-    /// Opens or creates the store and reads all of it.
-    pub fn open(path: &Path) -> Result<(Self, Contents), StoreError> {
-        let database = Database::create(path).map_err(|error| match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
-            redb::DatabaseError::UpgradeRequired(_) => corrupt(path, "the database format"),
-            redb::DatabaseError::Storage(redb::StorageError::Corrupted(what)) => corrupt(path, &what),
-            redb::DatabaseError::Storage(redb::StorageError::Io(error))
-                if error.kind() == std::io::ErrorKind::InvalidData =>
-            {
-                corrupt(path, "the database file")
-            }
-            other => database_error(path, other),
-        })?;
-        let store = Self {
-            database: Arc::new(database),
-            path: Arc::new(path.to_owned()),
-        };
-        store.check_schema()?;
-        let contents = store.load()?;
+    /// A store that is kept so.
+    pub fn new(backend: Arc<dyn Backend>, term: Term) -> Self {
+        Self {
+            backend,
+            term,
+            turn: Arc::default(),
+        }
+    }
+
+    /// Opens or creates a file and reads all of it.
+    pub async fn open_file(path: &Path) -> Result<(Self, Contents), StoreError> {
+        let (backend, term) = FileBackend::open(path)?;
+        let store = Self::new(Arc::new(backend), term);
+        let contents = store.load().await?;
         Ok((store, contents))
     }
 
-    /// Writes a batch durably, off the async threads. All of it or, on an error, nothing is stored.
+    /// Which lead this is.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// Reads all of it, as it is at one moment, in pages.
+    pub async fn load(&self) -> Result<Contents, StoreError> {
+        records::load(self.backend.as_ref()).await
+    }
+
+    /// Reads the images alone.
+    pub async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        records::images(self.backend.as_ref()).await
+    }
+
+    /// Writes all of it, as it is at one moment, as a backup.
+    pub async fn back_up(&self, sink: &mut dyn backup::Sink) -> Result<backup::Summary, backup::BackupError> {
+        backup::write(self.backend.as_ref(), self.term, sink).await
+    }
+
+    /// Writes a batch durably. All of it or, on an error, nothing is stored.
     pub async fn apply(&self, writes: Vec<Write>) -> Result<(), StoreError> {
-        let store = self.clone();
-        tokio::task::spawn_blocking(move || store.apply_blocking(&writes))
-            .await
-            .map_err(|_| StoreError::Interrupted)?
+        let depends = |write: &Write| matches!(write, Write::ReplaceIntent(_) | Write::SetGuestGap(..));
+        if writes.iter().any(depends) {
+            let _alone = self.turn.write().await;
+            self.commit(writes).await
+        } else {
+            let _beside_others = self.turn.read().await;
+            self.commit(writes).await
+        }
     }
 
-    fn check_schema(&self) -> Result<(), StoreError> {
-        let path = self.path.as_path();
-        let transaction = self.database.begin_write().map_err(|e| database_error(path, e))?;
-        let fresh = transaction
-            .list_tables()
-            .map_err(|e| database_error(path, e))?
-            .next()
-            .is_none();
-        {
-            let mut meta = transaction
-                .open_table(META)
-                .map_err(|e| database_error(path, e))?;
-            let found = meta
-                .get("schema")
-                .map_err(|e| database_error(path, e))?
-                .map(|v| v.value());
-            match found {
-                Some(SCHEMA_VERSION) => {}
-                Some(upgrade::HISTORY_BY_VM) => {
-                    upgrade::history_by_vm(&transaction, path)?;
-                    meta.insert("schema", SCHEMA_VERSION)
-                        .map_err(|e| database_error(path, e))?;
-                }
-                Some(found) if found > SCHEMA_VERSION => {
-                    return Err(StoreError::NewerSchema {
-                        path: path.to_owned(),
-                        found,
-                    });
-                }
-                None if fresh => {
-                    meta.insert("schema", SCHEMA_VERSION)
-                        .map_err(|e| database_error(path, e))?;
-                }
-                _ => return Err(corrupt(path, "the schema version")),
-            }
+    async fn commit(&self, writes: Vec<Write>) -> Result<(), StoreError> {
+        let mut changes = Vec::with_capacity(writes.len());
+        for write in writes {
+            records::encode(self.backend.as_ref(), write, &mut changes).await?;
         }
-        for table in [VMS, INTENTS, HISTORY, SAMPLES, QUEUE, NODES, CPUS, IMAGES, EVENTS] {
-            transaction
-                .open_table(table)
-                .map_err(|e| database_error(path, e))?;
+        let bytes: usize = changes.iter().map(Change::bytes).sum();
+        if changes.len() > MOST_CHANGES || bytes > MOST_BYTES {
+            let what = format!("a batch of {} changes and {bytes} bytes", changes.len());
+            return Err(StoreError::TooLarge { what });
         }
-        transaction
-            .open_table(SETTINGS)
-            .map_err(|e| database_error(path, e))?;
-        transaction.commit().map_err(|e| database_error(path, e))
-    }
-
-    fn load(&self) -> Result<Contents, StoreError> {
-        let events = self.scan(EVENTS, "events", |_, value| cluster::Event::decode(value).ok())?;
-        let history = self.scan(HISTORY, "history", |key, value| {
-            let migration = cluster::Migration::decode(value).ok()?;
-            Some((number(key)?, history::light(migration)))
-        })?;
-        let sampled = self.scan(SAMPLES, "samples", |key, _| number(key))?;
-        Ok(Contents {
-            vms: self.scan(VMS, "vms", json)?,
-            intents: self.scan(INTENTS, "intents", json)?,
-            history,
-            sampled,
-            migration_defaults: self.setting(MIGRATION_DEFAULTS, |value| {
-                cluster::MigrationDefaults::decode(value).ok()
-            })?,
-            scheduling_policy: self.setting(SCHEDULING_POLICY, |value| serde_json::from_slice(value).ok())?,
-            queue: self.scan(QUEUE, "queue", json)?,
-            nodes: self.scan(NODES, "nodes", json)?,
-            cpus: self.cpus()?,
-            images: self.scan(IMAGES, "images", json)?,
-            events,
-        })
+        self.backend.commit(changes).await
     }
 
     /// An ended migration with all that was kept of it. None if it has made room meanwhile.
     pub async fn migration(&self, number: u64) -> Result<Option<cluster::Migration>, StoreError> {
-        let store = self.clone();
-        tokio::task::spawn_blocking(move || store.migration_blocking(number))
-            .await
-            .map_err(|_| StoreError::Interrupted)?
-    }
-
-    fn migration_blocking(&self, number: u64) -> Result<Option<cluster::Migration>, StoreError> {
-        let Some(whole) = self.get(HISTORY, &number.to_be_bytes())? else {
+        let key = number.to_be_bytes();
+        let Some(whole) = self.backend.get(Table::History, &key).await? else {
             return Ok(None);
         };
-        let damaged = |_| corrupt(&self.path, &format!("migration {number} of the history"));
+        let damaged = |_| {
+            let what = format!("migration {number} of the history");
+            StoreError::corrupt(self.backend.name(), what)
+        };
         let mut migration = cluster::Migration::decode(whole.as_slice()).map_err(damaged)?;
-        if let (Some(report), Some(samples)) =
-            (&mut migration.report, self.get(SAMPLES, &number.to_be_bytes())?)
-        {
+        if let (Some(report), Some(samples)) = (
+            &mut migration.report,
+            self.backend.get(Table::Samples, &key).await?,
+        ) {
             let samples = vm::MigrationReport::decode(samples.as_slice()).map_err(damaged)?;
             report.samples = samples.samples;
         }
         Ok(Some(migration))
     }
-
-    fn get(&self, table: Bytes, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let path = self.path.as_path();
-        let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
-        let table = transaction
-            .open_table(table)
-            .map_err(|e| database_error(path, e))?;
-        let value = table.get(key).map_err(|e| database_error(path, e))?;
-        Ok(value.map(|value| value.value().to_vec()))
-    }
-
-    /// What an operator has set, or the default.
-    fn setting<T: Default>(&self, name: &str, decode: impl Fn(&[u8]) -> Option<T>) -> Result<T, StoreError> {
-        let path = self.path.as_path();
-        let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
-        let table = transaction
-            .open_table(SETTINGS)
-            .map_err(|e| database_error(path, e))?;
-        let value = table.get(name).map_err(|e| database_error(path, e))?;
-        value.map_or_else(
-            || Ok(T::default()),
-            |value| decode(value.value()).ok_or_else(|| corrupt(path, &format!("the setting '{name}'"))),
-        )
-    }
-
-    fn cpus(&self) -> Result<StoredCpus, StoreError> {
-        let mut stored = StoredCpus::default();
-        let entries = self.scan(CPUS, "cpus", |key, value| {
-            if key == BASELINE {
-                let digest = std::str::from_utf8(value).ok()?;
-                return Some((Some(CpuDigest(digest.to_owned())), None));
-            }
-            Some((None, Some(Table::from_bytes(value).ok()?)))
-        })?;
-        for (baseline, table) in entries {
-            stored.baseline = stored.baseline.or(baseline);
-            stored.tables.extend(table);
-        }
-        Ok(stored)
-    }
-
-    fn scan<T>(
-        &self,
-        table: Bytes,
-        name: &str,
-        decode: impl Fn(&[u8], &[u8]) -> Option<T>,
-    ) -> Result<Vec<T>, StoreError> {
-        let path = self.path.as_path();
-        let transaction = self.database.begin_read().map_err(|e| database_error(path, e))?;
-        let table = transaction
-            .open_table(table)
-            .map_err(|e| database_error(path, e))?;
-        let mut found = Vec::new();
-        for (index, entry) in table.iter().map_err(|e| database_error(path, e))?.enumerate() {
-            let (key, value) = entry.map_err(|e| database_error(path, e))?;
-            let record = decode(key.value(), value.value())
-                .ok_or_else(|| corrupt(path, &format!("record {index} of table '{name}'")))?;
-            found.push(record);
-        }
-        Ok(found)
-    }
-
-    fn apply_blocking(&self, writes: &[Write]) -> Result<(), StoreError> {
-        let path = self.path.as_path();
-        let transaction = self.database.begin_write().map_err(|e| database_error(path, e))?;
-        for write in writes {
-            self.write_one(&transaction, write)?;
-        }
-        transaction.commit().map_err(|e| database_error(path, e))
-    }
-
-    fn write_one(&self, transaction: &redb::WriteTransaction, write: &Write) -> Result<(), StoreError> {
-        let path = self.path.as_path();
-        let put = |table: Bytes, key: &[u8], value: Vec<u8>| -> Result<(), StoreError> {
-            let mut table = transaction
-                .open_table(table)
-                .map_err(|e| database_error(path, e))?;
-            table
-                .insert(key, value.as_slice())
-                .map_err(|e| database_error(path, e))?;
-            Ok(())
-        };
-        let remove = |table: Bytes, from: &[u8], through: &[u8]| -> Result<(), StoreError> {
-            let mut table = transaction
-                .open_table(table)
-                .map_err(|e| database_error(path, e))?;
-            table
-                .retain_in(from..=through, |_, _| false)
-                .map_err(|e| database_error(path, e))
-        };
-        let set = |name: &str, value: Vec<u8>| -> Result<(), StoreError> {
-            let mut settings = transaction
-                .open_table(SETTINGS)
-                .map_err(|e| database_error(path, e))?;
-            settings
-                .insert(name, value.as_slice())
-                .map_err(|e| database_error(path, e))?;
-            Ok(())
-        };
-        match write {
-            Write::PutVm(vm) => put(VMS, vm.id.as_bytes(), serde_json::to_vec(vm.as_ref())?),
-            Write::DeleteVm(id) => remove(VMS, id.as_bytes(), id.as_bytes()),
-            Write::PutIntent(intent) => put(
-                INTENTS,
-                intent.vm.as_bytes(),
-                serde_json::to_vec(intent.as_ref())?,
-            ),
-            Write::ReplaceIntent(intent) => {
-                let mut table = transaction
-                    .open_table(INTENTS)
-                    .map_err(|e| database_error(path, e))?;
-                let found = table
-                    .get(intent.vm.as_bytes().as_slice())
-                    .map_err(|e| database_error(path, e))?
-                    .and_then(|open| serde_json::from_slice::<Intent>(open.value()).ok());
-                if found.is_some_and(|open| open.migration == intent.migration) {
-                    table
-                        .insert(
-                            intent.vm.as_bytes().as_slice(),
-                            serde_json::to_vec(intent.as_ref())?.as_slice(),
-                        )
-                        .map_err(|e| database_error(path, e))?;
-                }
-                Ok(())
-            }
-            Write::DeleteIntent(vm) => remove(INTENTS, vm.as_bytes(), vm.as_bytes()),
-            Write::PutMigration(number, migration) => {
-                let mut migration = migration.as_ref().clone();
-                let samples = migration
-                    .report
-                    .as_mut()
-                    .map(|report| std::mem::take(&mut report.samples))
-                    .unwrap_or_default();
-                put(HISTORY, &number.to_be_bytes(), migration.encode_to_vec())?;
-                if samples.is_empty() {
-                    return Ok(());
-                }
-                let samples = vm::MigrationReport {
-                    samples,
-                    ..Default::default()
-                };
-                put(SAMPLES, &number.to_be_bytes(), samples.encode_to_vec())
-            }
-            Write::SetGuestGap(number, us) => {
-                let key = number.to_be_bytes();
-                let mut table = transaction
-                    .open_table(HISTORY)
-                    .map_err(|e| database_error(path, e))?;
-                let found = table
-                    .get(key.as_slice())
-                    .map_err(|e| database_error(path, e))?
-                    .and_then(|stored| cluster::Migration::decode(stored.value()).ok());
-                if let Some(mut migration) = found {
-                    history::set_guest_gap(&mut migration, *us);
-                    table
-                        .insert(key.as_slice(), migration.encode_to_vec().as_slice())
-                        .map_err(|e| database_error(path, e))?;
-                }
-                Ok(())
-            }
-            Write::DeleteMigration(number) => {
-                let key = number.to_be_bytes();
-                remove(HISTORY, &key, &key)?;
-                remove(SAMPLES, &key, &key)
-            }
-            Write::DeleteSamples(number) => {
-                let key = number.to_be_bytes();
-                remove(SAMPLES, &key, &key)
-            }
-            Write::PutMigrationDefaults(defaults) => set(MIGRATION_DEFAULTS, defaults.encode_to_vec()),
-            Write::PutSchedulingPolicy(fields) => set(SCHEDULING_POLICY, serde_json::to_vec(fields)?),
-            Write::PutQueued(queued) => put(
-                QUEUE,
-                &queued.sequence.to_be_bytes(),
-                serde_json::to_vec(queued.as_ref())?,
-            ),
-            Write::DeleteQueued(number) => remove(QUEUE, &number.to_be_bytes(), &number.to_be_bytes()),
-            Write::PutNode(node) => put(NODES, node.name.as_str().as_bytes(), serde_json::to_vec(node)?),
-            Write::PutCpu(digest, table) => put(CPUS, digest.0.as_bytes(), table.to_bytes()),
-            Write::SetCpuBaseline(Some(digest)) => put(CPUS, BASELINE, digest.0.as_bytes().to_vec()),
-            Write::SetCpuBaseline(None) => remove(CPUS, BASELINE, BASELINE),
-            Write::PutImage(image) => put(IMAGES, image.name.as_bytes(), serde_json::to_vec(image.as_ref())?),
-            Write::PutEvent(event) => put(EVENTS, &event.sequence.to_be_bytes(), event.encode_to_vec()),
-            Write::TrimEvents(through) => remove(EVENTS, &0u64.to_be_bytes(), &through.to_be_bytes()),
-        }
-    }
 }
-
-fn number(key: &[u8]) -> Option<u64> {
-    Some(u64::from_be_bytes(key.try_into().ok()?))
-}
-
-fn json<T: DeserializeOwned>(_key: &[u8], value: &[u8]) -> Option<T> {
-    serde_json::from_slice(value).ok()
-}
-
-fn corrupt(path: &Path, what: &str) -> StoreError {
-    StoreError::Corrupt {
-        path: path.to_owned(),
-        what: what.to_owned(),
-    }
-}
-
-fn database_error(path: &Path, source: impl Into<redb::Error>) -> StoreError {
-    StoreError::Database {
-        path: path.to_owned(),
-        source: Box::new(source.into()),
-    }
-}
-
-mod upgrade;
 
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
-use crate::config::SchedulerConfig;
+use crate::config::Settings;
 use crate::observe;
 use crate::reconcile;
 use crate::record::{BlobRef, Cordon, NodeRecord, Phase, VmRecord, now_unix_ms};
@@ -479,7 +479,7 @@ impl Cluster {
     /// `node1`, `node2`, … with 4 CPUs and this much memory each.
     pub async fn start(nodes: usize, memory_bytes: u64) -> Self {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let scheduler = open(directory.path());
+        let scheduler = open(directory.path()).await;
         let peers = Arc::new(Mutex::new(Vec::new()));
         for number in 1..=nodes {
             let node = serve(format!("node{number}"), memory_bytes, Arc::clone(&peers)).await;
@@ -496,7 +496,7 @@ impl Cluster {
     }
 
     /// Ends this scheduler's part of the test and opens its state directory again, as after a crash.
-    pub fn restart(&mut self) {
+    pub async fn restart(&mut self) {
         // The store is locked while it is open: the new one gets a copy, as it was at this moment.
         let copy = tempfile::tempdir().expect("temporary directory");
         std::fs::copy(
@@ -504,7 +504,7 @@ impl Cluster {
             copy.path().join("shoal.redb"),
         )
         .expect("copied");
-        self.scheduler = open(copy.path());
+        self.scheduler = open(copy.path()).await;
         self.directory = copy;
         self.register();
     }
@@ -576,21 +576,19 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
         .unwrap_or_else(|_| panic!("not in time: {what}"));
 }
 
-fn open(directory: &std::path::Path) -> Shared {
-    let config = SchedulerConfig {
-        listen: ([127, 0, 0, 1], 0).into(),
-        insecure: false,
+async fn open(directory: &std::path::Path) -> Shared {
+    let config = Settings {
         state_dir: directory.to_owned(),
+        store: None,
+        lease: Duration::from_secs(5),
         vmm_binary: None,
-        metrics: None,
         policy: shoal_plan::Policy {
             automation: shoal_plan::Automation::Manual,
             ..shoal_plan::Policy::default()
         },
-        shutdown: Box::pin(std::future::pending()),
     };
-    let (scheduler, subjects, intents) = crate::server::open(&config).expect("opened");
-    reconcile::recover(&scheduler, intents);
+    let (scheduler, subjects, unfinished) = crate::server::open(&config).await.expect("opened");
+    unfinished.take_up(&scheduler).await;
     tokio::spawn(reconcile::run(Arc::clone(&scheduler), subjects));
     scheduler
 }

@@ -119,10 +119,11 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
             None => (VmPhase::Migrating, format!("to {}: {}", intent.to, intent.reason)),
         };
     }
-    if !scheduler
-        .nodes
-        .get(&record.node)
-        .is_some_and(|node| node.is_reachable())
+    if !scheduler.schedulers.follows()
+        && !scheduler
+            .nodes
+            .get(&record.node)
+            .is_some_and(|node| node.is_reachable())
     {
         return (VmPhase::Unknown, format!("node {} does not answer", record.node));
     }
@@ -147,8 +148,10 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
     let record = entry.record();
     let (observed, reachable) = entry.observed();
     let figures = entry.figures();
+    let follows = scheduler.schedulers.follows();
     let state = match record.cordon {
-        _ if !reachable => NodeState::Unreachable,
+        Cordon::Open if follows => NodeState::Unspecified,
+        _ if !reachable && !follows => NodeState::Unreachable,
         Cordon::Open => NodeState::Ready,
         Cordon::Draining => NodeState::Draining,
         Cordon::Cordoned => NodeState::Cordoned,

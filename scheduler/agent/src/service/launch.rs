@@ -20,9 +20,9 @@ pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<
     let _launching = node.begin_launch(key);
     refuse_company(&node, key)?;
     super::check_current(&node, key).await?;
-    let kernel = node.blobs.get(&kernel, &node.registry).await?;
+    let kernel = node.blobs.get(&kernel, &node.schedulers).await?;
     let initrd = match initrd {
-        Some(initrd) => Some(node.blobs.get(&initrd, &node.registry).await?),
+        Some(initrd) => Some(node.blobs.get(&initrd, &node.schedulers).await?),
         None => None,
     };
 

@@ -34,7 +34,7 @@ impl Disk {
             node: "node1".parse().expect("a name"),
             listen: "127.0.0.1:0".parse().expect("an address"),
             advertise: None,
-            scheduler: format!("http://{}", scheduler.address),
+            schedulers: vec![format!("http://{}", scheduler.address)],
             state_dir: self.state(),
             memory_budget: Some(1 << 30),
             cpus: Some(2),

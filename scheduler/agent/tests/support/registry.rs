@@ -206,7 +206,10 @@ fn take(told: &Mutex<Told>, decoder: &mut Decoder, report: AgentReport) -> Optio
     match report.report.expect("a report") {
         Report::Register(register) => {
             told.registered.push(register);
-            Some(Message::Registered(Registered { deltas: true }))
+            Some(Message::Registered(Registered {
+                deltas: true,
+                term: 1,
+            }))
         }
         Report::Heartbeat(heartbeat) => {
             told.wholes += 1;

@@ -14,7 +14,7 @@ use crate::daemon;
 use crate::error::CliError;
 use crate::format::{parse_duration, parse_size};
 
-/// Arguments of `agent`. `--endpoint` says where the scheduler is.
+/// Arguments of `agent`. `--scheduler` says where the schedulers are.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
     /// The node's name in the cluster; otherwise the host's.
@@ -98,7 +98,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         node: args.name.map_or_else(host_name, Ok)?,
         listen: args.listen,
         advertise: args.advertise,
-        scheduler: context.endpoint.clone(),
+        schedulers: context.endpoints.clone(),
         state_dir,
         memory_budget: args.memory,
         cpus: args.cpus,

@@ -39,7 +39,32 @@ pub async fn run(context: &Context, args: DrainArgs) -> Result<(), CliError> {
     }
 }
 
+/// Follows it from one scheduler to the next, should one that leads go away: the drain is in the store.
 async fn watch(context: &Context, client: &mut Client, node: &str) -> Result<DrainNodeResponse, CliError> {
+    let mut moved_before = 0;
+    loop {
+        let mut moved = 0;
+        let error = match watch_one(context, client, node, &mut moved).await {
+            Ok(mut last) => {
+                last.moved += moved_before;
+                return Ok(last);
+            }
+            Err(error) => error,
+        };
+        moved_before += moved;
+        match context.again(&error).await {
+            Some(next) => *client = next,
+            None => return Err(error),
+        }
+    }
+}
+
+async fn watch_one(
+    context: &Context,
+    client: &mut Client,
+    node: &str,
+    moved: &mut u32,
+) -> Result<DrainNodeResponse, CliError> {
     let mut stream = client
         .drain_node(DrainNodeRequest {
             node: node.to_owned(),
@@ -47,6 +72,7 @@ async fn watch(context: &Context, client: &mut Client, node: &str) -> Result<Dra
         .await?
         .into_inner();
     while let Some(step) = stream.message().await? {
+        *moved = step.moved;
         if step.done {
             return Ok(step);
         }

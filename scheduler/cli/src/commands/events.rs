@@ -3,7 +3,7 @@
 use clap::Args;
 use shoal_proto::cluster::{Event, StreamEventsRequest};
 
-use crate::client::Context;
+use crate::client::{Client, Context};
 use crate::error::CliError;
 use crate::view::EventView;
 
@@ -20,20 +20,32 @@ pub struct EventsArgs {
 
 /// Shows what the cluster did, and why, oldest first.
 pub async fn run(context: &Context, args: EventsArgs) -> Result<(), CliError> {
-    let request = StreamEventsRequest {
-        follow: args.follow,
-        after_sequence: args.after,
-    };
-    let mut stream = context.client().await?.stream_events(request).await?.into_inner();
     let as_array = context.output.is_json() && !args.follow;
     let mut all = Vec::new();
-    while let Some(event) = stream.message().await? {
-        if as_array {
-            all.push(EventView::from(&event));
-        } else {
-            context
-                .output
-                .show_line(&EventView::from(&event), |_| text(&event))?;
+    let mut after = args.after;
+    let mut client = context.client().await?;
+    loop {
+        let request = StreamEventsRequest {
+            follow: args.follow,
+            after_sequence: after,
+        };
+        let shown = show(&mut client, request, |event| {
+            after = event.sequence;
+            if as_array {
+                all.push(EventView::from(event));
+                return Ok(());
+            }
+            context.output.show_line(&EventView::from(event), |_| text(event))
+        });
+        let error = match shown.await {
+            Ok(()) if !args.follow || context.endpoints.len() < 2 => break,
+            Ok(()) => CliError::Lost("the stream of events ended".into()),
+            Err(error) => error,
+        };
+        // Another scheduler goes on after the last that was shown.
+        match context.again(&error).await {
+            Some(next) => client = next,
+            None => return Err(error),
         }
     }
     if as_array {
@@ -41,6 +53,18 @@ pub async fn run(context: &Context, args: EventsArgs) -> Result<(), CliError> {
     } else {
         Ok(())
     }
+}
+
+async fn show(
+    client: &mut Client,
+    request: StreamEventsRequest,
+    mut take: impl FnMut(&Event) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let mut stream = client.stream_events(request).await?.into_inner();
+    while let Some(event) = stream.message().await? {
+        take(&event)?;
+    }
+    Ok(())
 }
 
 fn text(event: &Event) -> String {

@@ -1,6 +1,7 @@
 //! One file per command. Each has its arguments and a `run` that does it.
 
 pub mod agent;
+pub mod backup;
 pub mod certs;
 pub mod completions;
 pub mod cpu;
@@ -22,9 +23,11 @@ pub mod ps;
 pub mod queue;
 pub mod rebalance;
 pub mod resolve;
+pub mod restore;
 pub mod rm;
 pub mod run;
 pub mod scheduler;
+pub mod schedulers;
 pub mod simulate;
 pub mod stop;
 pub mod uncordon;
@@ -64,6 +67,9 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Up(args) => return up::run(context, args).await,
         Command::Down(args) => down::run(context, args).await,
         Command::Scheduler(args) => scheduler::run(args).await,
+        Command::Schedulers(args) => schedulers::run(context, args).await,
+        Command::Backup(args) => backup::run(context, args).await,
+        Command::Restore(args) => restore::run(context, args).await,
         Command::Agent(args) => agent::run(context, args).await,
         Command::Image(command) => image::run(context, command).await,
         Command::Ps(args) => ps::run(context, args).await,

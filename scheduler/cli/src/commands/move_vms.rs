@@ -45,13 +45,39 @@ pub async fn run(context: &Context, args: MoveVmsArgs, direction: Direction) -> 
     }
 }
 
+/// Follows them from one scheduler to the next, should one that leads go away: what was asked for is in the store.
 async fn watch(
     context: &Context,
     client: &mut Client,
     request: MoveVmsRequest,
 ) -> Result<MoveVmsResponse, CliError> {
+    let mut moved_before = 0;
+    loop {
+        let mut moved = 0;
+        let error = match watch_one(context, client, request.clone(), &mut moved).await {
+            Ok(mut last) => {
+                last.moved += moved_before;
+                return Ok(last);
+            }
+            Err(error) => error,
+        };
+        moved_before += moved;
+        match context.again(&error).await {
+            Some(next) => *client = next,
+            None => return Err(error),
+        }
+    }
+}
+
+async fn watch_one(
+    context: &Context,
+    client: &mut Client,
+    request: MoveVmsRequest,
+    moved: &mut u32,
+) -> Result<MoveVmsResponse, CliError> {
     let mut stream = client.move_vms(request).await?.into_inner();
     while let Some(step) = stream.message().await? {
+        *moved = step.moved;
         if step.done {
             return Ok(step);
         }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use shoal_plan::{Automation, BytesPerSecond, Policy};
@@ -17,6 +18,16 @@ pub struct SchedulerArgs {
     /// Where users and agents reach it.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7470")]
     pub listen: SocketAddr,
+    /// How others reach it, if not by the address it listens on.
+    #[arg(long, value_name = "ADDRESS")]
+    pub advertise: Option<SocketAddr>,
+    /// Where the state of the cluster is kept, such as etcd://10.0.0.1:2379,10.0.0.2:2379/shoal: then several schedulers
+    /// can share it, one of which leads. Otherwise a file in the state directory.
+    #[arg(long, value_name = "URL", env = "SHOAL_STORE")]
+    pub store: Option<String>,
+    /// In etcd: a leader that says nothing for so long is replaced.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub lease: Duration,
     /// Its own directory; otherwise `scheduler` in $XDG_STATE_HOME/shoal or ~/.local/state/shoal.
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -58,8 +69,11 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         .map_err(|error| CliError::Usage(error.to_string()))?;
     let config = SchedulerConfig {
         listen: args.listen,
+        advertise: args.advertise,
         insecure: args.insecure,
         state_dir,
+        store: args.store,
+        lease: args.lease,
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
         metrics: args.metrics,
         policy,

@@ -138,7 +138,7 @@ impl LocalCluster {
         let mut command = self.daemon("agent")?;
         command
             .args(["--name", name, "--listen", "127.0.0.1:0"])
-            .args(["--endpoint", &self.record.endpoint])
+            .args(["--scheduler", &self.record.endpoint])
             .args(["--memory", &config.node_memory.to_string()])
             .args(["--cpus", &config.node_cpus.to_string()]);
         if let Some(backing) = config.memory_backing.to_possible_value() {
@@ -201,7 +201,7 @@ impl LocalCluster {
         let deadline = Instant::now() + READY_TIMEOUT;
         loop {
             self.check_running()?;
-            match connect(&self.record.endpoint).await {
+            match connect(std::slice::from_ref(&self.record.endpoint)).await {
                 Ok(client) => return Ok(client),
                 Err(error) if Instant::now() >= deadline => return Err(error),
                 Err(_) => sleep(POLL).await,

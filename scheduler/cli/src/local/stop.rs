@@ -65,8 +65,8 @@ pub async fn stop(state_dir: &Path, purge: bool) -> Result<Option<Stopped>, CliE
     Ok((record.is_some() || stopped.killed_vmms > 0).then_some(stopped))
 }
 
-async fn remove_vms(endpoint: &str) -> Result<usize, CliError> {
-    let mut client = connect(endpoint).await?;
+async fn remove_vms(endpoint: &String) -> Result<usize, CliError> {
+    let mut client = connect(std::slice::from_ref(endpoint)).await?;
     let vms = client.list_vms(ListVmsRequest {}).await?.into_inner().vms;
     let mut removed = 0;
     for vm in vms {

@@ -17,7 +17,7 @@ use crate::store::StoreError;
 const MAX_DETAIL_BYTES: usize = 6 << 10;
 
 /// An error and all that caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -32,6 +32,9 @@ pub fn field(error: &FieldError) -> Status {
 }
 
 pub fn store(error: &StoreError) -> Status {
+    if matches!(error, StoreError::Deposed | StoreError::ReadOnly) {
+        return Status::unavailable(error.to_string());
+    }
     tracing::error!(error = chain(error), "store");
     Status::internal(chain(error))
 }

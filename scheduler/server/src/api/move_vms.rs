@@ -9,7 +9,10 @@ use crate::limits::FieldError;
 use crate::moves::{self, Direction};
 use crate::scheduler::Shared;
 
-pub fn call(scheduler: &Shared, request: &MoveVmsRequest) -> Result<AnswerStream<MoveVmsResponse>, Status> {
+pub async fn call(
+    scheduler: &Shared,
+    request: &MoveVmsRequest,
+) -> Result<AnswerStream<MoveVmsResponse>, Status> {
     let node = super::find_node(scheduler, &request.node)?.record().name;
     let direction = match request.direction() {
         Wire::Expel => Direction::Expel,
@@ -20,7 +23,8 @@ pub fn call(scheduler: &Shared, request: &MoveVmsRequest) -> Result<AnswerStream
             return Err(errors::field(&error));
         }
     };
-    let mut progress = moves::begin(scheduler, node, direction);
+    let begun = moves::begin(scheduler, node, direction).await;
+    let mut progress = begun.map_err(|error| errors::store(&error))?;
     Ok(super::stream(move |sender| async move {
         while progress.changed().await.is_ok() {
             let now = progress.borrow_and_update().clone();

@@ -1,18 +1,28 @@
-//! StreamEvents.
+//! StreamEvents. A follower has those that the leader has stored, a moment later.
 
-use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_proto::cluster::{Event, StreamEventsRequest};
 
-use super::AnswerStream;
+use super::{AnswerStream, Role};
 use crate::scheduler::Shared;
 
-pub fn call(scheduler: &Shared, request: &StreamEventsRequest) -> AnswerStream<Event> {
-    let scheduler = Arc::clone(scheduler);
+/// How often a follower looks for more.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+pub fn call(role: &Role, request: &StreamEventsRequest) -> AnswerStream<Event> {
+    let role = role.clone();
     let (follow, mut sequence) = (request.follow, request.after_sequence);
     super::stream(move |sender| async move {
-        let mut news = scheduler.events.follow();
         loop {
+            let scheduler: Shared = match role.read().await {
+                Ok(scheduler) => scheduler,
+                Err(status) => {
+                    let _ = sender.send(Err(status)).await;
+                    return;
+                }
+            };
+            let mut news = scheduler.events.follow();
             news.mark_unchanged();
             loop {
                 let batch = scheduler.events.after(sequence);
@@ -27,8 +37,17 @@ pub fn call(scheduler: &Shared, request: &StreamEventsRequest) -> AnswerStream<E
             if !follow {
                 return;
             }
+            let more = async {
+                match &role {
+                    Role::Leader(_) => news.changed().await.is_ok(),
+                    Role::Follower(_) => {
+                        tokio::time::sleep(INTERVAL).await;
+                        true
+                    }
+                }
+            };
             tokio::select! {
-                changed = news.changed() => if changed.is_err() { return },
+                more = more => if !more { return },
                 () = sender.closed() => return,
             }
         }

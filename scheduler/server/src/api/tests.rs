@@ -1,5 +1,6 @@
 //! The calls about migrations, against scripted nodes.
 
+use super::Role;
 use std::sync::Arc;
 
 use shoal_proto::cluster::cluster_server::Cluster as _;
@@ -16,7 +17,9 @@ use tonic::{Code, Request, Status};
 
 use super::ClusterApi;
 use crate::execute::launch;
+use crate::moves::{self, MoveOrder};
 use crate::queue;
+use crate::store::Write;
 use crate::testing::{Cluster, Script, until};
 use crate::vms::VmEntry;
 
@@ -37,7 +40,7 @@ async fn start(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
 }
 
 fn api(cluster: &Cluster) -> ClusterApi {
-    ClusterApi(Arc::clone(&cluster.scheduler))
+    ClusterApi(Role::Leader(Arc::clone(&cluster.scheduler)))
 }
 
 /// Begins a migration and does not wait for its end.
@@ -146,7 +149,7 @@ async fn the_history_is_listed_latest_first_and_shown_whole_also_after_a_restart
                 .id,
             first.id
         );
-        cluster.restart();
+        cluster.restart().await;
     }
     for (id, code) in [("", Code::InvalidArgument), ("nobody", Code::NotFound)] {
         assert_eq!(get(&cluster, id).await.expect_err(id).code(), code);
@@ -343,7 +346,7 @@ async fn defaults_are_kept_over_a_restart() {
         ..Default::default()
     };
     let answered = set_defaults(&cluster, set).await.expect("set");
-    cluster.restart();
+    cluster.restart().await;
     let request = Request::new(GetMigrationDefaultsRequest {});
     let now = api(&cluster)
         .get_migration_defaults(request)
@@ -595,6 +598,48 @@ async fn expelled_vms_leave_and_are_brought_back() {
         direction: 9,
     };
     assert!(api(&cluster).move_vms(Request::new(refused)).await.is_err());
+}
+
+/// As a scheduler leaves it that dies before it has begun.
+#[tokio::test]
+async fn moves_that_were_asked_for_are_gone_on_with_by_the_next_scheduler() {
+    let mut cluster = Cluster::start(2, 1 << 30).await;
+    start(&cluster, "a").await;
+    start(&cluster, "b").await;
+    let order = MoveOrder {
+        node: cluster.nodes[0].record.name.clone(),
+        direction: moves::Direction::Expel,
+    };
+    let write = Write::PutMoveOrder(order);
+    cluster.scheduler.store.apply(vec![write]).await.expect("stored");
+    cluster.restart().await;
+    let nodes = |cluster: &Cluster| {
+        ["a", "b"].map(|name| {
+            let entry = cluster.scheduler.vms.find(name).expect("kept");
+            entry.record().node.to_string()
+        })
+    };
+    until("both to be moved", || {
+        cluster.report();
+        nodes(&cluster) == ["node2", "node2"]
+    })
+    .await;
+    let wait = async {
+        while !cluster
+            .scheduler
+            .store
+            .load()
+            .await
+            .expect("read")
+            .orders
+            .is_empty()
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), wait)
+        .await
+        .expect("what is done is not done again");
 }
 
 #[tokio::test]

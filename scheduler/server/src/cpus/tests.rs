@@ -104,7 +104,7 @@ async fn a_vm_moves_only_where_its_features_are_unless_it_has_the_baseline() {
         "it keeps what it has"
     );
 
-    cluster.restart();
+    cluster.restart().await;
     tell(&cluster, &cpus).await;
     assert_eq!(view(&cluster.scheduler), shown);
     assert!(may_move(&cluster, &wide, "node2").is_err());

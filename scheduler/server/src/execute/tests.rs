@@ -242,7 +242,7 @@ async fn a_restarted_scheduler_ends_what_it_finds_open() {
     for commit_arrives in [false, true] {
         let mut cluster = Cluster::start(2, GIB).await;
         let id = in_doubt(&cluster, commit_arrives).await.0.record().id;
-        cluster.restart();
+        cluster.restart().await;
         let open = cluster.scheduler.migrations.get(id).expect("taken up");
         doubt(&open).await;
         cluster.nodes[1].set_silent(false);
@@ -424,7 +424,7 @@ async fn post_copy_is_resumed_by_the_next_scheduler() {
     let mut cluster = Cluster::start(2, GIB).await;
     let (entry, _) = post_copy(&cluster).await;
     let id = entry.record().id;
-    cluster.restart();
+    cluster.restart().await;
     let migration = cluster.scheduler.migrations.get(id).expect("taken up");
     until("its state is known", || migration.view().post_copy).await;
     assert_eq!(cluster.nodes[0].vmms(), 1);

@@ -22,8 +22,8 @@ const MOST: usize = 16;
 /// From accepting a connection to its end.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Serves until it is dropped.
-pub async fn serve(scheduler: Shared, listener: TcpListener) {
+/// Serves until it is dropped. Without a scheduler that leads there are no metrics, and that is said.
+pub async fn serve(scheduler: Option<Shared>, listener: TcpListener) {
     let turns = Arc::new(Semaphore::new(MOST));
     loop {
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
@@ -31,7 +31,7 @@ pub async fn serve(scheduler: Shared, listener: TcpListener) {
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let scheduler = Arc::clone(&scheduler);
+                let scheduler = scheduler.clone();
                 tokio::spawn(async move {
                     let _ = tokio::time::timeout(LIMIT, answer_all(scheduler, stream)).await;
                     drop(turn);
@@ -45,9 +45,9 @@ pub async fn serve(scheduler: Shared, listener: TcpListener) {
     }
 }
 
-async fn answer_all(scheduler: Shared, stream: TcpStream) {
+async fn answer_all(scheduler: Option<Shared>, stream: TcpStream) {
     let service = service_fn(move |request| {
-        let response = answer(&scheduler, &request);
+        let response = answer(scheduler.as_ref(), &request);
         async move { Ok::<_, Infallible>(response) }
     });
     let served = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
@@ -56,7 +56,7 @@ async fn answer_all(scheduler: Shared, stream: TcpStream) {
     }
 }
 
-fn answer(scheduler: &Shared, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+fn answer(scheduler: Option<&Shared>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
     let words = |status, text: &'static str| {
         let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
         *response.status_mut() = status;
@@ -64,6 +64,9 @@ fn answer(scheduler: &Shared, request: &Request<Incoming>) -> Response<Full<Byte
     };
     match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/metrics") => {
+            let Some(scheduler) = scheduler else {
+                return words(StatusCode::SERVICE_UNAVAILABLE, "this scheduler does not lead\n");
+            };
             let text = scheduler.metrics.text(scheduler);
             let mut response = Response::new(Full::new(Bytes::from(text)));
             let headers = response.headers_mut();
@@ -91,7 +94,7 @@ mod tests {
         let cluster = Cluster::start(1, 1 << 30).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(serve(Arc::clone(&cluster.scheduler), listener));
+        tokio::spawn(serve(Some(Arc::clone(&cluster.scheduler)), listener));
         for (request, status, body) in [
             ("GET /metrics", "200", "shoal_migrations_open"),
             ("GET /", "404", "/metrics"),

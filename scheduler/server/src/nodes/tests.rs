@@ -1,5 +1,6 @@
 use super::*;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
+use crate::store::Term;
 
 fn entry() -> NodeEntry {
     let record = NodeRecord {
@@ -13,7 +14,7 @@ fn entry() -> NodeEntry {
         cpu_model: String::new(),
         wishes: NodeWishes::default(),
     };
-    NodeEntry::new(record, true).expect("an address")
+    NodeEntry::new(record, true, Term::default()).expect("an address")
 }
 
 /// As if the last report, or the scheduler's start, lay so far back.

@@ -1,7 +1,52 @@
+use super::file::{Bytes, META, definition};
 use super::*;
+use crate::history;
+use crate::moves::Direction;
 use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, QueuedRecord, VmWishes, now_unix_ms};
+use redb::Database;
 use shoal_plan::labels::parse_terms;
 use shoal_proto::{Epoch, MigrationId, vm};
+
+#[path = "../../../../tests/src/etcd.rs"]
+#[allow(dead_code, reason = "other tests use more of it")]
+mod etcd_server;
+
+mod backups;
+mod in_etcd;
+
+use etcd_server::EtcdServer;
+
+/// As short as etcd takes it.
+const LEASE: std::time::Duration = std::time::Duration::from_secs(2);
+
+fn open_etcd(server: &EtcdServer, prefix: &str) -> etcd::Etcd {
+    let location = etcd::Location::parse(&server.url(prefix)).expect("a location");
+    etcd::Etcd::new(&location).expect("a client")
+}
+
+fn member(address: &str) -> etcd::Member {
+    etcd::Member {
+        id: uuid::Uuid::new_v4().to_string(),
+        address: address.to_owned(),
+        started_unix_ms: 1,
+    }
+}
+
+async fn elected(etcd: &etcd::Etcd, address: &str) -> (etcd::Session, etcd::Lead) {
+    let session = etcd.join(member(address), LEASE).await.expect("joined");
+    let wait = async {
+        loop {
+            if let Some(lead) = session.campaign().await.expect("asked") {
+                return lead;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let lead = tokio::time::timeout(std::time::Duration::from_secs(60), wait)
+        .await
+        .expect("elected in time");
+    (session, lead)
+}
 
 fn blob() -> BlobRef {
     BlobRef {
@@ -82,11 +127,64 @@ fn migration(epoch: u64) -> cluster::Migration {
     }
 }
 
+/// A store that can be opened again.
+trait Place {
+    type Open;
+    async fn open(&self) -> (Store, Contents, Self::Open);
+    async fn close(&self, store: Store, open: Self::Open);
+}
+
+struct InFile(std::path::PathBuf);
+
+impl Place for InFile {
+    type Open = ();
+
+    async fn open(&self) -> (Store, Contents, ()) {
+        let (store, contents) = Store::open_file(&self.0).await.expect("opened");
+        (store, contents, ())
+    }
+
+    async fn close(&self, store: Store, (): ()) {
+        let error = Store::open_file(&self.0).await.expect_err("it is open");
+        assert!(matches!(error, StoreError::InUse(_)));
+        drop(store);
+    }
+}
+
+struct InEtcd(etcd::Etcd);
+
+impl Place for InEtcd {
+    type Open = (etcd::Session, etcd::Lead);
+
+    async fn open(&self) -> (Store, Contents, Self::Open) {
+        let (session, lead) = elected(&self.0, "127.0.0.1:1").await;
+        let contents = lead.store.load().await.expect("read");
+        (lead.store.clone(), contents, (session, lead))
+    }
+
+    async fn close(&self, store: Store, (session, _): Self::Open) {
+        let other = self.0.join(member("127.0.0.1:2"), LEASE).await.expect("joined");
+        assert!(other.campaign().await.expect("asked").is_none(), "it is led");
+        other.leave().await;
+        session.leave().await;
+        drop(store);
+    }
+}
+
 #[tokio::test]
-async fn everything_comes_back_as_it_was_written() {
+async fn everything_comes_back_from_a_file_as_it_was_written() {
     let directory = tempfile::tempdir().expect("temporary directory");
-    let path = directory.path().join("store");
-    let (store, contents) = Store::open(&path).expect("created");
+    everything_comes_back(&InFile(directory.path().join("store"))).await;
+}
+
+#[tokio::test]
+async fn everything_comes_back_from_etcd_as_it_was_written() {
+    let Some(server) = EtcdServer::start() else { return };
+    everything_comes_back(&InEtcd(open_etcd(&server, "shoal"))).await;
+}
+
+async fn everything_comes_back(place: &impl Place) {
+    let (store, contents, open) = place.open().await;
     assert!(contents.vms.is_empty() && contents.events.is_empty());
     let (kept, removed) = (vm_record("kept"), vm_record("removed"));
     let intent = intent(&kept);
@@ -117,6 +215,10 @@ async fn everything_comes_back_as_it_was_written() {
         vm: waits.clone(),
         pinned: None,
     };
+    let order = |direction| MoveOrder {
+        node: "node1".parse().expect("a node"),
+        direction,
+    };
     let event = cluster::Event {
         sequence: 300,
         message: "hello".to_owned(),
@@ -139,6 +241,8 @@ async fn everything_comes_back_as_it_was_written() {
             Write::PutQueued(Arc::new(queued(3))),
             Write::PutQueued(Arc::new(queued(4))),
             Write::PutNode(node.clone()),
+            Write::PutMoveOrder(order(Direction::Expel)),
+            Write::PutMoveOrder(order(Direction::Bring)),
             Write::PutEvent(event.clone()),
             Write::PutEvent(early),
         ])
@@ -153,13 +257,13 @@ async fn everything_comes_back_as_it_was_written() {
             Write::SetGuestGap(1, 1500),
             Write::TrimEvents(2),
             Write::DeleteQueued(3),
+            Write::DeleteMoveOrder(order(Direction::Bring)),
         ])
         .await
         .expect("written");
-    assert!(matches!(Store::open(&path), Err(StoreError::InUse(_))));
-    drop(store);
+    place.close(store, open).await;
 
-    let (store, contents) = Store::open(&path).expect("opened again");
+    let (store, contents, open) = place.open().await;
     assert_eq!(contents.vms.len(), 1);
     assert_eq!(contents.vms[0], kept);
     assert_eq!(contents.intents, std::slice::from_ref(&intent));
@@ -179,6 +283,7 @@ async fn everything_comes_back_as_it_was_written() {
     assert_eq!(contents.migration_defaults, defaults);
     assert_eq!(contents.scheduling_policy, policy);
     assert_eq!(contents.queue, [queued(4)]);
+    assert_eq!(contents.orders, [order(Direction::Expel)]);
     let whole = store.migration(300).await.expect("readable");
     assert_eq!(whole, Some(gone_on));
     let thinned = store.migration(2).await.expect("readable").expect("there");
@@ -195,8 +300,8 @@ async fn everything_comes_back_as_it_was_written() {
         .apply(vec![Write::ReplaceIntent(Arc::new(changed(MigrationId::new())))])
         .await
         .expect("written");
-    drop(store);
-    let (store, contents) = Store::open(&path).expect("opened again");
+    place.close(store, open).await;
+    let (store, contents, open) = place.open().await;
     assert_eq!(
         contents.intents,
         std::slice::from_ref(&intent),
@@ -207,8 +312,8 @@ async fn everything_comes_back_as_it_was_written() {
         .apply(vec![Write::ReplaceIntent(Arc::new(replacement.clone()))])
         .await
         .expect("written");
-    drop(store);
-    let (store, contents) = Store::open(&path).expect("opened again");
+    place.close(store, open).await;
+    let (store, contents, open) = place.open().await;
     assert_eq!(contents.intents, std::slice::from_ref(&replacement));
     store
         .apply(vec![
@@ -217,27 +322,27 @@ async fn everything_comes_back_as_it_was_written() {
         ])
         .await
         .expect("written");
-    drop(store);
-    let (_, contents) = Store::open(&path).expect("opened again");
+    place.close(store, open).await;
+    let (_, contents, _) = place.open().await;
     assert!(contents.intents.is_empty(), "one that is closed stays closed");
 }
 
-#[test]
-fn a_newer_schema_is_refused() {
+#[tokio::test]
+async fn a_newer_schema_is_refused() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path().join("store");
-    let (store, _) = Store::open(&path).expect("created");
-    let transaction = store.database.begin_write().expect("transaction");
+    let (backend, _) = FileBackend::open(&path).expect("created");
+    let transaction = backend.database.begin_write().expect("transaction");
     transaction
         .open_table(META)
         .expect("meta")
         .insert("schema", SCHEMA_VERSION + 1)
         .expect("written");
     transaction.commit().expect("committed");
-    drop(store);
-    let error = Store::open(&path).expect_err("refused").to_string();
+    drop(backend);
+    let error = Store::open_file(&path).await.expect_err("refused").to_string();
     assert!(
-        error.contains("schema version 3") && error.contains("newer shoal"),
+        error.contains("schema version 4") && error.contains("newer shoal"),
         "{error}"
     );
 }
@@ -261,8 +366,8 @@ fn records_of_before_there_were_wishes_wish_nothing() {
 }
 
 /// What a scheduler of schema 1 wrote: an intent without a policy, and a history by VM with the VM's name.
-#[test]
-fn a_store_of_the_first_schema_is_taken_over() {
+#[tokio::test]
+async fn a_store_of_the_first_schema_is_taken_over() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path().join("store");
     let vm = vm_record("old");
@@ -289,9 +394,17 @@ fn a_store_of_the_first_schema_is_taken_over() {
             };
             put(by_vm, &key, &migration.encode_to_vec());
         }
-        put(VMS, vm.id.as_bytes(), &serde_json::to_vec(&vm).expect("JSON"));
-        put(INTENTS, vm.id.as_bytes(), old_intent.as_bytes());
-        for table in [NODES, IMAGES, EVENTS] {
+        put(
+            definition(Table::Vms),
+            vm.id.as_bytes(),
+            &serde_json::to_vec(&vm).expect("JSON"),
+        );
+        put(
+            definition(Table::Intents),
+            vm.id.as_bytes(),
+            old_intent.as_bytes(),
+        );
+        for table in [Table::Nodes, Table::Images, Table::Events].map(definition) {
             transaction.open_table(table).expect("a table");
         }
         transaction
@@ -302,7 +415,9 @@ fn a_store_of_the_first_schema_is_taken_over() {
         transaction.commit().expect("committed");
     }
     for _ in 0..2 {
-        let (_, contents) = Store::open(&path).expect("opened, and once more afterwards");
+        let (_, contents) = Store::open_file(&path)
+            .await
+            .expect("opened, and once more afterwards");
         let history: Vec<_> = contents
             .history
             .iter()
@@ -322,24 +437,24 @@ fn a_store_of_the_first_schema_is_taken_over() {
     }
 }
 
-#[test]
-fn damage_is_said_to_be_damage() {
+#[tokio::test]
+async fn damage_is_said_to_be_damage() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path().join("store");
     std::fs::write(&path, vec![0x5a; 1 << 20]).expect("written");
-    let error = Store::open(&path).expect_err("refused").to_string();
+    let error = Store::open_file(&path).await.expect_err("refused").to_string();
     assert!(error.contains("damaged"), "{error}");
 
     let path = directory.path().join("record");
-    let (store, _) = Store::open(&path).expect("created");
-    let transaction = store.database.begin_write().expect("transaction");
+    let (backend, _) = FileBackend::open(&path).expect("created");
+    let transaction = backend.database.begin_write().expect("transaction");
     transaction
-        .open_table(VMS)
+        .open_table(definition(Table::Vms))
         .expect("vms")
         .insert(&b"key"[..], &b"{not json"[..])
         .expect("written");
     transaction.commit().expect("committed");
-    drop(store);
-    let error = Store::open(&path).expect_err("refused").to_string();
+    drop(backend);
+    let error = Store::open_file(&path).await.expect_err("refused").to_string();
     assert!(error.contains("record 0 of table 'vms'"), "{error}");
 }

@@ -1,0 +1,237 @@
+//! The store of one scheduler: one redb file, which no other process can open meanwhile.
+
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+
+use super::backend::{Backend, Change, Record, Snapshot, Table};
+use super::{SCHEMA_VERSION, StoreError, Term, upgrade};
+
+pub type Bytes = TableDefinition<'static, &'static [u8], &'static [u8]>;
+
+pub const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+/// In META.
+pub const SCHEMA: &str = "schema";
+/// In META: rises whenever the store is opened.
+const TERM: &str = "term";
+/// Of a page.
+const PAGE_RECORDS: usize = 1000;
+const PAGE_BYTES: usize = 4 << 20;
+
+/// An open file.
+#[derive(Debug, Clone)]
+pub struct FileBackend {
+    pub database: Arc<Database>,
+    name: Arc<str>,
+}
+
+/// Where a table is in a file.
+pub const fn definition(table: Table) -> Bytes {
+    TableDefinition::new(table.name())
+}
+
+impl FileBackend {
+    /// Opens or creates a file, and begins a term.
+    pub fn open(path: &Path) -> Result<(Self, Term), StoreError> {
+        let name = path.display().to_string();
+        let database = Database::create(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
+            redb::DatabaseError::UpgradeRequired(_) => StoreError::corrupt(&name, "the database format"),
+            redb::DatabaseError::Storage(redb::StorageError::Corrupted(what)) => {
+                StoreError::corrupt(&name, what)
+            }
+            redb::DatabaseError::Storage(redb::StorageError::Io(error))
+                if error.kind() == std::io::ErrorKind::InvalidData =>
+            {
+                StoreError::corrupt(&name, "the database file")
+            }
+            other => StoreError::database(&name, other),
+        })?;
+        let backend = Self {
+            database: Arc::new(database),
+            name: name.into(),
+        };
+        let term = backend.prepare()?;
+        Ok((backend, term))
+    }
+
+    /// Gives the next term at least this number.
+    pub fn set_term(&self, term: Term) -> Result<(), StoreError> {
+        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
+        {
+            let mut meta = transaction.open_table(META).map_err(|e| self.error(e))?;
+            meta.insert(TERM, term.0).map_err(|e| self.error(e))?;
+        }
+        transaction.commit().map_err(|e| self.error(e))
+    }
+
+    fn prepare(&self) -> Result<Term, StoreError> {
+        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
+        let fresh = transaction
+            .list_tables()
+            .map_err(|e| self.error(e))?
+            .next()
+            .is_none();
+        let term = {
+            let mut meta = transaction.open_table(META).map_err(|e| self.error(e))?;
+            let read = |key| {
+                let value = meta.get(key).map_err(|e| self.error(e))?;
+                Ok::<_, StoreError>(value.map(|value| value.value()))
+            };
+            let (found, term) = (read(SCHEMA)?, Term(read(TERM)?.unwrap_or(0)).next());
+            match found {
+                Some(SCHEMA_VERSION) => {}
+                Some(found) if found > SCHEMA_VERSION => {
+                    return Err(StoreError::NewerSchema {
+                        store: self.name.to_string(),
+                        found,
+                    });
+                }
+                Some(found) => upgrade::file(&transaction, &self.name, found)?,
+                None if fresh => {}
+                None => return Err(StoreError::corrupt(&self.name, "the schema version")),
+            }
+            meta.insert(SCHEMA, SCHEMA_VERSION).map_err(|e| self.error(e))?;
+            meta.insert(TERM, term.0).map_err(|e| self.error(e))?;
+            term
+        };
+        for table in Table::ALL {
+            transaction
+                .open_table(definition(table))
+                .map_err(|e| self.error(e))?;
+        }
+        transaction.commit().map_err(|e| self.error(e))?;
+        Ok(term)
+    }
+
+    fn commit_blocking(&self, changes: &[Change]) -> Result<(), StoreError> {
+        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
+        for change in changes {
+            match change {
+                Change::Put(table, key, value) => {
+                    let mut table = transaction
+                        .open_table(definition(*table))
+                        .map_err(|e| self.error(e))?;
+                    table
+                        .insert(key.as_slice(), value.as_slice())
+                        .map_err(|e| self.error(e))?;
+                }
+                Change::Delete(table, key) => {
+                    let mut table = transaction
+                        .open_table(definition(*table))
+                        .map_err(|e| self.error(e))?;
+                    table.remove(key.as_slice()).map_err(|e| self.error(e))?;
+                }
+                Change::DeleteThrough(table, from, through) => {
+                    let mut table = transaction
+                        .open_table(definition(*table))
+                        .map_err(|e| self.error(e))?;
+                    table
+                        .retain_in(from.as_slice()..=through.as_slice(), |_, _| false)
+                        .map_err(|e| self.error(e))?;
+                }
+            }
+        }
+        transaction.commit().map_err(|e| self.error(e))
+    }
+
+    fn get_blocking(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let transaction = self.database.begin_read().map_err(|e| self.error(e))?;
+        let table = transaction
+            .open_table(definition(table))
+            .map_err(|e| self.error(e))?;
+        let value = table.get(key).map_err(|e| self.error(e))?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+
+    fn error(&self, source: impl Into<redb::Error>) -> StoreError {
+        StoreError::database(&self.name, source.into())
+    }
+}
+
+#[tonic::async_trait]
+impl Backend for FileBackend {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
+        let transaction = self.database.begin_read().map_err(|e| self.error(e))?;
+        Ok(Box::new(FileSnapshot {
+            transaction: Arc::new(transaction),
+            name: Arc::clone(&self.name),
+        }))
+    }
+
+    async fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let (backend, key) = (self.clone(), key.to_vec());
+        blocking(move || backend.get_blocking(table, &key)).await
+    }
+
+    async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let backend = self.clone();
+        blocking(move || backend.commit_blocking(&changes)).await
+    }
+}
+
+struct FileSnapshot {
+    transaction: Arc<ReadTransaction>,
+    name: Arc<str>,
+}
+
+#[tonic::async_trait]
+impl Snapshot for FileSnapshot {
+    async fn page(
+        &self,
+        table: Table,
+        after: Option<&[u8]>,
+        keys_only: bool,
+    ) -> Result<Vec<Record>, StoreError> {
+        let (transaction, name) = (Arc::clone(&self.transaction), Arc::clone(&self.name));
+        let after = after.map(<[u8]>::to_vec);
+        blocking(move || page(&transaction, &name, table, after.as_deref(), keys_only)).await
+    }
+}
+
+fn page(
+    transaction: &ReadTransaction,
+    name: &str,
+    table: Table,
+    after: Option<&[u8]>,
+    keys_only: bool,
+) -> Result<Vec<Record>, StoreError> {
+    let failed = |error: redb::Error| StoreError::database(name, error);
+    let table = transaction
+        .open_table(definition(table))
+        .map_err(|e| failed(e.into()))?;
+    let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+    let range = table
+        .range::<&[u8]>((from, Bound::Unbounded))
+        .map_err(|e| failed(e.into()))?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    for entry in range {
+        let (key, value) = entry.map_err(|e| failed(e.into()))?;
+        let value = if keys_only {
+            Vec::new()
+        } else {
+            value.value().to_vec()
+        };
+        bytes += key.value().len() + value.len();
+        found.push((key.value().to_vec(), value));
+        if found.len() >= PAGE_RECORDS || bytes >= PAGE_BYTES {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// Off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| StoreError::Interrupted)?
+}

@@ -73,8 +73,8 @@ fn the_sample_is_what_the_guest_was_told_to_write() {
         for backing in [MemoryBacking::Anonymous, MemoryBacking::Shared] {
             for (memory, set_mib, rate) in [
                 (96 << 20, 48, 12_000),
-                (512 << 20, 100, 20_000),
-                (512 << 20, 16, 2000),
+                (512 << 20, 128, 20_000),
+                (256 << 20, 32, 4000),
             ] {
                 let probe = format!("fill={set_mib}MiB wss={set_mib}MiB rate={rate} pattern=random");
                 let mut pair = Pair::start(setup(memory, &probe, set_mib << 20, backing)).await;

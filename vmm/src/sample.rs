@@ -1,7 +1,7 @@
 //! How fast the guest dirties memory, and how much it writes again and again: sampled now and then, at a cost that does not
 //! grow with the guest.
 //!
-//! KVM's dirty log is turned on for a short window, and only a few thousand pages, spread over all of memory, are cleared in
+//! KVM's dirty log is turned on for a short window, and only some blocks of 2 MiB, spread over all of memory, are cleared in
 //! it. With `KVM_DIRTY_LOG_INITIALLY_SET` KVM tracks the pages that were cleared and leaves all others alone: the guest
 //! takes at most one fault for each of them. What was written of them, times what they stand for, is the dirty rate.
 //!

@@ -46,8 +46,12 @@ impl GlobalArgs {
     /// Where the schedulers answer, as URLs.
     #[must_use]
     pub fn endpoints(&self) -> Vec<String> {
+        let has_port = |text: &str| {
+            let port = text.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+            matches!(port, Some(Ok(_)))
+        };
         let url = |text: &String| {
-            if text.contains(':') && !text.contains("://") {
+            if has_port(text) && !text.contains("://") {
                 format!("http://{text}")
             } else {
                 text.clone()
@@ -152,6 +156,16 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn schedulers_are_named_with_or_without_their_scheme() {
+        let line = "shoal ps --scheduler 10.0.0.1:7470,http://b:1,ftp:x,[::1]:7470";
+        let cli = Cli::try_parse_from(line.split(' ')).expect("well formed");
+        assert_eq!(
+            cli.global.endpoints(),
+            ["http://10.0.0.1:7470", "http://b:1", "ftp:x", "http://[::1]:7470"]
+        );
     }
 
     #[test]

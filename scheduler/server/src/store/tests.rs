@@ -16,8 +16,10 @@ mod in_etcd;
 
 use etcd_server::EtcdServer;
 
-/// As short as etcd takes it.
-const LEASE: std::time::Duration = std::time::Duration::from_secs(2);
+/// Where it is not to end: long, for machines that also do other things.
+const LEASE: std::time::Duration = std::time::Duration::from_secs(60);
+/// Where it is.
+const SHORT_LEASE: std::time::Duration = std::time::Duration::from_secs(6);
 
 fn open_etcd(server: &EtcdServer, prefix: &str) -> etcd::Etcd {
     let location = etcd::Location::parse(&server.url(prefix)).expect("a location");
@@ -33,19 +35,39 @@ fn member(address: &str) -> etcd::Member {
 }
 
 async fn elected(etcd: &etcd::Etcd, address: &str) -> (etcd::Session, etcd::Lead) {
-    let session = etcd.join(member(address), LEASE).await.expect("joined");
-    let wait = async {
+    elected_for(etcd, address, LEASE).await
+}
+
+async fn elected_for(
+    etcd: &etcd::Etcd,
+    address: &str,
+    lease: std::time::Duration,
+) -> (etcd::Session, etcd::Lead) {
+    let session = in_time(async || etcd.join(member(address), lease).await.map(Some)).await;
+    let lead = wait_for_lead(&session).await;
+    (session, lead)
+}
+
+async fn wait_for_lead(session: &etcd::Session) -> etcd::Lead {
+    in_time(async || session.campaign().await).await
+}
+
+/// Tries again where etcd does not answer, as when it has just been started.
+async fn in_time<T>(attempt: impl AsyncFn() -> Result<Option<T>, StoreError>) -> T {
+    let tries = async {
         loop {
-            if let Some(lead) = session.campaign().await.expect("asked") {
-                return lead;
+            match attempt().await {
+                Ok(Some(done)) => return done,
+                Ok(None) | Err(StoreError::Database { .. }) => {
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+                Err(error) => panic!("{error}"),
             }
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     };
-    let lead = tokio::time::timeout(std::time::Duration::from_secs(60), wait)
+    tokio::time::timeout(std::time::Duration::from_secs(90), tries)
         .await
-        .expect("elected in time");
-    (session, lead)
+        .expect("elected in time")
 }
 
 fn blob() -> BlobRef {

@@ -1,4 +1,4 @@
-use super::super::etcd::{Lead, Location, Session};
+use super::super::etcd::Location;
 use super::super::{Change, MOST_CHANGES, Table};
 use super::*;
 use std::time::Duration;
@@ -15,7 +15,7 @@ fn event(sequence: u64, message: &str) -> Write {
 async fn a_deposed_leader_writes_nothing() {
     let Some(server) = EtcdServer::start() else { return };
     let etcd = open_etcd(&server, "shoal");
-    let (first, old) = elected(&etcd, "127.0.0.1:1").await;
+    let (first, old) = elected_for(&etcd, "127.0.0.1:1", SHORT_LEASE).await;
     old.store.apply(vec![event(1, "first")]).await.expect("it leads");
     let second = etcd.join(member("127.0.0.1:2"), LEASE).await.expect("joined");
     assert!(second.campaign().await.expect("asked").is_none());
@@ -58,32 +58,18 @@ async fn a_deposed_leader_writes_nothing() {
     );
 }
 
-async fn wait_for_lead(session: &Session) -> Lead {
-    let wait = async {
-        loop {
-            if let Some(lead) = session.campaign().await.expect("asked") {
-                return lead;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), wait)
-        .await
-        .expect("elected in time")
-}
-
 #[tokio::test]
 async fn a_leader_without_etcd_gives_up_and_its_writes_are_not_lost_half() {
     let Some(mut server) = EtcdServer::start() else {
         return;
     };
     let etcd = open_etcd(&server, "shoal");
-    let (session, lead) = elected(&etcd, "127.0.0.1:1").await;
+    let (session, lead) = elected_for(&etcd, "127.0.0.1:1", SHORT_LEASE).await;
     lead.store.apply(vec![event(1, "before")]).await.expect("written");
     server.kill();
     let store = lead.store.clone();
     let write = tokio::spawn(async move { store.apply(vec![event(2, "during")]).await });
-    tokio::time::timeout(Duration::from_secs(30), lead.deposed())
+    tokio::time::timeout(Duration::from_secs(60), lead.deposed())
         .await
         .expect("it gives up by its own clock");
     session.lost().await;

@@ -3,19 +3,18 @@
 //! While a migration runs, the VM belongs to the migration's thread; it comes back through the same queue. Status and
 //! progress are published as they change, so nobody waits on this thread to read them.
 
+mod incoming;
+mod outgoing;
 mod post_copy;
 mod sampling;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use shoal_proto::vm::{
-    MemoryBacking, MemorySample, MigrationPolicy, MigrationProgress, MigrationResult, VmState, VmStatus,
-};
+use shoal_proto::vm::{MemoryBacking, MemorySample, MigrationPolicy, MigrationProgress, VmState, VmStatus};
 use shoal_proto::{Epoch, MigrationId};
 use tokio::sync::{oneshot, watch};
 
@@ -23,12 +22,12 @@ use crate::build::{self, BuildError};
 use crate::console::Console;
 use crate::devices::GuestGap;
 use crate::migration::controls::Controls;
-use crate::migration::destination::{self, Arbiter, DestinationError, Fetching, Incoming, Received};
+use crate::migration::destination::{Arbiter, DestinationError};
 use crate::migration::negotiate::Prepared;
 use crate::migration::policy::PolicyError;
 use crate::migration::postcopy::destination::{Event, PostCopy};
-use crate::migration::source::{self, Outgoing, Serving, SourceError};
-use crate::migration::transport::{Address, Identity, Listener};
+use crate::migration::source::{Outgoing, Serving};
+use crate::migration::transport::{Address, Identity};
 use crate::ran_mark::RanMark;
 use crate::sample::{SampleError, Sampler};
 use crate::spec::{PAGE_SIZE, SpecError, VmSpec};
@@ -402,245 +401,6 @@ impl Control {
         self.spec = Some(spec);
         self.publish(VmState::Running, "");
         Ok(self.status.borrow().clone())
-    }
-
-    fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<Address, ControlError> {
-        let State::Empty = self.state else {
-            return Err(self.wrong_state("one VMM takes one VM, once"));
-        };
-        let listen_error = |source| ControlError::Listen {
-            address: request.listen.clone(),
-            source,
-        };
-        let listener = Listener::bind(&request.listen).map_err(listen_error)?;
-        let address = listener.local_address().clone();
-        let migration_id = request.prepared.migration_id;
-        let spec = request.prepared.spec.clone();
-        let arbiter = Arbiter::default();
-        let incoming = Incoming {
-            prepared: request.prepared,
-            commit_timeout: request.commit_timeout,
-            ran_mark: self.config.ran_mark.clone(),
-            identity: request.identity,
-        };
-        let (kvm, hooks, commands) = (build::open_kvm()?, self.hooks(), self.commands.clone());
-        let for_thread = arbiter.clone();
-        spawn("incoming", move || {
-            let result = destination::receive(&listener, &kvm, &incoming, &for_thread, hooks);
-            let (result, fetching) = match result {
-                Ok(Received { vm, fetching }) => {
-                    (Ok((vm, fetching.as_ref().map(Fetching::post_copy))), fetching)
-                }
-                Err(error) => (Err(error), None),
-            };
-            let _ = commands.send(Command::IncomingEnded(Box::new(result)));
-            if let Some(fetching) = fetching {
-                fetching.run(&listener, &incoming, |event| {
-                    let _ = commands.send(Command::Fetching(event));
-                });
-            }
-        })?;
-        self.describe(&spec);
-        self.status
-            .send_modify(|status| status.incoming_migration_id = migration_id.to_string());
-        self.state = State::Incoming(migration_id, arbiter);
-        self.spec = Some(spec);
-        self.publish(VmState::Incoming, format!("waits for migration {migration_id}"));
-        Ok(address)
-    }
-
-    fn abort_incoming(&mut self, id: MigrationId) -> Result<bool, ControlError> {
-        if let State::Incoming(own, arbiter) = &self.state
-            && *own == id
-        {
-            let committed = arbiter.abort();
-            if !committed {
-                self.state = State::Ended;
-                self.publish(VmState::Failed, "the incoming migration was ended on request");
-            }
-            return Ok(committed);
-        }
-        let status = self.status.borrow();
-        if status.incoming_migration_id != id.to_string() {
-            return Err(ControlError::UnknownMigration(id));
-        }
-        // It ended already: failed before Commit, or became a VM that ran, and may have failed since.
-        Ok(status.state() != VmState::Failed || self.came_in)
-    }
-
-    fn incoming_ended(&mut self, result: Result<(Vm, Option<PostCopy>), DestinationError>) {
-        match result {
-            Ok((vm, fetching)) => {
-                *self.fetched() = fetching;
-                self.came_in = true;
-                self.describe_memory(&vm);
-                self.state = State::Running(Box::new(vm));
-                let arriving = self.fetched().is_some();
-                let message = if arriving { "its memory still arrives" } else { "" };
-                self.publish(VmState::Running, message);
-                self.take_guest_end();
-            }
-            Err(error) => {
-                if let State::Incoming(..) = self.state {
-                    self.state = State::Ended;
-                    self.publish(VmState::Failed, format!("incoming migration: {error}"));
-                }
-            }
-        }
-    }
-
-    fn start_migration(&mut self, request: Outgoing) -> Result<(), ControlError> {
-        let State::Running(_) = self.state else {
-            return Err(self.wrong_state("only a running VM migrates"));
-        };
-        if self.fetched().is_some() {
-            return Err(ControlError::WrongState {
-                state: "running while its memory still arrives",
-                needs: "it can migrate again once all of its memory is here",
-            });
-        }
-        let kvm = build::open_kvm()?;
-        let Some(spec) = self.spec.clone() else {
-            return Err(self.wrong_state("only a running VM migrates"));
-        };
-        let controls = Arc::new(Controls::new(request.policy.clone()));
-        // The thread first, then the VM: a host that has no thread to give must not cost the guest its life.
-        let (hand_over, taken) = mpsc::channel::<Box<Vm>>();
-        let (progress, commands, switch) = (
-            self.progress.clone(),
-            self.commands.clone(),
-            Arc::clone(&controls),
-        );
-        let request_id = request.migration_id;
-        let destination = request.destination.clone();
-        spawn("migration", move || {
-            let Ok(vm) = taken.recv() else { return };
-            let tell = |serving| {
-                let _ = commands.send(Command::Serving(serving));
-            };
-            let migrate = || source::migrate(&vm, &spec, &kvm, &request, &switch, progress, &tell);
-            let last = catch_unwind(AssertUnwindSafe(migrate)).unwrap_or_else(|_| {
-                let fault = "a fault in the VMM's migration thread; see its log";
-                let result = if switch.commit_sent() {
-                    MigrationResult::InDoubt
-                } else {
-                    vm.resume();
-                    MigrationResult::Failed
-                };
-                source::broken_off(request.migration_id, result, fault)
-            });
-            let _ = commands.send(Command::OutgoingEnded(vm, Box::new(last)));
-        })?;
-        // It has the dirty log to itself.
-        self.abandon_sample();
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(controls)) else {
-            return Err(self.wrong_state("only a running VM migrates"));
-        };
-        self.guest_gap.start_again();
-        let id = request_id;
-        self.status
-            .send_modify(|status| status.outgoing_migration_id = id.to_string());
-        self.progress.send_replace(Some(MigrationProgress {
-            migration_id: id.to_string(),
-            ..Default::default()
-        }));
-        self.publish(VmState::Migrating, format!("to {destination}"));
-        // The thread waits for nothing else.
-        let _ = hand_over.send(vm);
-        Ok(())
-    }
-
-    fn outgoing_ended(&mut self, vm: Box<Vm>, last: MigrationProgress) {
-        let report = last.report.clone().unwrap_or_default();
-        let mut to_free = None;
-        match report.result() {
-            MigrationResult::Completed => {
-                self.state = State::Ended;
-                match report.reason {
-                    why if why == SourceError::ServingStopped.to_string() => {
-                        self.publish(VmState::Exited, why);
-                    }
-                    why if why.is_empty() => self.publish(VmState::Migrated, "runs at its destination"),
-                    why => self.publish(VmState::Migrated, why),
-                }
-                to_free = Some(vm);
-            }
-            MigrationResult::InDoubt => {
-                self.state = State::InDoubt(vm);
-                self.publish(VmState::InDoubt, report.reason);
-            }
-            _ => {
-                self.state = State::Running(vm);
-                self.publish(VmState::Running, format!("migration ended: {}", report.reason));
-                self.take_guest_end();
-            }
-        }
-        self.progress.send_replace(Some(last));
-        let epoch = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
-        for reply in std::mem::take(&mut self.resumes) {
-            self.resume(epoch, reply);
-        }
-        for reply in std::mem::take(&mut self.stops) {
-            self.stop(reply);
-        }
-        // Last: unmapping gigabytes takes a while, and nobody has to wait for it.
-        drop(to_free);
-    }
-
-    fn outgoing(&self, id: MigrationId) -> Result<&Controls, ControlError> {
-        let same = self.status.borrow().outgoing_migration_id == id.to_string();
-        match &self.state {
-            State::Migrating(controls) if same => Ok(controls),
-            _ => Err(ControlError::UnknownMigration(id)),
-        }
-    }
-
-    fn cancel_migration(&self, id: MigrationId) -> Result<(), ControlError> {
-        if self.outgoing(id)?.cancel() {
-            Ok(())
-        } else {
-            Err(ControlError::TooLate)
-        }
-    }
-
-    fn set_migration(
-        &self,
-        id: MigrationId,
-        change: &MigrationPolicy,
-    ) -> Result<MigrationPolicy, ControlError> {
-        Ok(MigrationPolicy::from(&self.outgoing(id)?.change(change)?))
-    }
-
-    fn resume(&mut self, asked: Epoch, reply: Reply<VmStatus>) {
-        let has = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
-        if asked != has {
-            return answer(reply, Err(ControlError::Epoch { asked, has }));
-        }
-        if let State::Migrating(controls) = &self.state
-            && self.status.borrow().state() == VmState::InDoubt
-        {
-            // Its thread goes on to look for the destination; it gives the VM back first.
-            controls.stop_serving();
-            self.resumes.push(reply);
-            return;
-        }
-        let resumed = self.resume_in_doubt();
-        answer(reply, resumed);
-    }
-
-    fn resume_in_doubt(&mut self) -> Result<VmStatus, ControlError> {
-        match std::mem::replace(&mut self.state, State::Ended) {
-            State::InDoubt(vm) => {
-                vm.resume();
-                self.state = State::Running(vm);
-                self.publish(VmState::Running, "resumed: the destination never committed");
-                Ok(self.status.borrow().clone())
-            }
-            other => {
-                self.state = other;
-                Err(self.wrong_state("only a VM in doubt is resumed"))
-            }
-        }
     }
 
     fn stop(&mut self, reply: Reply<VmStatus>) {

@@ -47,11 +47,11 @@ fn two_hundred_agents_report_lose_reports_and_are_relieved() {
         let reported = fleet.reported();
         assert!(reported.bytes < reported.bytes_if_whole, "{reported:?}");
 
-        // Every agent loses a report: each is asked for a whole one, and the deltas go on.
+        // Every agent loses a report, of which few are followed by a whole one anyway: the others are asked for one.
         let gaps = r#"shoal_reports_total{kind="gap"}"#;
         fleet.lose_a_report_each();
-        until("every gap was noticed", async || {
-            scheduler.metric(gaps).expect("metrics") >= 200.0
+        until("gaps were noticed", async || {
+            scheduler.metric(gaps).expect("metrics") >= 150.0
         })
         .await;
         let gaps_before = scheduler.metric(gaps).expect("metrics");
@@ -63,7 +63,7 @@ fn two_hundred_agents_report_lose_reports_and_are_relieved() {
         .await;
         let gaps_after = scheduler.metric(gaps).expect("metrics");
         assert!(
-            gaps_after - gaps_before < 200.0,
+            gaps_after - gaps_before < 150.0,
             "it is mended: {gaps_before} and {gaps_after}"
         );
 

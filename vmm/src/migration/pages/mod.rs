@@ -45,7 +45,7 @@ impl std::ops::AddAssign for PageCounts {
     }
 }
 
-/// The lower half of a page's XXH3-64: as good as CRC-32C at finding damage, at several times its speed (decision 008).
+/// The lower half of a page's XXH3-64: as good as CRC-32C at finding damage, at several times its speed (decision 009).
 ///
 /// # Safety
 /// `page` is the start of a mapped page. The guest may write to it meanwhile: then the value is of neither content, which

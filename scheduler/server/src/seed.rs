@@ -9,8 +9,8 @@ use crate::record::{BlobRef, Cordon, NodeRecord, NodeWishes, Phase, VmRecord, Vm
 use crate::server::{STORE_FILE, ServerError};
 use crate::store::{Store, Write};
 
-/// Writes in one transaction.
-const BATCH: usize = 2000;
+/// Writes in one transaction, below what a store takes at once.
+const BATCH: usize = 100;
 
 /// A node to be.
 #[derive(Debug, Clone)]

@@ -1,5 +1,5 @@
-//! How fast the guest dirties memory, and how much it writes again and again: sampled now and then, at a cost that does not
-//! grow with the guest.
+//! How fast the guest dirties memory, and how much it writes again and again: sampled now and then, and the rarer the more
+//! a sample costs. The guest's part of that does not grow with its memory; reading KVM's log does, by a bit for each page.
 //!
 //! KVM's dirty log is turned on for a short window, and only some blocks of 2 MiB, spread over all of memory, are cleared in
 //! it. With `KVM_DIRTY_LOG_INITIALLY_SET` KVM tracks the pages that were cleared and leaves all others alone: the guest

@@ -88,11 +88,12 @@ impl Follower {
     pub async fn read(&self) -> Result<Shared, ServerError> {
         let mut view = self.view.lock().await;
         if let Some(known) = view.as_mut() {
-            let is_fresh = known.looked.elapsed() < FRESH || self.etcd.revision().await? == known.revision;
-            if is_fresh {
-                if known.looked.elapsed() >= FRESH {
-                    known.looked = Instant::now();
-                }
+            if known.looked.elapsed() < FRESH {
+                return Ok(Arc::clone(&known.scheduler));
+            }
+            let looked = Instant::now();
+            if self.etcd.revision().await? == known.revision {
+                known.looked = looked;
                 return Ok(Arc::clone(&known.scheduler));
             }
         }

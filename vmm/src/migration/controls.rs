@@ -26,6 +26,17 @@ struct State {
     connections: Vec<Closer>,
 }
 
+impl State {
+    fn cancel(&mut self) -> bool {
+        if self.commit_sent {
+            return false;
+        }
+        self.cancelled = true;
+        self.connections.iter().for_each(Closer::close);
+        true
+    }
+}
+
 impl Controls {
     /// Of a migration that begins with this policy.
     #[must_use]
@@ -45,20 +56,14 @@ impl Controls {
 
     /// Cancels, unless Commit has been sent; `false` if it is too late.
     pub fn cancel(&self) -> bool {
-        let mut state = self.lock();
-        if state.commit_sent {
-            return false;
-        }
-        state.cancelled = true;
-        state.connections.iter().for_each(Closer::close);
-        true
+        self.lock().cancel()
     }
 
     /// Cancels because the pause lasts too long; `false` if it is too late.
     pub(super) fn give_up_pause(&self) -> bool {
-        let cancelled = self.cancel();
-        self.lock().pause_given_up = cancelled;
-        cancelled
+        let mut state = self.lock();
+        state.pause_given_up = state.cancel();
+        state.pause_given_up
     }
 
     /// Whether that was so.

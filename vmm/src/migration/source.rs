@@ -405,12 +405,13 @@ impl Source<'_> {
 
     fn pause(&mut self) -> Result<Instant, SourceError> {
         self.recorder.phase(MigrationPhase::Pause);
+        // Before the guest stands still: it wakes a thread.
+        let limit = self.pause_limit(&self.policy());
+        self.guard.paused(limit * PAUSE_LIMITS_GUARDED);
         let asked = Instant::now();
         self.vm.pause();
         let paused_at = Instant::now();
         self.paused_at = Some(paused_at);
-        let limit = self.pause_limit(&self.policy());
-        self.guard.paused(limit * PAUSE_LIMITS_GUARDED);
         self.recorder.downtime.stop = asked.elapsed();
         crate::fault::point("source.pause")?;
         if self.vm.guest_end().is_some() {
@@ -474,7 +475,6 @@ impl Source<'_> {
         if !self.controls.enter_commit() {
             return Err(SourceError::Cancelled);
         }
-        self.guard.over();
         // From here on the answer matters more than the time.
         self.wait_at_most(PEER_TIMEOUT)?;
         self.commit_sent = true;

@@ -16,6 +16,7 @@ pub mod logs;
 pub mod migrate;
 pub mod migrations;
 pub mod move_vms;
+mod moving;
 pub mod node;
 pub mod nodes;
 pub mod policy;

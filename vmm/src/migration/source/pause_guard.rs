@@ -31,13 +31,13 @@ impl PauseGuard {
         self.changed.notify_all();
     }
 
-    /// The guest has been paused, and is to go on by itself unless it is [`PauseGuard::over`] in time.
+    /// The guest is being paused, and is to go on by itself unless Commit is sent or it is [`PauseGuard::over`] in time.
     pub fn paused(&self, at_most: Duration) {
         self.set(State::Paused(Instant::now() + at_most));
     }
 
-    /// Commit is sent, or the guest runs again.
-    pub fn over(&self) {
+    /// The migration has ended.
+    fn over(&self) {
         self.set(State::Over);
     }
 

@@ -50,6 +50,38 @@ fn the_source_goes_on_when_the_destination_vmm_dies_in_pre_copy() {
 }
 
 #[test]
+fn the_source_goes_on_when_the_destination_freezes_with_commit_in_its_hands() {
+    let Some(machine) = Machine::with_kvm("a VMM that freezes at Commit") else {
+        return;
+    };
+    let shape = Shape {
+        fault: Some("destination.commit=hang"),
+        ..Shape::default()
+    };
+    let cluster = Cluster::start(machine, &shape);
+    let vm = cluster.run_probe("held", "node1", "128MiB", crate::CALM);
+    let source = cluster.only_vmm(&vm);
+
+    std::thread::scope(|scope| {
+        let migration = scope.spawn(|| cluster.shoal.fails(&["migrate", "held", "--to", "node2"]));
+        wait::until_true("Commit to come to the destination", seconds(60), || {
+            let destination = cluster.vmms(&vm).into_iter().find(|vmm| vmm.node == "node2");
+            destination.is_some_and(|vmm| vmm.has_logged("FAULT: ") && vmm.freeze())
+        });
+        let failed = migration.join().expect("no panic");
+        assert_eq!(failed.code, 1, "{failed:?}");
+    });
+    let now = cluster.wait_for_state("held", "running", seconds(60));
+    assert_eq!((&now["node"], &now["epoch"]), (&"node1".into(), &1.into()));
+    wait::until_true("the VMM that froze to be gone", seconds(60), || {
+        cluster.vmms(&vm).len() == 1
+    });
+    assert_eq!(cluster.only_vmm(&vm).identity, source.identity);
+    cluster.wait_for_heartbeats("held", 2);
+    guest::assert_unharmed(&cluster.logs("held"));
+}
+
+#[test]
 fn the_destination_cleans_up_when_the_source_vmm_dies_in_pre_copy() {
     let Some(machine) = Machine::with_kvm("death of the source's VMM") else {
         return;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use shoal_agent::ProcessIdentity;
 use shoal_proto::cluster::MigrateVmRequest;
@@ -31,6 +32,8 @@ pub struct Shape {
     pub automatic: bool,
     /// More arguments for `shoal up`.
     pub up: &'static [&'static str],
+    /// `SHOAL_FAULT` of every VMM, if any.
+    pub fault: Option<&'static str>,
 }
 
 impl Default for Shape {
@@ -41,6 +44,7 @@ impl Default for Shape {
             node_cpus: 2,
             automatic: false,
             up: &[],
+            fault: None,
         }
     }
 }
@@ -96,7 +100,9 @@ impl Cluster {
             args.push("--manual".into());
         }
         args.extend(shape.up.iter().map(|&arg| arg.to_owned()));
-        cluster.shoal.ok(&args);
+        let fault = shape.fault.map(|fault| ("SHOAL_FAULT", fault));
+        let up = cluster.shoal.command(&args).envs(fault).output().expect("shoal starts");
+        assert!(up.status.success(), "shoal up failed with {}: {up:?}", up.status);
         cluster
     }
 
@@ -443,6 +449,21 @@ pub fn assert_at_most_one_runs(vmms: &[VmmProcess]) {
 }
 
 impl VmmProcess {
+    /// Whether its log holds these words.
+    #[must_use]
+    pub fn has_logged(&self, words: &str) -> bool {
+        fs::read_to_string(self.directory.join("vmm.log")).is_ok_and(|log| log.contains(words))
+    }
+
+    /// Stops all of its threads, and answers whether it was there to be stopped.
+    #[must_use]
+    pub fn freeze(&self) -> bool {
+        i32::try_from(self.identity.pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .is_some_and(|pid| kill_process(pid, Signal::STOP).is_ok())
+    }
+
     /// What it says of itself; `None` if it does not answer.
     #[must_use]
     pub fn state(&self) -> Option<VmState> {

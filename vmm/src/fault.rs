@@ -1,8 +1,9 @@
 //! Named faults, for tests: `SHOAL_FAULT=NAME=ACTION[,...]` makes a step of a migration die, hang or fail. Unset, a point
 //! costs one load. Each entry strikes once, the first time that its point is reached.
 //!
-//! Points are [`POINTS`], those of the phases on either side: `source.X` and `destination.X`. Two more lie outside the
-//! migration: `destination.memory`, before guest memory is mapped for it, and `destination.ran_mark`.
+//! Points are [`POINTS`], those of the phases on either side: `source.X` and `destination.X`. More of them:
+//! `destination.memory`, before guest memory is mapped; `destination.ran_mark`, before the mark that the VM has run is
+//! left, and `destination.marked`, after that and before it runs.
 
 use std::fmt;
 use std::io;
@@ -15,7 +16,7 @@ use std::time::Duration;
 pub const VARIABLE: &str = "SHOAL_FAULT";
 
 /// Where a fault can strike.
-pub const POINTS: [&str; 23] = [
+pub const POINTS: [&str; 24] = [
     "source.connect",
     "source.negotiate",
     "source.pre_copy",
@@ -35,6 +36,7 @@ pub const POINTS: [&str; 23] = [
     "destination.ready",
     "destination.commit",
     "destination.ran_mark",
+    "destination.marked",
     "destination.running",
     "destination.post_copy",
     "source.verify",

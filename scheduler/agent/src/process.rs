@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
@@ -12,6 +13,9 @@ use tokio::process::Child;
 use tokio::sync::watch;
 
 use crate::procfs;
+
+/// How soon it is looked again whether all threads have stopped: signals arrive within microseconds.
+const FREEZE_POLL: Duration = Duration::from_millis(1);
 
 /// One process for ever: a pid can be used again, but not with the same start time within one boot of the host.
 ///
@@ -57,6 +61,11 @@ impl ProcessIdentity {
     /// If the kernel refuses the signal.
     pub fn kill(&self) -> io::Result<()> {
         self.signal(Signal::KILL)
+    }
+
+    /// Lets it go on if it is stopped (SIGCONT).
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        self.signal(Signal::CONT)
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
@@ -136,11 +145,12 @@ impl WatchedProcess {
         Ok(Self { identity, end })
     }
 
-    /// A process that an earlier agent started. If it has ended, so says [`Self::exited`].
+    /// A process that an earlier agent started, and may have left frozen. If it has ended, so says [`Self::exited`].
     pub(crate) fn adopt(identity: ProcessIdentity) -> io::Result<Self> {
         let Some(pidfd) = identity.open()? else {
             return Ok(Self::gone(identity));
         };
+        identity.thaw()?;
         #[expect(
             deprecated,
             reason = "its unsafe successor is for types that may close the descriptor; this owns it"
@@ -185,12 +195,41 @@ impl WatchedProcess {
         }
     }
 
+    /// Has it do nothing more until it is thawed or killed; what a thread of it has asked of the kernel may still happen.
+    pub(crate) async fn freeze(&self, limit: Duration) -> io::Result<Frozen> {
+        self.identity.signal(Signal::STOP)?;
+        let frozen = Frozen(self.identity);
+        let all_stopped = async {
+            while !procfs::is_stopped(self.identity.pid)? {
+                tokio::time::sleep(FREEZE_POLL).await;
+            }
+            io::Result::Ok(())
+        };
+        match tokio::time::timeout(limit, all_stopped).await {
+            Ok(stopped) => stopped?,
+            Err(_) => tracing::warn!(pid = self.identity.pid, "a thread of it is stuck in the kernel"),
+        }
+        Ok(frozen)
+    }
+
     /// Ends it (SIGKILL).
     pub(crate) fn kill(&self) -> io::Result<()> {
         if self.is_gone() {
             Ok(())
         } else {
             self.identity.kill()
+        }
+    }
+}
+
+/// A process that is stopped for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Frozen(ProcessIdentity);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.thaw() {
+            tracing::warn!(pid = self.0.pid, %error, "it cannot be continued");
         }
     }
 }
@@ -246,6 +285,25 @@ mod tests {
         assert!(process.exited().await.contains("SIGKILL"));
         assert!(!process.identity().is_running());
         process.kill().expect("nothing to do");
+    }
+
+    #[tokio::test]
+    async fn a_frozen_process_stands_still_until_it_is_thawed_or_adopted() {
+        let mut child = sleeper().spawn().expect("sleep runs");
+        let identity = ProcessIdentity::of(child.id().expect("a pid")).expect("identity");
+        let process = WatchedProcess::adopt(identity).expect("watched");
+        let stopped = || procfs::is_stopped(identity.pid).expect("it lives");
+        let frozen = process.freeze(Duration::from_secs(60)).await.expect("frozen");
+        assert!(stopped());
+        drop(frozen);
+        assert!(!stopped(), "SIGCONT takes effect before kill(2) returns");
+
+        std::mem::forget(process.freeze(Duration::from_secs(60)).await.expect("frozen"));
+        assert!(stopped(), "as one whose agent died");
+        let process = WatchedProcess::adopt(identity).expect("adopted");
+        assert!(!stopped());
+        process.kill().expect("killed");
+        child.wait().await.expect("reaped");
     }
 
     #[tokio::test]

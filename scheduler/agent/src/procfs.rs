@@ -160,6 +160,19 @@ pub(crate) fn process_stat(pid: u32) -> io::Result<ProcessStat> {
     ProcessStat::parse(&text).ok_or_else(|| malformed("/proc/PID/stat"))
 }
 
+/// Whether every thread of a process is stopped by a signal, or has ended.
+pub(crate) fn is_stopped(pid: u32) -> io::Result<bool> {
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = thread?.path().join("stat");
+        let state = read(&stat.to_string_lossy()).ok().as_deref().and_then(ProcessStat::parse);
+        // One that has just gone has no state.
+        if state.is_some_and(|stat| stat.is_running() && !matches!(stat.state, 'T' | 't')) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// A file of `/proc` as text; thread names may hold any bytes.
 pub(crate) fn read(path: &str) -> io::Result<String> {
     std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())

@@ -61,8 +61,13 @@ async fn end(vm: &Vm) -> Result<(), Status> {
     {
         return Ok(());
     }
+    tracing::warn!(vm = %vm.key.id, pid = vm.process.identity().pid, "the VMM does not quit; killing it");
+    kill(vm).await
+}
+
+/// Kills the VMM and waits until it has ended.
+pub(crate) async fn kill(vm: &Vm) -> Result<(), Status> {
     let pid = vm.process.identity().pid;
-    tracing::warn!(vm = %vm.key.id, pid, "the VMM does not quit; killing it");
     vm.process
         .kill()
         .map_err(|error| Status::internal(format!("the VMM {pid} cannot be killed: {error}")))?;

@@ -35,8 +35,10 @@ pub enum AgentError {
     NoAnswer {
         /// The node.
         node: NodeName,
-        /// What the transport says.
+        /// What the transport says, or the agent.
         what: String,
+        /// The node answers, the process of the VM does not.
+        vmm_is_silent: bool,
     },
     /// The agent says no.
     #[error("{}", .0.message())]
@@ -47,6 +49,11 @@ impl AgentError {
     /// The agent says that there is no such thing.
     pub fn is_not_found(&self) -> bool {
         self.code() == Some(Code::NotFound)
+    }
+
+    /// The node answers, the process of the VM does not.
+    pub fn vmm_is_silent(&self) -> bool {
+        matches!(self, Self::NoAnswer { vmm_is_silent: true, .. })
     }
 
     /// The code of a refusal.
@@ -267,6 +274,7 @@ impl Agent {
             Err(_) => Err(AgentError::NoAnswer {
                 node: self.node.clone(),
                 what: format!("nothing within {deadline:?}"),
+                vmm_is_silent: false,
             }),
         }
     }
@@ -278,6 +286,8 @@ impl Agent {
                 AgentError::NoAnswer {
                     node: self.node.clone(),
                     what: crate::limits::shorten(status.message()),
+                    // Only agents set this code: calls to them have their deadline here.
+                    vmm_is_silent: status.code() == Code::DeadlineExceeded,
                 }
             }
             _ => AgentError::Refused(Box::new(status)),

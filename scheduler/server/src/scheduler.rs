@@ -115,6 +115,7 @@ impl Scheduler {
             .ok_or_else(|| AgentError::NoAnswer {
                 node: node.clone(),
                 what: "it has never registered".to_owned(),
+                vmm_is_silent: false,
             })
     }
 }

@@ -53,7 +53,6 @@ pub async fn run(row: Row) {
     match row.ends {
         [End::MemoryLost] => memory_lost(&mut pair, request, is_hang(&row)).await,
         [End::Unreachable] => unreachable(&mut pair, request, is_hang(&row)).await,
-        [End::Stuck] => stuck(&mut pair, request).await,
         ends => {
             let report = migrate(&pair, &row, request, proxy.as_ref()).await;
             let runner = pair.settle(report.as_ref()).await;
@@ -248,21 +247,6 @@ async fn unreachable(pair: &mut Pair, request: StartMigrationRequest, hangs: boo
     assert!(stopped.status_message.contains("is lost"), "{stopped:?}");
     assert!(pair.destination.status().await.is_none(), "it is gone");
     moving.abort();
-}
-
-/// The guest stands still at the destination, whose thread hangs with Commit in its hands. It answers and says in which
-/// state it is, the source is in doubt; whoever operates it ends the process.
-async fn stuck(pair: &mut Pair, request: StartMigrationRequest) {
-    let report = pair.migrate(request).await;
-    assert!(pair.has_committed().await, "{report:?}");
-    let still = pair.check_stands_still(Side::Destination).await;
-    assert!(!still.status_message.is_empty(), "{still:?}");
-    let result = report.as_ref().map(MigrationReport::result);
-    assert_eq!(result, Some(MigrationResult::InDoubt), "{report:?}");
-    assert_eq!(still.state(), VmState::Incoming, "{still:?}");
-    pair.struck(Side::Destination).await;
-    pair.side(Side::Destination).kill();
-    pair.check(Runner::Nobody).await;
 }
 
 fn start(pair: &Pair, request: StartMigrationRequest) -> tokio::task::JoinHandle<()> {

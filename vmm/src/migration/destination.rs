@@ -378,10 +378,12 @@ impl Destination<'_> {
             let field = "migration_id";
             return Err(Refusal::NotPrepared { field }.into());
         }
-        self.arbiter.commit(&self.incoming.ran_mark)?;
-        // From here on nothing may fail: the VM runs here.
-        struck("destination.commit");
-        vm.resume();
+        crate::fault::point("destination.commit")?;
+        // From its decision on nothing may fail: the VM runs here.
+        self.arbiter.commit(&self.incoming.ran_mark, || {
+            struck("destination.marked");
+            vm.resume();
+        })?;
         struck("destination.running");
         if let Err(error) = control.send(FrameKind::Running, &step) {
             tracing::warn!(%error, "the VM runs here, but the source could not be told; the scheduler will find out");

@@ -14,11 +14,14 @@ use super::workload::Workload;
 use super::{Refusal, discard, key_of, predecessor, refuse_company};
 use crate::key::VmKey;
 use crate::node::Node;
-use crate::retire::{Console, retire};
+use crate::retire::{self, Console, retire};
 use crate::vm::{ANSWER_LIMIT, Vm};
 
 /// How long a VMM may take to build a VM and listen.
 const PREPARE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the threads of a VMM may take to stop: signals arrive at once, unless a thread waits in the kernel for a disk.
+const FREEZE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Of a VMM, seen by itself: each runs in its directory. A socket's path holds 108 bytes (unix(7)), and that of a state
 /// directory may be longer.
@@ -135,10 +138,31 @@ async fn was_committed(vm: &Vm, migration: MigrationId) -> Result<bool, Status> 
     if vm.process.is_gone() || vm.dir.has_run() {
         return Ok(vm.dir.has_run());
     }
-    let never_prepared = matches!(refused.code(), Code::NotFound | Code::FailedPrecondition)
-        && vm.refresh_status().await?.state() == vm::VmState::Empty;
-    // Otherwise nobody knows: the caller asks again.
-    if never_prepared { Ok(false) } else { Err(refused) }
+    match refused.code() {
+        Code::NotFound | Code::FailedPrecondition => {
+            let never_prepared = vm.refresh_status().await?.state() == vm::VmState::Empty;
+            // Otherwise nobody knows: the caller asks again.
+            if never_prepared { Ok(false) } else { Err(refused) }
+        }
+        Code::DeadlineExceeded => end_silent(vm).await,
+        _ => Err(refused),
+    }
+}
+
+/// Ends a VMM that does not answer, unless it has run the VM: it may hang with Commit in its hands, and the guest stands
+/// still at the source until it is known that it never runs here. Frozen, it cannot begin to run between the look and
+/// the end.
+async fn end_silent(vm: &Vm) -> Result<bool, Status> {
+    let pid = vm.process.identity().pid;
+    let frozen = vm.process.freeze(FREEZE_LIMIT).await;
+    let frozen = frozen.map_err(|error| Status::internal(format!("the VMM {pid} cannot be frozen: {error}")))?;
+    if !vm.dir.has_run() {
+        tracing::warn!(vm = %vm.key.id, pid, "the VMM does not answer and has not run the VM; killing it");
+        retire::kill(vm).await?;
+    }
+    drop(frozen);
+    // A thread that was in the kernel to leave the mark may have left it all the same.
+    Ok(vm.dir.has_run())
 }
 
 #[cfg(test)]

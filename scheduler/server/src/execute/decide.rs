@@ -34,7 +34,7 @@ pub enum Destination {
     Silent,
     /// The agent answers: there is no such VM, or its VMM died before it ran.
     Gone,
-    /// It is there and has not run.
+    /// It is there and has not run, or does not answer: asked to abort, it says whether it has, or is ended first.
     Waiting,
     /// It runs there: Commit came. Nothing is missing, as far as it says.
     Ran,

@@ -50,6 +50,8 @@ pub struct Settlement {
     ran_by_source: bool,
     /// The destination's VMM process had died when that was last asked.
     destination_died: bool,
+    /// The destination's agent has said that the VM has run there.
+    has_run_there: bool,
     /// What both said last, and since when.
     said: (Source, Destination),
     since: Instant,
@@ -71,6 +73,7 @@ impl Settlement {
             destination: Destination::Silent,
             ran_by_source: false,
             destination_died: false,
+            has_run_there: false,
             said: (Source::Silent, Destination::Silent),
             since,
         }
@@ -179,6 +182,10 @@ impl Settlement {
             Ok(facts) => {
                 self.destination_died = facts.as_ref().is_some_and(|facts| !facts.vmm_alive);
                 self.destination = destination_view(facts.as_ref());
+            }
+            // Told to abort, its agent ends it unless it has run.
+            Err(error) if error.vmm_is_silent() && !self.has_run_there => {
+                self.destination = Destination::Waiting;
             }
             Err(_) => self.destination = Destination::Silent,
         }
@@ -335,7 +342,10 @@ impl Settlement {
             .await
         {
             // It runs, or has run: the next look tells what that means.
-            Ok(true) => return false,
+            Ok(true) => {
+                self.has_run_there = true;
+                return false;
+            }
             Ok(false) => {}
             Err(error) => {
                 tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "abort not confirmed yet");

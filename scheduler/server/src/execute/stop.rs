@@ -150,6 +150,7 @@ pub async fn power_off(agent: &Agent, record: &VmRecord) -> Result<Outcome, Agen
             (None, Ok(_)) => Err(AgentError::NoAnswer {
                 node: record.node.clone(),
                 what: "the VM was told to stop and has not".to_owned(),
+                vmm_is_silent: false,
             }),
         },
         Err(error) if error.is_not_found() => Ok(Outcome::Failed {

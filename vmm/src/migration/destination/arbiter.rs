@@ -48,19 +48,20 @@ impl Arbiter {
         self.lock().verdict == Some(Verdict::Committed)
     }
 
-    /// Commit came: leaves the mark and decides, both or neither.
-    pub(super) fn commit(&self, mark: &RanMark) -> Result<(), DestinationError> {
+    /// Commit came: leaves the mark, decides and has the VM run, all three or none. Once the mark is there nothing waits for
+    /// anything before `run` has been called, which must not wait either.
+    pub(super) fn commit(&self, mark: &RanMark, run: impl FnOnce()) -> Result<(), DestinationError> {
         let mut state = self.lock();
         if state.verdict.is_some() {
             return Err(DestinationError::AbortedHere);
         }
-        let marked = mark.leave();
-        state.verdict = Some(if marked.is_ok() {
-            Verdict::Committed
-        } else {
-            Verdict::Aborted
-        });
-        marked.map_err(DestinationError::Mark)
+        if let Err(error) = mark.leave() {
+            state.verdict = Some(Verdict::Aborted);
+            return Err(DestinationError::Mark(error));
+        }
+        state.verdict = Some(Verdict::Committed);
+        run();
+        Ok(())
     }
 
     /// Ends this connection with an abort.

@@ -25,6 +25,7 @@ mod postcopy;
 mod previous_protocol;
 mod real_hosts;
 mod refusals;
+mod scheduling;
 mod soak;
 mod upgrade;
 mod vmm_faults;

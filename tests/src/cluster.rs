@@ -101,7 +101,12 @@ impl Cluster {
         }
         args.extend(shape.up.iter().map(|&arg| arg.to_owned()));
         let fault = shape.fault.map(|fault| ("SHOAL_FAULT", fault));
-        let up = cluster.shoal.command(&args).envs(fault).output().expect("shoal starts");
+        let up = cluster
+            .shoal
+            .command(&args)
+            .envs(fault)
+            .output()
+            .expect("shoal starts");
         assert!(up.status.success(), "shoal up failed with {}: {up:?}", up.status);
         cluster
     }

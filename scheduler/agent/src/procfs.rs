@@ -164,7 +164,10 @@ pub(crate) fn process_stat(pid: u32) -> io::Result<ProcessStat> {
 pub(crate) fn is_stopped(pid: u32) -> io::Result<bool> {
     for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         let stat = thread?.path().join("stat");
-        let state = read(&stat.to_string_lossy()).ok().as_deref().and_then(ProcessStat::parse);
+        let state = read(&stat.to_string_lossy())
+            .ok()
+            .as_deref()
+            .and_then(ProcessStat::parse);
         // One that has just gone has no state.
         if state.is_some_and(|stat| stat.is_running() && !matches!(stat.state, 'T' | 't')) {
             return Ok(false);

@@ -53,7 +53,13 @@ impl AgentError {
 
     /// The node answers, the process of the VM does not.
     pub fn vmm_is_silent(&self) -> bool {
-        matches!(self, Self::NoAnswer { vmm_is_silent: true, .. })
+        matches!(
+            self,
+            Self::NoAnswer {
+                vmm_is_silent: true,
+                ..
+            }
+        )
     }
 
     /// The code of a refusal.

@@ -6,22 +6,33 @@ const GENTLE: i32 = 10;
 /// hosts that most need to get rid of a VM.
 const GENTLE_ON_A_BUSY_HOST: i32 = 0;
 
-/// To be called by each thread that copies, compresses or sends guest memory, once, at its start: from then on it gives
-/// way to vCPUs. A thread cannot take that back. Where the host refuses, nothing changes.
-pub fn be_gentle() {
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    let runnable = std::fs::read_to_string("/proc/loadavg")
-        .ok()
-        .and_then(|text| parse_runnable(&text));
-    let nice = niceness(runnable.unwrap_or(0), cpus);
-    if nice == GENTLE_ON_A_BUSY_HOST {
-        return;
+/// How gentle the threads of a migration are that copy, compress or send guest memory. Decided once for all of them: each
+/// would count the others as threads that want to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Gentleness(i32);
+
+impl Gentleness {
+    /// By what the host has to do now, the calling thread not counted.
+    #[must_use]
+    pub fn of_host() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
+        let runnable = std::fs::read_to_string("/proc/loadavg")
+            .ok()
+            .and_then(|text| parse_runnable(&text));
+        Self(niceness(runnable.unwrap_or(0), cpus))
     }
-    // SAFETY: takes no memory. On Linux "process 0" is the calling thread, and niceness that of a thread.
-    let failed = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } != 0;
-    if failed {
-        // A thread that is nicer already may not go back.
-        tracing::debug!(error = %std::io::Error::last_os_error(), "migration thread keeps its priority");
+
+    /// From now on the calling thread gives way to vCPUs. It cannot take that back. Where the host refuses, nothing changes.
+    pub fn apply(self) {
+        if self.0 == GENTLE_ON_A_BUSY_HOST {
+            return;
+        }
+        // SAFETY: takes no memory. On Linux "process 0" is the calling thread, and niceness that of a thread.
+        let failed = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.0) } != 0;
+        if failed {
+            // A thread that is nicer already may not go back.
+            tracing::debug!(error = %std::io::Error::last_os_error(), "migration thread keeps its priority");
+        }
     }
 }
 
@@ -58,12 +69,12 @@ mod tests {
         let nice = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
         let before = nice();
         let inside = std::thread::spawn(move || {
-            be_gentle();
-            be_gentle();
+            Gentleness(GENTLE).apply();
+            Gentleness(GENTLE).apply();
             nice()
         });
         let inside = inside.join().expect("no panic");
-        assert!(inside >= GENTLE_ON_A_BUSY_HOST.max(before), "{inside}");
+        assert_eq!(inside, GENTLE.max(before));
         assert_eq!(nice(), before);
     }
 }

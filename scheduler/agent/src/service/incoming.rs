@@ -155,7 +155,8 @@ async fn was_committed(vm: &Vm, migration: MigrationId) -> Result<bool, Status> 
 async fn end_silent(vm: &Vm) -> Result<bool, Status> {
     let pid = vm.process.identity().pid;
     let frozen = vm.process.freeze(FREEZE_LIMIT).await;
-    let frozen = frozen.map_err(|error| Status::internal(format!("the VMM {pid} cannot be frozen: {error}")))?;
+    let frozen =
+        frozen.map_err(|error| Status::internal(format!("the VMM {pid} cannot be frozen: {error}")))?;
     if !vm.dir.has_run() {
         tracing::warn!(vm = %vm.key.id, pid, "the VMM does not answer and has not run the VM; killing it");
         retire::kill(vm).await?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::DestinationError;
 use crate::memory::GuestMemory;
 use crate::migration::pages::{PageReceiver, WrittenPages};
-use crate::migration::sched;
+use crate::migration::sched::Gentleness;
 use crate::migration::transport::{Closer, Transport};
 use crate::migration::wire::{self, Connection, FrameKind, Pass, PassAck, WireError};
 
@@ -157,11 +157,12 @@ pub fn start<'scope>(
     written: &'scope WrittenPages,
     arrivals: &'scope Arrivals,
 ) -> Result<(), DestinationError> {
+    let gentleness = Gentleness::of_host();
     for (index, mut connection) in connections.into_iter().enumerate() {
         std::thread::Builder::new()
             .name(format!("receive{index}"))
             .spawn_scoped(scope, move || {
-                sched::be_gentle();
+                gentleness.apply();
                 match receive(&mut connection, memory, written, arrivals, index) {
                     Ok(()) => arrivals.hand_back(index, connection),
                     Err(error) => arrivals.fail(error),

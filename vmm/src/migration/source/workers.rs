@@ -14,7 +14,7 @@ use crate::memory::{GuestMemory, Region};
 use crate::migration::codec::{CodecCounts, DeltaCache};
 use crate::migration::controls::Controls;
 use crate::migration::pages::{NextFrame, PageCounts, PageSender, Resent};
-use crate::migration::sched;
+use crate::migration::sched::Gentleness;
 use crate::migration::transport::Transport;
 use crate::migration::wire::{Connection, Empty, FrameKind, KEEP_ALIVE, Pass, PassAck, WireError};
 use crate::vm::Vm;
@@ -161,6 +161,7 @@ impl Workers {
         let mut passes = vec![];
         let codec = Arc::new(Mutex::new(vec![CodecCounts::default(); connections.len()]));
         let cache = Arc::new(DeltaCache::for_guest(context.vm.memory().len()));
+        let gentleness = Gentleness::of_host();
         for (index, connection) in connections.into_iter().enumerate() {
             let (pass, queue) = mpsc::channel();
             passes.push(pass);
@@ -178,7 +179,10 @@ impl Workers {
             let (sender, hand_back) = (sender.clone(), hand_back.clone());
             std::thread::Builder::new()
                 .name(format!("send{index}"))
-                .spawn_scoped(scope, move || worker.run(&queue, &sender, &hand_back))
+                .spawn_scoped(scope, move || {
+                    gentleness.apply();
+                    worker.run(&queue, &sender, &hand_back);
+                })
                 .map_err(SourceError::Thread)?;
         }
         Ok(Self {
@@ -274,7 +278,6 @@ impl Worker<'_> {
         shares: &mpsc::Sender<Result<PassShare, SourceError>>,
         hand_back: &mpsc::Sender<Connection<Transport>>,
     ) {
-        sched::be_gentle();
         loop {
             let outcome = match passes.recv_timeout(KEEP_ALIVE) {
                 Ok(pass) => self.pass(&pass).map(Some),

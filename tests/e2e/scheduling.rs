@@ -1,0 +1,242 @@
+//! What users tell the scheduler, with guests that run: rules, locks, the queue, expel and bring, the policy.
+
+use serde_json::Value;
+use shoal_tests::cluster::{Cluster, Shape};
+use shoal_tests::guest;
+use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
+
+use crate::CALM;
+
+fn cluster(machine: Machine, shape: Shape) -> Cluster {
+    Cluster::start(
+        machine,
+        &Shape {
+            node_memory: "1GiB",
+            node_cpus: 32,
+            ..shape
+        },
+    )
+}
+
+/// Runs a small probe with more options, and waits until it beats. Answers the node that was chosen.
+fn run(cluster: &Cluster, name: &str, options: &[&str]) -> String {
+    let mut args = vec!["run", "probe", "--detach", "--name", name, "--memory", "128MiB"];
+    args.extend(options);
+    args.push("--");
+    args.extend(CALM.split(' '));
+    cluster.shoal.json(&args);
+    cluster.wait_for_heartbeats(name, 1);
+    home(cluster, name)
+}
+
+fn home(cluster: &Cluster, name: &str) -> String {
+    text(&cluster.vm(name)["node"])
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn assert_all_run_unharmed(cluster: &Cluster, names: &[&str]) {
+    for name in names {
+        cluster.wait_for_state(name, "running", seconds(60));
+        cluster.wait_for_heartbeats(name, 2);
+        guest::assert_unharmed(&cluster.logs(name));
+    }
+}
+
+#[test]
+fn rules_and_locks_hold_for_guests_that_run() {
+    let Some(machine) = Machine::with_kvm("rules of scheduling") else {
+        return;
+    };
+    let shape = Shape {
+        nodes: 3,
+        automatic: true,
+        ..Shape::default()
+    };
+    let cluster = cluster(machine, shape);
+    let shoal = &cluster.shoal;
+    shoal.ok(&["node", "label", "node2", "disk=ssd"]);
+    shoal.ok(&["node", "taint", "node3", "dedicated=db"]);
+
+    assert_eq!(run(&cluster, "db", &["--selector", "disk=ssd"]), "node2");
+    let web = ["--label", "app=web", "--anti-affinity", "app=web"];
+    let mut homes = [run(&cluster, "web1", &web), run(&cluster, "web2", &web)];
+    homes.sort();
+    assert_eq!(homes, ["node1", "node2"], "apart, and not on the tainted node");
+    let refused = shoal.fails(&[&["run", "probe", "--detach"], &web[..]].concat());
+    assert_eq!(refused.code, 3, "{refused:?}");
+    assert!(
+        refused.stderr.contains("dedicated=db") && refused.stderr.contains("app=web"),
+        "each node with its reason: {refused:?}"
+    );
+    assert_eq!(
+        run(
+            &cluster,
+            "web3",
+            &[&web[..], &["--tolerate", "dedicated=db"]].concat()
+        ),
+        "node3"
+    );
+
+    // A node's labels change: the VM that asks for them follows, unless it is locked.
+    shoal.ok(&["lock", "db"]);
+    shoal.ok(&["node", "label", "node2", "disk-"]);
+    shoal.ok(&["node", "label", "node1", "disk=ssd"]);
+    let why = wait::until("the lock to be the reason", seconds(60), || {
+        let why = shoal.json(&["explain", "db"]);
+        text(&why["verdict"]).contains("lock").then_some(why)
+    });
+    assert_eq!(why["node"], "node2", "{why}");
+    shoal.ok(&["unlock", "db"]);
+    wait::until_true("the VM to go where its rules hold", seconds(60), || {
+        home(&cluster, "db") == "node1"
+    });
+    let moved = cluster.events_of_kind("migration-planned");
+    let moved = moved.iter().find(|event| event["vm"] == "db");
+    let reason = moved.map(|event| text(&event["message"])).unwrap_or_default();
+    assert!(reason.contains("disk=ssd"), "{reason}");
+    assert_all_run_unharmed(&cluster, &["db", "web1", "web2", "web3"]);
+}
+
+#[test]
+fn what_waits_in_the_queue_runs_when_there_is_room() {
+    let Some(machine) = Machine::with_kvm("the queue") else {
+        return;
+    };
+    let shape = Shape {
+        nodes: 1,
+        ..Shape::default()
+    };
+    let cluster = cluster(machine, shape);
+    let large = ["--memory", "900MiB"];
+    let queue = |name| {
+        let words = ["run", "probe", "--detach", "--queue", "--name", name];
+        cluster
+            .shoal
+            .json(&[&words[..], &large, &["--", "fill=16MiB"]].concat())
+    };
+    run(&cluster, "first", &[]);
+    queue("second");
+    cluster.wait_for_state("second", "running", seconds(60));
+    queue("third");
+    queue("fourth");
+
+    let waiting = cluster.shoal.json(&["queue"]);
+    let order: Vec<String> = waiting
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|vm| text(&vm["name"]))
+        .collect();
+    assert_eq!(order, ["third", "fourth"], "{waiting}");
+    assert_eq!(
+        (&waiting[0]["place"], &waiting[1]["place"]),
+        (&1.into(), &2.into())
+    );
+    assert!(
+        text(&waiting[0]["reason"]).contains("node1"),
+        "it must say where it does not fit, and why: {waiting}"
+    );
+
+    cluster.shoal.ok(&["stop", "second"]);
+    cluster.wait_for_state("third", "running", seconds(60));
+    cluster.shoal.ok(&["rm", "fourth"]);
+    assert_eq!(cluster.shoal.json(&["queue"]), serde_json::json!([]));
+    assert_all_run_unharmed(&cluster, &["first", "third"]);
+}
+
+#[test]
+fn expelled_guests_are_brought_back() {
+    let Some(machine) = Machine::with_kvm("expel and bring") else {
+        return;
+    };
+    let shape = Shape {
+        automatic: true,
+        ..Shape::default()
+    };
+    let cluster = cluster(machine, shape);
+    let names = ["a", "b", "c"];
+    for name in names {
+        run(&cluster, name, &["--node", "node1"]);
+    }
+    run(&cluster, "stays", &["--node", "node2"]);
+
+    for (command, to) in [("expel", "node2"), ("bring", "node1")] {
+        let done = cluster.shoal.json(&[command, "node1"]);
+        assert_eq!(
+            (&done["moved"], &done["remaining"]),
+            (&3.into(), &0.into()),
+            "{done}"
+        );
+        for name in names {
+            assert_eq!(home(&cluster, name), to, "after {command}");
+        }
+        assert_eq!(home(&cluster, "stays"), "node2");
+        assert_eq!(
+            cluster.node("node1")["state"],
+            "ready",
+            "it takes VMs all the time"
+        );
+    }
+    assert_all_run_unharmed(&cluster, &["a", "b", "c", "stays"]);
+}
+
+#[test]
+fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
+    let Some(machine) = Machine::with_kvm("rebalance by hand") else {
+        return;
+    };
+    let shape = Shape {
+        node_memory: "1GiB",
+        node_cpus: 1,
+        ..Shape::default()
+    };
+    let cluster = Cluster::start(machine, &shape);
+    let shoal = &cluster.shoal;
+    let started_with = shoal.json(&["policy", "get", "automation"]);
+    assert_eq!(started_with[0]["value"], "manual", "{started_with}");
+    shoal.ok(&["policy", "set", "automation=advise", "cool_down=1s"]);
+    // A probe never sleeps: each wants a CPU, and the node has one.
+    for name in ["a", "b"] {
+        run(&cluster, name, &["--node", "node1"]);
+    }
+
+    let dry = wait::until("the load to be seen", seconds(120), || {
+        let dry = shoal.json(&["rebalance", "--dry-run"]);
+        (dry["moves"].as_array().is_some_and(|moves| !moves.is_empty())).then_some(dry)
+    });
+    assert!(
+        dry["score_after"].as_f64() < dry["score_before"].as_f64(),
+        "{dry}"
+    );
+    let planned = &dry["moves"][0];
+    assert_eq!(
+        (&planned["from"], &planned["to"]),
+        (&"node1".into(), &"node2".into())
+    );
+    assert!(text(&planned["reason"]).contains("load"), "{planned}");
+    wait::until_true("the advice to be told", seconds(60), || {
+        !cluster.events_of_kind("migration-advised").is_empty()
+    });
+    assert_eq!(cluster.events_of_kind("migration-planned"), Vec::<Value>::new());
+    assert_eq!(
+        (home(&cluster, "a"), home(&cluster, "b")),
+        ("node1".into(), "node1".into())
+    );
+
+    let done = shoal.json(&["rebalance"]);
+    assert_eq!(done["results"][0]["result"], "completed", "{done}");
+    let mut homes = [home(&cluster, "a"), home(&cluster, "b")];
+    homes.sort();
+    assert_eq!(homes, ["node1", "node2"]);
+    let moved = text(&done["moves"][0]["vm"]);
+    let why = shoal.json(&["explain", &moved]);
+    assert!(
+        text(&why["placement"]).contains("load"),
+        "its last move and why: {why}"
+    );
+    assert_all_run_unharmed(&cluster, &["a", "b"]);
+}

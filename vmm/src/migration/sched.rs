@@ -1,5 +1,7 @@
 //! How migration threads share CPUs with vCPUs. The figures behind it: docs/decisions/006-gentle-copying.md.
 
+use std::time::{Duration, Instant};
+
 /// Where vCPUs and migration threads about fit the CPUs: the vCPU gets its CPU at once when it wants one.
 const GENTLE: i32 = 10;
 /// Where more threads want to run than there are CPUs gentleness would leave the migration next to nothing, on just the
@@ -24,16 +26,87 @@ impl Gentleness {
 
     /// From now on the calling thread gives way to vCPUs. It cannot take that back. Where the host refuses, nothing changes.
     pub fn apply(self) {
-        if self.0 == GENTLE_ON_A_BUSY_HOST {
+        // SAFETY: takes no memory. On Linux "process 0" is the calling thread, and niceness that of a thread.
+        let now = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+        if now >= self.0 {
             return;
         }
-        // SAFETY: takes no memory. On Linux "process 0" is the calling thread, and niceness that of a thread.
+        // SAFETY: as above.
         let failed = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.0) } != 0;
         if failed {
-            // A thread that is nicer already may not go back.
             tracing::debug!(error = %std::io::Error::last_os_error(), "migration thread keeps its priority");
         }
     }
+}
+
+/// How a thread spent some time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spent {
+    /// It had a CPU.
+    pub worked: Duration,
+    /// It waited for something, a CPU at the end of that included.
+    pub waited: Duration,
+    /// It waited for nothing but a CPU.
+    pub lost: Duration,
+}
+
+/// Measures the calling thread.
+#[derive(Debug)]
+pub struct Stopwatch {
+    began: Instant,
+    cpu: Duration,
+    waits: i64,
+}
+
+impl Stopwatch {
+    /// From now on.
+    #[must_use]
+    pub fn start() -> Self {
+        Self {
+            began: Instant::now(),
+            cpu: thread_cpu_time(),
+            waits: thread_waits(),
+        }
+    }
+
+    /// Until now. To be called by the thread that started it.
+    #[must_use]
+    pub fn stop(self) -> Spent {
+        let passed = self.began.elapsed();
+        let worked = thread_cpu_time().saturating_sub(self.cpu).min(passed);
+        let rest = passed - worked;
+        let (waited, lost) = if thread_waits() == self.waits {
+            (Duration::ZERO, rest)
+        } else {
+            (rest, Duration::ZERO)
+        };
+        Spent { worked, waited, lost }
+    }
+}
+
+fn thread_cpu_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel writes one timespec, which is there.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } != 0;
+    if failed {
+        return Duration::ZERO;
+    }
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// How often the thread gave its CPU away to wait for something.
+fn thread_waits() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel writes one rusage, which is there; all its bytes zero are one, too, if it does not.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nvcsw
 }
 
 fn niceness(runnable: u64, cpus: u64) -> i32 {
@@ -61,6 +134,23 @@ mod tests {
         assert_eq!(parse_runnable("2.60 2.96"), None);
         assert_eq!(niceness(3, 2), GENTLE);
         assert_eq!(niceness(4, 2), GENTLE_ON_A_BUSY_HOST);
+    }
+
+    #[test]
+    fn waiting_is_told_from_work() {
+        let stopwatch = Stopwatch::start();
+        std::thread::sleep(Duration::from_millis(5));
+        let waited = stopwatch.stop();
+        assert!(
+            waited.waited >= Duration::from_millis(4) && waited.lost.is_zero(),
+            "{waited:?}"
+        );
+
+        let stopwatch = Stopwatch::start();
+        let until = Instant::now() + Duration::from_millis(5);
+        while Instant::now() < until {}
+        let worked = stopwatch.stop();
+        assert!(worked.worked > worked.waited, "{worked:?}");
     }
 
     #[test]

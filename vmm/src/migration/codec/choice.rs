@@ -102,23 +102,37 @@ pub fn choose(
     }
 }
 
+/// How long a frame held its worker.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Held {
+    /// The worker copied, or waited for the connection to take more. That others had its CPU meanwhile is no part of it.
+    pub took: Duration,
+    /// What of it was waiting.
+    pub waited: Duration,
+    /// From the end of the frame before to the end of this one, less what others had of it as above.
+    pub since_last: Duration,
+}
+
 /// Rate of one connection, from how long it held its worker.
 ///
-/// A send that blocks ends with the connection's buffer full. So what went out between two such ends is what was
+/// A send that waits ends with the connection's buffer full. So what went out between two such ends is what was
 /// written between: no less than the link's rate while the worker only sends, and a lower bound while it also compresses.
 #[derive(Debug, Clone, Copy)]
 struct Link {
     rate: Option<f64>,
     bytes: f64,
     sends: u32,
-    blocked: f64,
+    took: f64,
+    waited: f64,
     elapsed: f64,
     optimism: f64,
 }
 
 const WINDOW_BYTES: f64 = 1024.0 * 1024.0;
 const WINDOW_SENDS: u32 = 8;
-/// By how much a link that never blocks is thought faster after each window, so that a lighter method gets its chance.
+/// Once the rate is known: a receiver that loses its CPU for a tick must not look like a slow link.
+const WINDOW_SECONDS: f64 = 0.010;
+/// By how much a link that is never waited for is thought faster after each window, so that a lighter method gets its chance.
 const OPTIMISM: f64 = 0.02;
 const LEAST_OPTIMISM: f64 = 0.001;
 
@@ -128,30 +142,34 @@ impl Link {
             rate: None,
             bytes: 0.0,
             sends: 0,
-            blocked: 0.0,
+            took: 0.0,
+            waited: 0.0,
             elapsed: 0.0,
             optimism: OPTIMISM,
         }
     }
 
-    fn sent(&mut self, bytes: f64, took: f64, since_last: f64) {
+    fn sent(&mut self, bytes: f64, held: Held) {
         self.bytes += bytes;
         self.sends += 1;
-        self.blocked += took;
-        self.elapsed += since_last;
-        if self.bytes < WINDOW_BYTES && self.sends < WINDOW_SENDS {
+        self.took += held.took.as_secs_f64();
+        self.waited += held.waited.as_secs_f64();
+        self.elapsed += held.since_last.as_secs_f64();
+        let too_few = self.bytes < WINDOW_BYTES && self.sends < WINDOW_SENDS;
+        if too_few || (self.rate.is_some() && self.elapsed < WINDOW_SECONDS) {
             return;
         }
-        let (bytes, blocked, elapsed) = (self.bytes, self.blocked.max(1e-9), self.elapsed.max(1e-9));
-        (self.bytes, self.sends, self.blocked, self.elapsed) = (0.0, 0, 0.0, 0.0);
+        let (bytes, elapsed) = (self.bytes, self.elapsed.max(1e-9));
+        let (took, waited) = (self.took.max(1e-9), self.waited);
+        (self.bytes, self.sends, self.took, self.waited, self.elapsed) = (0.0, 0, 0.0, 0.0, 0.0);
         let least = bytes / elapsed;
-        let only_sending = blocked > 0.5 * elapsed;
+        let only_sending = took > 0.5 * elapsed;
         let Some(rate) = self.rate else {
-            self.rate = only_sending.then_some(bytes / blocked);
+            self.rate = only_sending.then_some(bytes / took);
             return;
         };
-        let never_blocks = blocked < 0.1 * elapsed;
-        let target = if never_blocks { rate.max(least) } else { least };
+        let never_waits = !only_sending && waited < 0.1 * elapsed;
+        let target = if never_waits { rate.max(least) } else { least };
         if only_sending && target < 0.8 * rate {
             // It was thought faster than it is.
             self.optimism = (self.optimism / 2.0).max(LEAST_OPTIMISM);
@@ -161,7 +179,7 @@ impl Link {
         } else {
             rate + 0.5 * (target - rate)
         };
-        self.rate = Some(if never_blocks {
+        self.rate = Some(if never_waits {
             rate * (1.0 + self.optimism)
         } else {
             rate
@@ -311,11 +329,10 @@ impl Chooser {
         }));
     }
 
-    /// A frame went out: `since_last` is the time from the end of the frame before to the end of this one.
-    pub fn sent(&mut self, wire_bytes: usize, took: Duration, since_last: Duration) {
-        self.elapsed += since_last.as_secs_f64();
-        self.link
-            .sent(wire_bytes as f64, took.as_secs_f64(), since_last.as_secs_f64());
+    /// A frame went out.
+    pub fn sent(&mut self, wire_bytes: usize, held: Held) {
+        self.elapsed += held.since_last.as_secs_f64();
+        self.link.sent(wire_bytes as f64, held);
     }
 }
 
@@ -362,7 +379,16 @@ mod tests {
         buffer: f64,
         level: f64,
         now: f64,
+        /// Work between two times at which others have the sender's CPU for `STALL`, and then the receiver's.
+        stall_after: f64,
+        worked: f64,
+        stalls: u32,
+        /// What stalls of the sender cost so far.
+        lost: f64,
     }
+
+    /// A tick of 250 Hz.
+    const STALL: f64 = 0.004;
 
     impl Connection {
         fn new(rate: f64, buffer: f64) -> Self {
@@ -371,25 +397,43 @@ mod tests {
                 buffer,
                 level: 0.0,
                 now: 0.0,
+                stall_after: f64::INFINITY,
+                worked: 0.0,
+                stalls: 0,
+                lost: 0.0,
             }
         }
 
         fn compute(&mut self, seconds: f64) {
+            self.worked += seconds;
+            if self.worked > self.stall_after {
+                self.worked = 0.0;
+                self.stalls += 1;
+                if self.stalls.is_multiple_of(2) {
+                    self.level += STALL * self.rate; // nobody takes it out
+                } else {
+                    self.pass(STALL);
+                    self.lost += STALL;
+                }
+            }
+            self.pass(seconds);
+        }
+
+        fn pass(&mut self, seconds: f64) {
             self.now += seconds;
             self.level = (self.level - seconds * self.rate).max(0.0);
         }
 
-        fn send(&mut self, bytes: f64) -> f64 {
-            let start = self.now;
-            self.compute(bytes / 8e9);
+        /// Answers for how long it copied and waited.
+        fn send(&mut self, bytes: f64) -> (f64, f64) {
+            let copied = bytes / 8e9;
+            self.compute(copied);
             let over = self.level + bytes - self.buffer;
-            if over > 0.0 {
-                let wait = over / self.rate;
-                self.now += wait;
-                self.level -= wait * self.rate;
-            }
+            let waited = (over / self.rate).max(0.0);
+            self.now += waited;
+            self.level -= waited * self.rate;
             self.level += bytes;
-            self.now - start
+            (copied, waited)
         }
     }
 
@@ -411,14 +455,14 @@ mod tests {
         ]
     }
 
-    fn step(connection: &mut Connection, method: Method, data: &Data) -> (f64, f64) {
+    fn step(connection: &mut Connection, method: Method, data: &Data) -> (f64, (f64, f64)) {
         let Estimate { speed, ratio } = data[method as usize];
         if method != Method::Raw {
             connection.compute(BATCH * STAGING);
             connection.compute(BATCH / speed);
         }
-        let took = connection.send(BATCH * ratio);
-        (BATCH * ratio, took)
+        let held = connection.send(BATCH * ratio);
+        (BATCH * ratio, held)
     }
 
     fn fixed(connection: &mut Connection, method: Method, data: &Data, batches: u32) -> f64 {
@@ -437,9 +481,9 @@ mod tests {
     fn adaptive(connection: &mut Connection, chooser: &mut Chooser, data: &Data, batches: u32) -> f64 {
         let start = connection.now;
         for _ in 0..batches {
-            let before = connection.now;
+            let before = connection.now - connection.lost;
             let plan = chooser.plan(false);
-            let (sent, took) = step(connection, plan.method, data);
+            let (sent, (copied, waited)) = step(connection, plan.method, data);
             if plan.method != Method::Raw {
                 let seconds = BATCH / data[plan.method as usize].speed;
                 chooser.encoded(
@@ -450,8 +494,12 @@ mod tests {
                     Duration::from_secs_f64(seconds),
                 );
             }
-            let since_last = Duration::from_secs_f64(connection.now - before);
-            chooser.sent(sent as usize, Duration::from_secs_f64(took), since_last);
+            let held = Held {
+                took: Duration::from_secs_f64(copied + waited),
+                waited: Duration::from_secs_f64(waited),
+                since_last: Duration::from_secs_f64(connection.now - connection.lost - before),
+            };
+            chooser.sent(sent as usize, held);
         }
         connection.now - start
     }
@@ -517,6 +565,24 @@ mod tests {
             far += u32::from(excess > 1.05);
         }
         assert!(far <= 4, "{far} of 400");
+    }
+
+    #[test]
+    fn stalls_of_the_host_are_not_taken_for_a_slow_link() {
+        for stall_after in [0.002, 0.004, 0.01, 0.03] {
+            let connection = || Connection {
+                stall_after,
+                ..Connection::new(2e9, 2e6)
+            };
+            let raw = fixed(&mut connection(), Method::Raw, &text(), 4000);
+            let mut chooser = Chooser::new(Compression::Auto);
+            let took = adaptive(&mut connection(), &mut chooser, &text(), 4000);
+            assert!(
+                took < 1.15 * raw,
+                "stalls after {stall_after} s: {:.2}",
+                took / raw
+            );
+        }
     }
 
     #[test]

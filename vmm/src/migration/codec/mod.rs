@@ -18,8 +18,10 @@ use shoal_proto::vm::Compression;
 pub use compress::{CodecError, decode};
 pub use delta::{DeltaCache, apply_delta};
 
-use choice::{Chooser, Method, Plan};
+use choice::{Chooser, Held, Method, Plan};
 use compress::Compressors;
+
+use crate::migration::sched::Spent;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -248,12 +250,18 @@ impl Encoder {
         }
     }
 
-    /// To be called after each frame with pages, whether encoded here or not: `took` is how long the connection held the
-    /// worker, waiting for a bandwidth cap included.
-    pub fn sent(&mut self, wire_bytes: usize, took: Duration) {
+    /// To be called after each frame with pages, whether encoded here or not: how it was to send it, and how long a
+    /// bandwidth cap had held it back before.
+    pub fn sent(&mut self, wire_bytes: usize, spent: Spent, held_back: Duration) {
         let now = Instant::now();
+        let took = held_back + spent.worked + spent.waited;
         let since_last = self.last_sent.replace(now).map_or(took, |last| now - last);
-        self.chooser.sent(wire_bytes, took, since_last.max(took));
+        let held = Held {
+            took,
+            waited: held_back + spent.waited,
+            since_last: since_last.saturating_sub(spent.lost).max(took),
+        };
+        self.chooser.sent(wire_bytes, held);
     }
 
     /// What was done so far.

@@ -148,7 +148,12 @@ fn off_never_asks_for_a_batch() {
     let mut encoder = Encoder::new(Compression::Off, Arc::new(DeltaCache::new(1 << 20)));
     for _ in 0..100 {
         assert!(!encoder.wants(false) && !encoder.wants(true));
-        encoder.sent(262_144, Duration::from_millis(2));
+        let waited = Duration::from_millis(2);
+        let spent = Spent {
+            waited,
+            ..Spent::default()
+        };
+        encoder.sent(262_144, spent, Duration::ZERO);
     }
 }
 

@@ -138,7 +138,7 @@ impl Default for Policy {
             retry_after: Duration::from_secs(5),
             stability: 1.3,
             min_gain: 2.0,
-            cost_per_second: 1.0,
+            cost_per_second: 20.0,
             cost_of_downtime: 100.0,
             max_downtime: Duration::from_millis(50),
             payback: Duration::from_secs(600),

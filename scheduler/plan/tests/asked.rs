@@ -154,7 +154,7 @@ fn an_explanation_has_the_numbers_and_the_verdict() {
     assert_eq!(rejected, "it has 1 CPUs, the VM asks for 2");
     assert!(
         why.verdict
-            .starts_with("stays: the best move, to node2, would gain 0.0"),
+            .starts_with("stays: the best move, to node2, would gain -0.27,"),
         "{}",
         why.verdict
     );

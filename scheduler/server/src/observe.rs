@@ -183,7 +183,11 @@ fn disagreement(
         .status
         .as_ref()
         .map_or(vm::VmState::Unspecified, vm::VmStatus::state);
-    let agrees = record.phase == Phase::Running && facts.vmm_alive && state == vm::VmState::Running;
+    let wanted = match record.suspended {
+        Some(_) => vm::VmState::Paused,
+        None => vm::VmState::Running,
+    };
+    let agrees = record.phase == Phase::Running && facts.vmm_alive && state == wanted;
     if agrees { None } else { Some(Subject::Vm(vm)) }
 }
 
@@ -248,6 +252,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.suspended.is_some() => Some(CannotMove::Suspended),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };

@@ -26,6 +26,7 @@ mod previous_protocol;
 mod real_hosts;
 mod refusals;
 mod soak;
+mod suspend;
 mod upgrade;
 mod vmm_faults;
 

@@ -279,6 +279,8 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         cpu_use: seen.as_ref().map_or(0.0, |seen| seen.cpu.value()),
         growth: seen
             .as_ref()
+            // The smoothed growth of one whose vCPUs are stopped is that of a while ago.
+            .filter(|_| record.suspended.is_none())
             .map_or(BytesPerSecond(0), |seen| seen.growth.value()),
         dirty_rate: dirty_rate(entry, seen.as_ref(), in_flight.is_some()).map(BytesPerSecond),
         working_set: seen

@@ -7,8 +7,8 @@ use shoal_proto::vm::vmm_server::Vmm;
 use shoal_proto::vm::{
     AbortIncomingRequest, AbortIncomingResponse, AckConsoleRequest, AckConsoleResponse, BootRequest,
     CancelMigrationRequest, CancelMigrationResponse, ConsoleChunk, GetStatusRequest, MemorySample,
-    MigrationProgress, MigrationTls, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest,
-    QuitResponse, ReadConsoleRequest, ResumeRequest, SampleMemoryRequest, SetMigrationRequest,
+    MigrationProgress, MigrationTls, PauseRequest, PrepareIncomingRequest, PrepareIncomingResponse,
+    QuitRequest, QuitResponse, ReadConsoleRequest, ResumeRequest, SampleMemoryRequest, SetMigrationRequest,
     SetMigrationResponse, StartMigrationRequest, StartMigrationResponse, StopRequest, VmStatus,
     WatchMigrationRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
@@ -261,6 +261,13 @@ impl Vmm for Api {
         let stream =
             WatchStream::new(self.control.status()).map(move |status| Ok(control.with_counters(status)));
         Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn pause(&self, request: Request<PauseRequest>) -> Answer<VmStatus> {
+        let epoch = Epoch(request.into_inner().epoch);
+        Ok(Response::new(
+            self.control.ask(|reply| Command::Pause(epoch, reply)).await?,
+        ))
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Answer<VmStatus> {

@@ -5,6 +5,7 @@
 
 mod incoming;
 mod outgoing;
+mod pause;
 mod post_copy;
 mod sampling;
 
@@ -110,7 +111,9 @@ pub enum Command {
     CancelMigration(MigrationId, Reply<()>),
     /// Change its policy; answers what is then in force.
     SetMigration(MigrationId, Box<MigrationPolicy>, Reply<MigrationPolicy>),
-    /// Run again after an in-doubt migration.
+    /// Stop the vCPUs until resumed.
+    Pause(Epoch, Reply<VmStatus>),
+    /// Run again after a pause or an in-doubt migration.
     Resume(Epoch, Reply<VmStatus>),
     /// Power off.
     Stop(Reply<VmStatus>),
@@ -151,6 +154,7 @@ enum State {
     Migrating(Arc<Controls>),
     Incoming(MigrationId, Arbiter),
     InDoubt(Box<Vm>),
+    Paused(Box<Vm>),
     Ended,
 }
 
@@ -316,6 +320,7 @@ impl Control {
             Command::StartMigration(request, reply) => answer(reply, self.start_migration(*request)),
             Command::CancelMigration(id, reply) => answer(reply, self.cancel_migration(id)),
             Command::SetMigration(id, change, reply) => answer(reply, self.set_migration(id, &change)),
+            Command::Pause(epoch, reply) => answer(reply, self.pause(epoch)),
             Command::Resume(epoch, reply) => self.resume(epoch, reply),
             Command::Stop(reply) => self.stop(reply),
             Command::ConsoleInput(data, reply) => answer(reply, self.console_input(&data)),
@@ -339,6 +344,7 @@ impl Control {
             State::Migrating(_) => "migrating",
             State::Incoming(..) => "waiting for an incoming migration",
             State::InDoubt(_) => "in doubt",
+            State::Paused(_) => "paused",
             State::Ended => "not here any more",
         }
     }
@@ -406,7 +412,7 @@ impl Control {
     fn stop(&mut self, reply: Reply<VmStatus>) {
         self.abandon_sample();
         match std::mem::replace(&mut self.state, State::Ended) {
-            State::Running(vm) | State::InDoubt(vm) => {
+            State::Running(vm) | State::InDoubt(vm) | State::Paused(vm) => {
                 self.halt(&vm, "stopped on request");
                 self.end(*vm, VmState::Exited, "stopped on request");
             }

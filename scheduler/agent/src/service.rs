@@ -118,6 +118,11 @@ impl Agent for AgentService {
             .await
     }
 
+    async fn pause_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        self.run(|node| lifecycle::pause(node, request.into_inner()))
+            .await
+    }
+
     async fn resume_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
         self.run(|node| lifecycle::resume(node, request.into_inner()))
             .await

@@ -127,6 +127,10 @@ pub enum Command {
     Lock(commands::lock::LockArgs),
     /// Let a VM be moved again.
     Unlock(commands::lock::LockArgs),
+    /// Stop the vCPUs of VMs where they are; they keep their memory.
+    Suspend(commands::suspend::SuspendArgs),
+    /// Let suspended VMs run on.
+    Resume(commands::suspend::ResumeArgs),
     /// Show or change the policy that plans are made with.
     #[command(subcommand)]
     Policy(commands::policy::PolicyCommand),
@@ -193,6 +197,8 @@ mod tests {
             "shoal node reserve node1 --memory 1GiB --cpus 0.5",
             "shoal lock a",
             "shoal unlock a",
+            "shoal suspend a b --reason lunch",
+            "shoal resume a b",
             "shoal run linux --queue --label user=ada",
             "shoal queue -o json",
             "shoal explain a --nodes 5",

@@ -60,6 +60,17 @@ pub struct VmView {
     pub read_bytes_per_second: Option<u64>,
     /// To storage.
     pub write_bytes_per_second: Option<u64>,
+    /// Why its vCPUs are stopped; null if they are not.
+    pub suspended: Option<SuspensionView>,
+}
+
+/// Why a VM is suspended.
+#[derive(Debug, Serialize)]
+pub struct SuspensionView {
+    /// In words.
+    pub reason: String,
+    /// For how long.
+    pub seconds: u64,
 }
 
 /// What a VM asks of its node, as terms.
@@ -113,6 +124,10 @@ impl From<&cluster::Vm> for VmView {
             working_set_bytes: vm.working_set_bytes,
             read_bytes_per_second: vm.read_bytes_per_second,
             write_bytes_per_second: vm.write_bytes_per_second,
+            suspended: vm.suspension.as_ref().map(|suspension| SuspensionView {
+                reason: suspension.reason.clone(),
+                seconds: format::seconds_since(suspension.since_unix_ms),
+            }),
         }
     }
 }
@@ -130,6 +145,7 @@ pub fn vm_state(phase: cluster::VmPhase) -> &'static str {
         VmPhase::Stopping => "stopping",
         VmPhase::Exited => "exited",
         VmPhase::Failed => "failed",
+        VmPhase::Suspended => "suspended",
         VmPhase::Unknown | VmPhase::Unspecified => "unknown",
     }
 }

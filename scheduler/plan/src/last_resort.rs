@@ -4,6 +4,7 @@
 use std::fmt;
 
 use crate::cluster::{Cluster, bytes};
+use crate::model::CannotMove;
 use crate::policy::Policy;
 
 /// A step that frees memory without moving a VM.
@@ -33,18 +34,19 @@ impl fmt::Display for LastResort {
 }
 
 impl Policy {
-    /// Whether a step can be taken. None can yet: the VMM has no balloon and writes no checkpoints, and neither it nor the
-    /// agent has a call that pauses a VM.
+    /// Whether someone can have a step taken. The VMM has no balloon and writes no checkpoints; a VM is suspended on request
+    /// only.
     #[must_use]
-    pub fn offers(&self, _step: LastResort) -> bool {
-        false
+    pub fn offers(&self, step: LastResort) -> bool {
+        step == LastResort::Suspend
     }
 }
 
-/// The steps for a node, what each would free, and that it is not offered. The VM of the lowest priority gives way first, of
+/// The steps for a node, what each would free, and which are not offered. The VM of the lowest priority gives way first, of
 /// several the one that grows most, then the largest.
 pub(crate) fn describe(cluster: &Cluster<'_>, node: usize) -> String {
-    let victim = cluster.staying(node).min_by(|&a, &b| {
+    let grows = |&vm: &usize| cluster.vms[vm].view.cannot_move != Some(CannotMove::Suspended);
+    let victim = cluster.staying(node).filter(grows).min_by(|&a, &b| {
         let (a, b) = (&cluster.vms[a], &cluster.vms[b]);
         a.view
             .priority
@@ -67,7 +69,7 @@ pub(crate) fn describe(cluster: &Cluster<'_>, node: usize) -> String {
                 bytes(vm.resident)
             ),
             (LastResort::Suspend, Some(vm)) => format!(
-                "{step} '{}', which would stop growth of {}/s{offered}",
+                "{step} '{0}', which would free nothing and stop growth of {1}/s{offered}: `shoal suspend {0}`",
                 vm.view.name,
                 bytes(vm.growth)
             ),

@@ -214,6 +214,8 @@ pub enum CannotMove {
     NotRunning,
     /// Its owner keeps it where it is.
     Locked,
+    /// Its vCPUs are stopped until someone resumes it.
+    Suspended,
     /// A migration of it that ends where it is now is not over: within its node, or its last memory is on the way.
     Settling,
 }
@@ -226,6 +228,7 @@ impl fmt::Display for CannotMove {
             Self::InDoubt => "it is in doubt after a migration",
             Self::NotRunning => "it is not running",
             Self::Locked => "it is locked to its node",
+            Self::Suspended => "it is suspended; resume it first",
             Self::Settling => "its last migration is not over yet",
         })
     }

@@ -235,7 +235,15 @@ impl Agent {
         Ok(answer.policy.unwrap_or_default())
     }
 
-    /// Runs a VM that is in doubt again.
+    /// Stops a VM's vCPUs. Good if they are stopped.
+    pub async fn pause(&self, vm: VmId, epoch: Epoch) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        self.call(CALL_TIME, client.pause_vm(vm_ref(vm, epoch)))
+            .await
+            .map(drop)
+    }
+
+    /// Runs a VM that is paused, or in doubt, again.
     pub async fn resume(&self, vm: VmId, epoch: Epoch) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         self.call(CALL_TIME, client.resume_vm(vm_ref(vm, epoch)))

@@ -31,6 +31,7 @@ mod set_policy;
 mod stop_vm;
 mod stream_events;
 mod stream_logs;
+mod suspend_vm;
 #[cfg(test)]
 mod tests;
 mod uncordon_node;
@@ -54,9 +55,10 @@ use shoal_proto::cluster::{
     ListQueueRequest, ListQueueResponse, ListSchedulersRequest, ListSchedulersResponse, ListVmsRequest,
     ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse, Migration, MigrationDefaults,
     MoveVmsRequest, MoveVmsResponse, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
-    RemoveVmResponse, ResolveVmRequest, RunVmRequest, SchedulingPolicy, SetCpuBaselineRequest,
-    SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest, StreamLogsRequest,
-    UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
+    RemoveVmResponse, ResolveVmRequest, ResumeVmRequest, RunVmRequest, SchedulingPolicy,
+    SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
+    StreamLogsRequest, SuspendVmRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm,
+    WriteConsoleRequest, WriteConsoleResponse,
 };
 use shoal_proto::vm::MigrationPolicy;
 use tokio::sync::mpsc;
@@ -160,6 +162,18 @@ impl Cluster for ClusterApi {
 
     async fn stop_vm(&self, request: Request<StopVmRequest>) -> Answer<Vm> {
         stop_vm::call(self.0.leader().await?, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn suspend_vm(&self, request: Request<SuspendVmRequest>) -> Answer<Vm> {
+        suspend_vm::suspend(self.0.leader().await?, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn resume_vm(&self, request: Request<ResumeVmRequest>) -> Answer<Vm> {
+        suspend_vm::resume(self.0.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }

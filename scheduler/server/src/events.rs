@@ -71,6 +71,10 @@ pub enum Kind {
     NodeUpdated,
     /// The owner of a VM changed what is wished for it.
     VmUpdated,
+    /// A VM's vCPUs were stopped; the message is the reason.
+    VmSuspended,
+    /// They run again.
+    VmResumed,
     /// An operator changed the planner's policy.
     PolicyChanged,
 }
@@ -106,6 +110,8 @@ impl Kind {
             Self::ImageImported => "image-imported",
             Self::NodeUpdated => "node-updated",
             Self::VmUpdated => "vm-updated",
+            Self::VmSuspended => "vm-suspended",
+            Self::VmResumed => "vm-resumed",
             Self::PolicyChanged => "policy-changed",
         }
     }

@@ -8,6 +8,7 @@ pub mod launch;
 pub mod migrate;
 pub mod settle;
 pub mod stop;
+pub mod suspend;
 
 use std::time::Duration;
 

@@ -11,6 +11,7 @@ const MAX_PRIORITY: u32 = 9;
 /// Linux keeps 2,048 bytes of its command line, the last one a NUL.
 const MAX_CMDLINE_BYTES: usize = 2047;
 const MAX_ARGS: usize = 256;
+const MAX_REASON_BYTES: usize = 200;
 
 /// A value that is out of range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +49,19 @@ pub fn cpus(cpus: u32) -> Result<(), FieldError> {
             &format!("1 to {MAX_CPUS}"),
         ))
     }
+}
+
+/// Why a VM is suspended, in a user's words.
+pub fn suspend_reason(reason: &str) -> Result<(), FieldError> {
+    if reason.len() <= MAX_REASON_BYTES && !reason.chars().any(char::is_control) {
+        return Ok(());
+    }
+    let expected = format!("at most {MAX_REASON_BYTES} bytes without control characters");
+    Err(FieldError::new(
+        "reason",
+        &reason.escape_debug().to_string(),
+        &expected,
+    ))
 }
 
 /// A VM's priority.

@@ -183,7 +183,11 @@ fn disagreement(
         .status
         .as_ref()
         .map_or(vm::VmState::Unspecified, vm::VmStatus::state);
-    let agrees = record.phase == Phase::Running && facts.vmm_alive && state == vm::VmState::Running;
+    let wanted = match record.suspended {
+        Some(_) => vm::VmState::Paused,
+        None => vm::VmState::Running,
+    };
+    let agrees = record.phase == Phase::Running && facts.vmm_alive && state == wanted;
     if agrees { None } else { Some(Subject::Vm(vm)) }
 }
 
@@ -248,6 +252,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.suspended.is_some() => Some(CannotMove::Suspended),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
@@ -274,6 +279,8 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         cpu_use: seen.as_ref().map_or(0.0, |seen| seen.cpu.value()),
         growth: seen
             .as_ref()
+            // The smoothed growth of one whose vCPUs are stopped is that of a while ago.
+            .filter(|_| record.suspended.is_none())
             .map_or(BytesPerSecond(0), |seen| seen.growth.value()),
         dirty_rate: dirty_rate(entry, seen.as_ref(), in_flight.is_some()).map(BytesPerSecond),
         working_set: seen

@@ -148,6 +148,9 @@ pub async fn check_running(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGua
         vm::VmState::InDoubt if entry.has_ended_migration(migration) => {
             agent.resume(record.id, record.epoch).await
         }
+        // The record is what is wanted; the call that should have told the node was lost.
+        vm::VmState::Paused if record.suspended.is_none() => agent.resume(record.id, record.epoch).await,
+        vm::VmState::Running if record.suspended.is_some() => agent.pause(record.id, record.epoch).await,
         // A start that was given up arrived late. It cannot succeed: its destination was told to abort.
         vm::VmState::Migrating => agent.cancel_migration(record.id, record.epoch, migration).await,
         _ => Ok(()),

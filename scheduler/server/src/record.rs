@@ -143,6 +143,18 @@ pub struct VmRecord {
     /// Why there.
     #[serde(default)]
     pub placement: String,
+    /// Its vCPUs are to be stopped while this is set. The node is told until it says so, whatever is lost on the way.
+    #[serde(default)]
+    pub suspended: Option<Suspension>,
+}
+
+/// Why a VM is suspended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspension {
+    /// In words; who asked for it is in it.
+    pub reason: String,
+    /// When it was asked for.
+    pub since_unix_ms: i64,
 }
 
 /// A VM that waits for room.

@@ -102,5 +102,6 @@ fn vm(seed: SeedVm) -> Option<VmRecord> {
         cpu_baseline: false,
         wishes: VmWishes::default(),
         placement: String::new(),
+        suspended: None,
     })
 }

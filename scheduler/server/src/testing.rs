@@ -427,6 +427,19 @@ impl Agent for FakeNode {
             .ok_or_else(missing)
     }
 
+    async fn pause_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        let mut state = self.answering()?;
+        let vm = state
+            .vms
+            .get_mut(&key(Some(request.into_inner())))
+            .ok_or_else(missing)?;
+        if !matches!(vm.state, VmState::Running | VmState::Paused) {
+            return Err(Status::failed_precondition("only a running VM is paused"));
+        }
+        vm.state = VmState::Paused;
+        Ok(Response::new(VmStatus::default()))
+    }
+
     async fn resume_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
         let mut state = self.answering()?;
         let vm = state
@@ -545,6 +558,7 @@ impl Cluster {
             wishes: Default::default(),
             home: None,
             placement: String::new(),
+            suspended: None,
         }
     }
 

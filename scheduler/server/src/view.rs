@@ -49,6 +49,14 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         working_set_bytes: seen.as_ref().and_then(|seen| seen.working_set).map(Peak::value),
         read_bytes_per_second: seen.as_ref().and_then(|seen| seen.facts.read_bytes_per_second),
         write_bytes_per_second: seen.as_ref().and_then(|seen| seen.facts.write_bytes_per_second),
+        suspension: record
+            .suspended
+            .as_ref()
+            .filter(|_| !record.phase.is_over())
+            .map(|suspension| cluster::Suspension {
+                reason: suspension.reason.clone(),
+                since_unix_ms: suspension.since_unix_ms,
+            }),
     }
 }
 
@@ -127,7 +135,10 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
     {
         return (VmPhase::Unknown, format!("node {} does not answer", record.node));
     }
-    (phase, message)
+    match &record.suspended {
+        Some(suspension) if record.phase == Phase::Running => (VmPhase::Suspended, suspension.reason.clone()),
+        _ => (phase, message),
+    }
 }
 
 /// All nodes, by name.

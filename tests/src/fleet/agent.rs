@@ -128,6 +128,10 @@ impl Agent for Agents {
         self.facts(&key).map(Response::new).ok_or_else(missing)
     }
 
+    async fn pause_vm(&self, _: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
+        Err(Status::unimplemented("nobody suspends VMs here"))
+    }
+
     async fn resume_vm(&self, _: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
         Err(Status::failed_precondition("nothing is paused here"))
     }

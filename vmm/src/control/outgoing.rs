@@ -137,9 +137,8 @@ impl Control {
     }
 
     pub(super) fn resume(&mut self, asked: Epoch, reply: Reply<VmStatus>) {
-        let has = self.spec.as_ref().map_or(Epoch(0), |spec| spec.epoch);
-        if asked != has {
-            return answer(reply, Err(ControlError::Epoch { asked, has }));
+        if let Err(error) = self.check_epoch(asked) {
+            return answer(reply, Err(error));
         }
         if let State::Migrating(controls) = &self.state
             && self.status.borrow().state() == VmState::InDoubt
@@ -149,11 +148,11 @@ impl Control {
             self.resumes.push(reply);
             return;
         }
-        let resumed = self.resume_in_doubt();
+        let resumed = self.resume_stopped();
         answer(reply, resumed);
     }
 
-    pub(super) fn resume_in_doubt(&mut self) -> Result<VmStatus, ControlError> {
+    pub(super) fn resume_stopped(&mut self) -> Result<VmStatus, ControlError> {
         match std::mem::replace(&mut self.state, State::Ended) {
             State::InDoubt(vm) => {
                 vm.resume();
@@ -161,9 +160,15 @@ impl Control {
                 self.publish(VmState::Running, "resumed: the destination never committed");
                 Ok(self.status.borrow().clone())
             }
+            State::Paused(vm) => {
+                vm.resume();
+                self.state = State::Running(vm);
+                self.publish(VmState::Running, "resumed");
+                Ok(self.status.borrow().clone())
+            }
             other => {
                 self.state = other;
-                Err(self.wrong_state("only a VM in doubt is resumed"))
+                Err(self.wrong_state("only a VM that is paused or in doubt is resumed"))
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Calls about a VM that is here: describe, resume, stop, destroy, and its console's input.
+//! Calls about a VM that is here: describe, pause, resume, stop, destroy, and its console's input.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +48,20 @@ fn facts_of_launch(key: VmKey) -> VmFacts {
         vmm_alive: true,
         ..VmFacts::default()
     }
+}
+
+pub(super) async fn pause(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {
+    let key = key_of(Some(vm))?;
+    let _turn = node.turns.lock(&key.id).await;
+    check_current(&node, key).await?;
+    let vm = find(&node, key)?;
+    let mut client = vm.client();
+    let status = vm
+        .call(STOP_LIMIT, client.pause(vm::PauseRequest { epoch: key.epoch.0 }))
+        .await?;
+    tracing::info!(vm = %key.id, epoch = %key.epoch, "paused");
+    vm.set_status(status);
+    Ok(vm.status())
 }
 
 pub(super) async fn resume(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {

@@ -201,7 +201,17 @@ impl Vmm for Scripted {
         Ok(Response::new(Box::pin(changes)))
     }
 
+    async fn pause(&self, _: Request<PauseRequest>) -> Result<Response<VmStatus>, Status> {
+        self.vm.send_modify(|vm| vm.status.set_state(VmState::Paused));
+        Ok(Response::new(self.status()))
+    }
+
     async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<VmStatus>, Status> {
+        self.vm.send_modify(|vm| {
+            if vm.status.state() == VmState::Paused {
+                vm.status.set_state(VmState::Running);
+            }
+        });
         Ok(Response::new(self.status()))
     }
 

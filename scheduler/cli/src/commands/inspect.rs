@@ -96,6 +96,13 @@ fn text(inspection: &Inspection) -> String {
     if vm.locked {
         lines.push("locked:      to its node".to_owned());
     }
+    if let Some(suspended) = &vm.suspended {
+        lines.push(format!(
+            "suspended:   for {}: {}",
+            format::age(suspended.seconds),
+            suspended.reason
+        ));
+    }
     if let Some(status) = vm.exit_status {
         lines.push(format!("exit status: {status}"));
     }

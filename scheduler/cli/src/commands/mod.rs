@@ -31,6 +31,7 @@ pub mod scheduler;
 pub mod schedulers;
 pub mod simulate;
 pub mod stop;
+pub mod suspend;
 pub mod uncordon;
 pub mod up;
 pub mod upgrade;
@@ -91,6 +92,8 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Bring(args) => move_vms::run(context, args, Direction::Bring).await,
         Command::Lock(args) => lock::run(context, args, true).await,
         Command::Unlock(args) => lock::run(context, args, false).await,
+        Command::Suspend(args) => suspend::suspend(context, args).await,
+        Command::Resume(args) => suspend::resume(context, args).await,
         Command::Policy(command) => policy::run(context, command).await,
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,

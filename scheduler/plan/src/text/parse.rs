@@ -303,10 +303,12 @@ fn parse_state(text: &str) -> Option<NodeState> {
 }
 
 fn parse_cannot_move(text: &str) -> Option<CannotMove> {
-    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping};
-    [Starting, Stopping, InDoubt, NotRunning, Locked, Settling]
-        .into_iter()
-        .find(|&why| cannot_move(why) == text)
+    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping, Suspended};
+    [
+        Starting, Stopping, InDoubt, NotRunning, Locked, Settling, Suspended,
+    ]
+    .into_iter()
+    .find(|&why| cannot_move(why) == text)
 }
 
 #[cfg(test)]

@@ -190,6 +190,7 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
         CannotMove::InDoubt => "in-doubt",
         CannotMove::NotRunning => "not-running",
         CannotMove::Locked => "locked",
+        CannotMove::Suspended => "suspended",
         CannotMove::Settling => "settling",
     }
 }

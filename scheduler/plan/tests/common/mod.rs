@@ -108,6 +108,7 @@ fn vm() -> impl Strategy<Value = VmView> {
     let cannot_move = prop_oneof![
         9 => Just(None),
         1 => Just(Some(CannotMove::Locked)),
+        1 => Just(Some(CannotMove::Suspended)),
         1 => Just(Some(CannotMove::Starting)),
     ];
     let in_flight = prop_oneof![

@@ -9,6 +9,7 @@ use crate::agent::AgentError;
 use crate::execute::launch::LaunchError;
 use crate::execute::migrate::BeginError;
 use crate::execute::stop::StopError;
+use crate::execute::suspend::SuspendError;
 use crate::images::ImportError;
 use crate::limits::FieldError;
 use crate::store::StoreError;
@@ -105,6 +106,16 @@ pub fn stop(error: StopError) -> Status {
         StopError::Agent(error) => agent(error),
         StopError::Store(error) => store(&error),
         StopError::Log(error) => io("console log", &error),
+    }
+}
+
+pub fn suspend(error: SuspendError) -> Status {
+    let text = error.to_string();
+    match error {
+        SuspendError::Migrating { .. } | SuspendError::NotRunning { .. } => Status::failed_precondition(text),
+        SuspendError::Busy(_) | SuspendError::Later { .. } => Status::unavailable(text),
+        SuspendError::Refused(error) => agent(error),
+        SuspendError::Store(error) => store(&error),
     }
 }
 

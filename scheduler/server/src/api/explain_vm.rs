@@ -40,7 +40,10 @@ pub async fn call(scheduler: &Shared, request: &ExplainVmRequest) -> Result<Expl
         vm: why.name,
         node: why.node.to_string(),
         placement: placement(&entry, &record),
-        verdict: why.verdict,
+        verdict: match &record.suspended {
+            Some(suspension) => format!("suspended ({}); {}", suspension.reason, why.verdict),
+            None => why.verdict,
+        },
         cpus: why.cpus,
         memory_bytes: why.memory.0,
         growth_bytes_per_second: why.growth.0,

@@ -112,6 +112,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         wishes,
         home: None,
         placement: String::new(),
+        suspended: None,
     })
 }
 

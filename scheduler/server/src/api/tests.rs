@@ -1,5 +1,7 @@
 //! The calls about migrations, against scripted nodes.
 
+mod suspend;
+
 use super::Role;
 use std::sync::Arc;
 

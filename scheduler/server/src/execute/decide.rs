@@ -157,7 +157,7 @@ pub fn source_view(facts: Option<&node::VmFacts>, migration: MigrationId, start_
         (vm::VmState::Exited, _) => Source::Exited,
         (vm::VmState::Migrated, _) => Source::Migrated,
         (_, false) | (vm::VmState::Failed, _) => Source::Gone,
-        (vm::VmState::Running, true) => Source::Running { over },
+        (vm::VmState::Running | vm::VmState::Paused, true) => Source::Running { over },
         (vm::VmState::Migrating, true) => Source::Migrating,
         (vm::VmState::PostCopy, true) => Source::PostCopy,
         (vm::VmState::InDoubt, true) => Source::InDoubt,

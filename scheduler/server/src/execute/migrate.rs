@@ -122,6 +122,7 @@ pub async fn begin_planned(
 fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
     let record = entry.record();
     let why = match record.phase {
+        Phase::Running if record.suspended.is_some() => "it is suspended; resume it first",
         Phase::Running => return Ok(record),
         Phase::Starting => "it is starting",
         Phase::Stopping => "it is stopping",

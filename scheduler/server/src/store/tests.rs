@@ -111,6 +111,7 @@ fn vm_record(name: &str) -> VmRecord {
         },
         home: Some("node7".parse().expect("a node")),
         placement: "asked for".to_owned(),
+        suspended: None,
     }
 }
 

@@ -1,0 +1,123 @@
+//! Suspend and resume, against scripted nodes.
+
+use shoal_proto::cluster::{ResumeVmRequest, SuspendVmRequest, Vm};
+
+use super::*;
+use crate::observe;
+
+async fn suspend(cluster: &Cluster, reason: &str) -> Result<Vm, Status> {
+    let request = SuspendVmRequest {
+        vm: "a".to_owned(),
+        reason: reason.to_owned(),
+    };
+    let answer = api(cluster).suspend_vm(Request::new(request)).await?;
+    Ok(answer.into_inner())
+}
+
+async fn resume(cluster: &Cluster) -> Result<Vm, Status> {
+    let request = ResumeVmRequest { vm: "a".to_owned() };
+    let answer = api(cluster).resume_vm(Request::new(request)).await?;
+    Ok(answer.into_inner())
+}
+
+/// Reports until as many VMs run as should.
+async fn until_running(cluster: &Cluster, wanted: usize) {
+    until("the nodes to do what is stored", || {
+        cluster.report();
+        cluster.nodes[0].running() == wanted
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_suspended_vm_says_why_and_stays_so_over_a_new_scheduler() {
+    let mut cluster = Cluster::start(2, 1 << 30).await;
+    start(&cluster, "a").await;
+    let vm = suspend(&cluster, "lunch").await.expect("suspended");
+    assert_eq!(
+        (vm.phase(), vm.message.as_str()),
+        (VmPhase::Suspended, "asked for by a user: lunch")
+    );
+    assert!(vm.suspension.is_some_and(|why| why.since_unix_ms > 0));
+    assert_eq!(cluster.nodes[0].running(), 0);
+
+    cluster.restart().await;
+    let again = suspend(&cluster, "other words").await.expect("it is so already");
+    assert_eq!(again.message, "asked for by a user: lunch");
+    let refused = begin(&cluster, "a", MigrationPolicy::default()).await;
+    let refused = refused.expect_err("it does not move");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("resume it first"), "{refused}");
+    let request = ExplainVmRequest {
+        vm: "a".to_owned(),
+        limit: 0,
+    };
+    let explained = api(&cluster).explain_vm(Request::new(request)).await;
+    let verdict = explained.expect("explained").into_inner().verdict;
+    assert!(verdict.contains("asked for by a user: lunch"), "{verdict}");
+    let seen = observe::snapshot(&cluster.scheduler);
+    assert_eq!(seen.vms[0].cannot_move, Some(shoal_plan::CannotMove::Suspended));
+
+    let vm = resume(&cluster).await.expect("resumed");
+    assert_eq!((vm.phase(), vm.suspension), (VmPhase::Running, None));
+    assert_eq!(cluster.nodes[0].running(), 1);
+    let resumed = cluster.nodes[0].resumed();
+    resume(&cluster).await.expect("it runs already");
+    assert_eq!(cluster.nodes[0].resumed(), resumed);
+    migrate(&cluster, "a", "node2").await;
+}
+
+#[tokio::test]
+async fn what_a_node_was_not_told_it_is_told_later() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    start(&cluster, "a").await;
+    cluster.nodes[0].set_silent(true);
+    let error = suspend(&cluster, "").await.expect_err("no answer");
+    assert_eq!(error.code(), Code::Unavailable);
+    assert_eq!(cluster.nodes[0].running(), 1);
+    cluster.nodes[0].set_silent(false);
+    until_running(&cluster, 0).await;
+
+    cluster.nodes[0].set_silent(true);
+    let error = resume(&cluster).await.expect_err("no answer");
+    assert_eq!(error.code(), Code::Unavailable);
+    cluster.nodes[0].set_silent(false);
+    until_running(&cluster, 1).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_suspended_is_refused_and_nothing_changes() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let error = suspend(&cluster, &"long".repeat(100))
+        .await
+        .expect_err("too long");
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().starts_with("reason: "), "{error}");
+
+    cluster.nodes[0].set_script(Script::GoOn);
+    let policy = MigrationPolicy::default();
+    begin(&cluster, "a", policy).await.expect("begun");
+    let error = suspend(&cluster, "").await.expect_err("it migrates");
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    assert!(error.message().contains("is being migrated to node2"), "{error}");
+    assert_eq!(vm.record().suspended, None);
+    let stop = StopVmRequest { vm: "a".to_owned() };
+    let api = api(&cluster);
+    api.stop_vm(Request::new(stop)).await.expect("stopped");
+    let error = suspend(&cluster, "").await.expect_err("it has ended");
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    let error = resume(&cluster).await.expect_err("it has ended");
+    assert!(error.message().contains("cannot be resumed"), "{error}");
+}
+
+#[tokio::test]
+async fn a_suspended_vm_can_be_stopped() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    start(&cluster, "a").await;
+    suspend(&cluster, "").await.expect("suspended");
+    let stop = StopVmRequest { vm: "a".to_owned() };
+    let stopped = api(&cluster).stop_vm(Request::new(stop)).await.expect("stopped");
+    let vm = stopped.into_inner();
+    assert_eq!((vm.phase(), vm.suspension), (VmPhase::Exited, None));
+}

@@ -1,0 +1,141 @@
+//! A VM's vCPUs are stopped in place, and run again. What is wanted is stored before the node is told; if telling it fails
+//! half-way, [`crate::reconcile`] goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::agent::AgentError;
+use crate::events::{Kind, NewEvent};
+use crate::record::{Phase, Suspension, VmRecord, now_unix_ms};
+use crate::scheduler::Shared;
+use crate::store::StoreError;
+use crate::vms::{VmEntry, VmGuard};
+
+/// How long another operation with the VM is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a VM was not suspended or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum SuspendError {
+    /// Not while it moves.
+    #[error("VM {vm} is being migrated to {to}; try again when that has ended, or cancel it")]
+    Migrating {
+        /// The VM's name.
+        vm: String,
+        /// Where to.
+        to: String,
+    },
+    /// It is starting, stopping or over.
+    #[error("VM {vm} cannot be {what}: it does not run")]
+    NotRunning {
+        /// The VM's name.
+        vm: String,
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// Something else goes on for too long.
+    #[error("VM {0} is busy; try again")]
+    Busy(String),
+    /// The node does not do it; nothing has changed.
+    #[error("{0}")]
+    Refused(AgentError),
+    /// The node did not answer.
+    #[error("VM {vm} will be {what} once its node answers: {source}")]
+    Later {
+        /// The VM's name.
+        vm: String,
+        /// What was asked for.
+        what: &'static str,
+        /// What the node said.
+        source: AgentError,
+    },
+    /// The store cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Stops the vCPUs of a VM. Good if they are stopped.
+pub async fn suspend(scheduler: &Shared, entry: &Arc<VmEntry>, reason: String) -> Result<(), SuspendError> {
+    let _guard = lock(scheduler, entry).await?;
+    let record = running(entry, "suspended")?;
+    if record.suspended.is_some() {
+        return Ok(());
+    }
+    let suspension = Suspension {
+        reason: reason.clone(),
+        since_unix_ms: now_unix_ms(),
+    };
+    set(scheduler, &record, Some(suspension)).await?;
+    let told = match scheduler.agent(&record.node) {
+        Ok(agent) => agent.pause(record.id, record.epoch).await,
+        Err(error) => Err(error),
+    };
+    match told {
+        Ok(()) => {}
+        Err(error @ AgentError::Refused(_)) => {
+            set(scheduler, &record, None).await?;
+            return Err(SuspendError::Refused(error));
+        }
+        Err(source) => {
+            let (vm, what) = (record.name.to_string(), "suspended");
+            return Err(SuspendError::Later { vm, what, source });
+        }
+    }
+    let event = NewEvent::new(Kind::VmSuspended, reason).vm(&record);
+    scheduler.events.publish(event);
+    Ok(())
+}
+
+/// Lets a VM run on. Good if it runs.
+pub async fn resume(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), SuspendError> {
+    let _guard = lock(scheduler, entry).await?;
+    let record = running(entry, "resumed")?;
+    let Some(suspension) = record.suspended.clone() else {
+        return Ok(());
+    };
+    set(scheduler, &record, None).await?;
+    let told = match scheduler.agent(&record.node) {
+        Ok(agent) => agent.resume(record.id, record.epoch).await,
+        Err(error) => Err(error),
+    };
+    if let Err(source) = told {
+        let (vm, what) = (record.name.to_string(), "resumed");
+        return Err(SuspendError::Later { vm, what, source });
+    }
+    let seconds = now_unix_ms().saturating_sub(suspension.since_unix_ms).max(0) / 1000;
+    let message = format!("runs on after {seconds} s ({})", suspension.reason);
+    scheduler
+        .events
+        .publish(NewEvent::new(Kind::VmResumed, message).vm(&record));
+    Ok(())
+}
+
+async fn lock(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<VmGuard, SuspendError> {
+    let record = entry.record();
+    if let Some(open) = scheduler.migrations.get(record.id) {
+        return Err(SuspendError::Migrating {
+            vm: record.name.to_string(),
+            to: open.intent.to.to_string(),
+        });
+    }
+    tokio::time::timeout(PATIENCE, entry.lock())
+        .await
+        .map_err(|_| SuspendError::Busy(record.name.to_string()))
+}
+
+fn running(entry: &VmEntry, what: &'static str) -> Result<Arc<VmRecord>, SuspendError> {
+    let record = entry.record();
+    if record.phase == Phase::Running {
+        return Ok(record);
+    }
+    let vm = record.name.to_string();
+    Err(SuspendError::NotRunning { vm, what })
+}
+
+async fn set(scheduler: &Shared, record: &VmRecord, suspended: Option<Suspension>) -> Result<(), StoreError> {
+    let record = VmRecord {
+        suspended,
+        ..record.clone()
+    };
+    scheduler.save_vm(record, Vec::new()).await.map(drop)
+}

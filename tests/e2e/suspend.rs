@@ -1,0 +1,102 @@
+//! A VM's vCPUs are stopped where it is, and run on unharmed.
+
+use shoal_tests::cluster::{Cluster, Shape};
+use shoal_tests::guest;
+use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
+
+use crate::CALM;
+
+/// A word of the last heartbeat.
+fn word(console: &str, name: &str) -> u64 {
+    let line = console
+        .lines()
+        .rfind(|line| line.starts_with("hb ") && line.contains("checked="));
+    let found = line.and_then(|line| {
+        let value = line
+            .split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
+        value.trim().parse().ok()
+    });
+    found.unwrap_or_else(|| panic!("no {name}= in the last heartbeat of:\n{}", guest::tail(console)))
+}
+
+fn beats(cluster: &Cluster) -> usize {
+    guest::heartbeats(&cluster.logs("sleepy")).len()
+}
+
+/// Console bytes that were on their way when the vCPUs stopped are there; answers how many heartbeats that makes.
+fn settled(cluster: &Cluster) -> usize {
+    let mut seen = beats(cluster);
+    let mut same = 0;
+    wait::until_true("heartbeats to stop", seconds(60), || {
+        let now = beats(cluster);
+        same = if now == seen { same + 1 } else { 0 };
+        seen = now;
+        same >= 20
+    });
+    seen
+}
+
+#[test]
+fn a_suspended_guest_stands_still_and_goes_on_unharmed() {
+    let Some(machine) = Machine::with_kvm("suspend and resume of a probe") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let id = cluster.run_probe("sleepy", "node1", "128MiB", CALM);
+    cluster.wait_for_heartbeats("sleepy", 2);
+    let vmm = cluster.only_vmm(&id);
+
+    let suspended = cluster.shoal.json(&["suspend", "sleepy", "--reason", "a test"]);
+    assert_eq!(suspended[0]["state"], "suspended", "{suspended}");
+    let stopped_at = settled(&cluster);
+    let before = cluster.logs("sleepy");
+    let again = cluster.shoal.json(&["suspend", "sleepy"]);
+    assert_eq!(again[0]["suspended"]["reason"], "asked for by a user: a test");
+
+    let refused = cluster.shoal.fails(&["migrate", "sleepy", "--to", "node2"]);
+    assert!(refused.stderr.contains("resume it first"), "{refused:?}");
+
+    // Neither a new agent nor a new scheduler lets it run.
+    for daemon in ["node1", "scheduler"] {
+        cluster.kill_daemon(daemon);
+        cluster.start_daemon(daemon);
+        cluster.wait_for_state("sleepy", "suspended", seconds(60));
+    }
+    wait::never("it should not run", seconds(5), || {
+        let now = beats(&cluster);
+        (now != stopped_at || cluster.vm("sleepy")["state"] != "suspended").then_some(now)
+    });
+    assert_eq!(cluster.only_vmm(&id), vmm, "in the same process");
+
+    let resumed = cluster.shoal.json(&["resume", "sleepy"]);
+    assert_eq!(
+        (&resumed[0]["state"], &resumed[0]["suspended"]),
+        (&"running".into(), &serde_json::Value::Null),
+        "{resumed}"
+    );
+    cluster.wait_for_heartbeats("sleepy", 3);
+    let after = cluster.logs("sleepy");
+    guest::assert_unharmed(&after);
+    assert_eq!(word(&after, "tsc_backwards"), 0);
+    assert_eq!(word(&after, "clock_backwards"), 0);
+    // It was still for the five seconds above, and its clocks have gone on meanwhile.
+    for clock in ["uptime_ms", "clock_ms"] {
+        assert!(word(&after, clock) - word(&before, clock) >= 5000, "{after}");
+    }
+    assert!(
+        word(&after, "stops") > word(&before, "stops"),
+        "the guest is told that it was stopped: {}",
+        guest::tail(&after)
+    );
+    let report = cluster.shoal.json(&["migrate", "sleepy", "--to", "node2"]);
+    assert_eq!(report["result"], "completed", "{report}");
+    cluster.wait_for_heartbeats("sleepy", 1);
+
+    cluster.shoal.ok(&["suspend", "sleepy"]);
+    cluster.shoal.ok(&["stop", "sleepy"]);
+    assert_eq!(cluster.vm("sleepy")["state"], "exited");
+    let kinds = |kind: &str| cluster.events_of_kind(kind).len();
+    assert_eq!((kinds("vm-suspended"), kinds("vm-resumed")), (2, 1));
+}

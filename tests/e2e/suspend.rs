@@ -100,3 +100,57 @@ fn a_suspended_guest_stands_still_and_goes_on_unharmed() {
     let kinds = |kind: &str| cluster.events_of_kind(kind).len();
     assert_eq!((kinds("vm-suspended"), kinds("vm-resumed")), (2, 1));
 }
+
+#[test]
+fn a_guest_is_suspended_when_no_node_has_memory_left_and_resumed_when_one_has() {
+    let Some(machine) = Machine::with_kvm("suspending as the last resort") else {
+        return;
+    };
+    let shape = Shape {
+        nodes: 1,
+        node_memory: "1GiB",
+        node_cpus: 32,
+        automatic: true,
+        ..Shape::default()
+    };
+    let cluster = Cluster::start(machine, &shape);
+    // Guests that do not grow gain nothing by being suspended, whatever their priority.
+    for name in ["steady", "filled"] {
+        cluster.run_probe(
+            name,
+            "node1",
+            "320MiB",
+            "fill=290MiB wss=4MiB rate=100 pattern=random",
+        );
+    }
+    let grows = "fill=400MiB fill_rate=10MiB wss=4MiB rate=100 pattern=random";
+    cluster.start_probe("batch", "node1", "416MiB", grows);
+
+    let suspended = cluster.wait_for_state("batch", "suspended", seconds(180));
+    let why = suspended["suspended"]["reason"].as_str().unwrap_or_default();
+    assert!(
+        why.contains("of 1 GiB") && why.contains("'batch' (priority 5)"),
+        "it must say why: {suspended}"
+    );
+    let stuck = cluster.events_of_kind("plan-stuck");
+    assert!(!stuck.is_empty(), "{:#?}", cluster.events());
+    cluster.wait_for_heartbeats("filled", 2);
+    assert_eq!(cluster.vm("batch")["state"], "suspended", "there is no room yet");
+
+    cluster.shoal.ok(&["stop", "steady"]);
+    cluster.wait_for_state("batch", "running", seconds(120));
+    let resumed = cluster.events_of_kind("vm-resumed");
+    assert!(
+        resumed.iter().any(|event| event["vm"] == "batch"),
+        "{:#?}",
+        cluster.events()
+    );
+    wait::until_true("it to fill its memory", seconds(180), || {
+        guest::heartbeats(&cluster.logs("batch"))
+            .last()
+            .is_some_and(|beat| beat.filled >= 400 << 20)
+    });
+    for name in ["batch", "filled"] {
+        guest::assert_unharmed(&cluster.logs(name));
+    }
+}

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::cluster::{Cluster, duration};
-use crate::model::{NodeName, VmId};
+use crate::model::{BytesPerSecond, NodeName, VmId};
 
 /// Why a VM is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -111,11 +111,28 @@ pub struct Note {
     pub text: String,
 }
 
+/// A VM whose vCPUs are to be stopped where it is, or to run on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hold {
+    /// Which.
+    pub vm: VmId,
+    /// Where it is.
+    pub node: NodeName,
+    /// How fast it grows, or grew when it was suspended.
+    pub growth: BytesPerSecond,
+    /// Why, in words and numbers.
+    pub reason: String,
+}
+
 /// The answer of one round.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
     /// Migrations to start now, all of them at once, most urgent first.
     pub actions: Vec<Action>,
+    /// VMs to suspend, at most one of a node: see [`crate::LastResort`].
+    pub suspend: Vec<Hold>,
+    /// VMs that were suspended so, and are to run on; at most one of a node.
+    pub resume: Vec<Hold>,
     /// What could not be done.
     pub notes: Vec<Note>,
     /// Score of the cluster when the migrations under way have ended: see [`crate::score`].

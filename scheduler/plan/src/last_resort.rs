@@ -1,11 +1,12 @@
 //! What is left when a node runs out of memory and nothing fits anywhere, in this order. What the VMM does not offer yet is
-//! named with what it would free, so that an operator can act.
+//! named with what it would free, so that an operator can act; suspending is done, and undone when there is room.
 
 use std::fmt;
 
-use crate::cluster::{Cluster, bytes};
-use crate::model::CannotMove;
-use crate::policy::Policy;
+use crate::action::{Hold, Plan};
+use crate::cluster::{Cluster, Vm, bytes};
+use crate::model::{BytesPerSecond, CannotMove, NodeState};
+use crate::policy::{Automation, Policy};
 
 /// A step that frees memory without moving a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,33 +35,130 @@ impl fmt::Display for LastResort {
 }
 
 impl Policy {
-    /// Whether someone can have a step taken. The VMM has no balloon and writes no checkpoints; a VM is suspended on request
-    /// only.
+    /// Whether a step can be taken. The VMM has no balloon and writes no checkpoints.
     #[must_use]
     pub fn offers(&self, step: LastResort) -> bool {
         step == LastResort::Suspend
     }
+
+    /// Whether plans suspend VMs, rather than leave it to an operator.
+    fn suspends(&self) -> bool {
+        self.suspend && self.automation == Automation::Automatic
+    }
+
+    /// The part of a node's memory beyond which waiting is no choice any more: the middle between threshold and all of it.
+    fn critical(&self) -> f64 {
+        f64::midpoint(self.usher_threshold, 1.0)
+    }
 }
 
-/// The steps for a node, what each would free, and which are not offered. The VM of the lowest priority gives way first, of
-/// several the one that grows most, then the largest.
-pub(crate) fn describe(cluster: &Cluster<'_>, node: usize) -> String {
-    let grows = |&vm: &usize| cluster.vms[vm].view.cannot_move != Some(CannotMove::Suspended);
-    let victim = cluster.staying(node).filter(grows).min_by(|&a, &b| {
+/// Who gives way: the VM of the lowest priority, of several the one that grows most, then the largest.
+fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> Option<usize> {
+    let allowed = |&vm: &usize| {
+        let vm = &cluster.vms[vm];
+        let runs = matches!(
+            vm.view.cannot_move,
+            None | Some(CannotMove::Locked | CannotMove::Settling)
+        );
+        runs && may(vm)
+    };
+    cluster.staying(node).filter(allowed).min_by(|&a, &b| {
         let (a, b) = (&cluster.vms[a], &cluster.vms[b]);
         a.view
             .priority
             .cmp(&b.view.priority)
             .then(b.growth.total_cmp(&a.growth))
             .then(b.resident.total_cmp(&a.resident))
-    });
+    })
+}
+
+/// For a node that runs out while nothing fits anywhere: the VM to suspend now, if it cannot wait. That takes no time, so it
+/// waits until the node would hold more than is left to wait with by the time that a change takes effect.
+pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
+    let policy = cluster.policy;
+    let seconds = policy.detect.as_secs_f64();
+    let (soon, memory) = (cluster.memory_at(node, seconds), cluster.nodes[node].memory);
+    let limit = memory * policy.critical();
+    if !policy.suspends() || soon <= limit {
+        return None;
+    }
+    let vm = &cluster.vms[victim(cluster, node, |vm| vm.growth > 0.0)?];
+    let name = &cluster.nodes[node].view.name;
+    Some(Hold {
+        vm: vm.view.id.clone(),
+        node: name.clone(),
+        growth: vm.view.growth,
+        reason: format!(
+            "{name} would hold {} in {seconds:.1} s, over {} ({:.0} % of {}), and nothing fits elsewhere; '{}' (priority {}) grows \
+             {}/s and gives way first: it keeps its memory, and runs on when {name} has room for its growth",
+            bytes(soon),
+            bytes(limit),
+            policy.critical() * 100.0,
+            cluster.nodes[node].view.memory,
+            vm.view.name,
+            vm.view.priority,
+            bytes(vm.growth),
+        ),
+    })
+}
+
+/// VMs that were suspended by such a plan run on where their node stays below its target, growing as they did: the highest
+/// priority first, one of a node at a time.
+pub(crate) fn resume(cluster: &Cluster<'_>, plan: &mut Plan) {
+    let policy = cluster.policy;
+    let horizon = policy.usher_horizon.as_secs_f64();
+    let mut waiting: Vec<(usize, BytesPerSecond)> = (0..cluster.vms.len())
+        .filter_map(|number| {
+            let view = cluster.vms[number].view;
+            let growth = view.suspended_growth?;
+            (view.cannot_move == Some(CannotMove::Suspended)).then_some((number, growth))
+        })
+        .collect();
+    waiting.sort_by_key(|&(vm, _)| (std::cmp::Reverse(cluster.vms[vm].view.priority), vm));
+    let mut done = Vec::new();
+    for (number, growth) in waiting {
+        let vm = &cluster.vms[number];
+        let node = &cluster.nodes[vm.node];
+        let rate = growth.0 as f64;
+        let grows_to = (rate * horizon).min((vm.declared - vm.resident).max(0.0));
+        let peak = cluster.peak(vm.node) + grows_to;
+        let limit = node.memory * policy.usher_target;
+        let ready = node.view.state != NodeState::Unreachable;
+        if !ready || done.contains(&vm.node) || peak > limit {
+            continue;
+        }
+        done.push(vm.node);
+        plan.resume.push(Hold {
+            vm: vm.view.id.clone(),
+            node: node.view.name.clone(),
+            growth,
+            reason: format!(
+                "{} would hold at most {} in {horizon:.0} s if '{}' grows {}/s again, within {} ({:.0} % of {})",
+                node.view.name,
+                bytes(peak),
+                vm.view.name,
+                bytes(rate),
+                bytes(limit),
+                policy.usher_target * 100.0,
+                node.view.memory,
+            ),
+        });
+    }
+}
+
+/// The steps for a node, what each would free, and which are not offered.
+pub(crate) fn describe(cluster: &Cluster<'_>, node: usize) -> String {
+    let any = victim(cluster, node, |_| true);
+    let growing = victim(cluster, node, |vm| vm.growth > 0.0);
     let steps = LastResort::IN_ORDER.map(|step| {
         let offered = if cluster.policy.offers(step) {
             ""
         } else {
             ": not offered by the VMM"
         };
+        let victim = if step == LastResort::Suspend { growing } else { any };
         match (step, victim.map(|vm| &cluster.vms[vm])) {
+            (LastResort::Suspend, None) => format!("{step}: none of its VMs grows"),
             (LastResort::SqueezeBalloons, _) | (_, None) => format!("{step}{offered}"),
             (LastResort::Checkpoint, Some(vm)) => format!(
                 "{step} '{}' (priority {}), which would free {}{offered}",
@@ -69,9 +167,15 @@ pub(crate) fn describe(cluster: &Cluster<'_>, node: usize) -> String {
                 bytes(vm.resident)
             ),
             (LastResort::Suspend, Some(vm)) => format!(
-                "{step} '{0}', which would free nothing and stop growth of {1}/s{offered}: `shoal suspend {0}`",
+                "{step} '{0}', which would free nothing and stop growth of {1}/s{offered}: {2}",
                 vm.view.name,
-                bytes(vm.growth)
+                bytes(vm.growth),
+                if cluster.policy.suspends() {
+                    let limit = cluster.nodes[node].memory * cluster.policy.critical();
+                    format!("done when the node would hold {}", bytes(limit))
+                } else {
+                    format!("`shoal suspend {}`", vm.view.name)
+                }
             ),
         }
     });

@@ -32,7 +32,7 @@ pub mod text;
 mod together;
 mod usher;
 
-pub use action::{Action, ActionKind, Note, NoteKind, Plan};
+pub use action::{Action, ActionKind, Hold, Note, NoteKind, Plan};
 pub use cluster::Immobile;
 pub use drain::{bring, expel};
 pub use explain::{Alternative, Explanation, explain};

@@ -282,6 +282,9 @@ pub struct VmView {
     pub home: Option<NodeName>,
     /// 0 to 9: the lower, the sooner it is moved, or suspended, for others.
     pub priority: u32,
+    /// A plan had it suspended, and it grew so fast then: it is to run on when its node has room for that again. None for one
+    /// that a user has suspended.
+    pub suspended_growth: Option<BytesPerSecond>,
 }
 
 /// Of a VM of which nobody has said.
@@ -310,6 +313,7 @@ impl VmView {
             rules: None,
             home: None,
             priority: DEFAULT_PRIORITY,
+            suspended_growth: None,
         }
     }
 }

@@ -118,6 +118,8 @@ pub struct Policy {
     pub cost_base: f64,
     /// New VMs start, and VMs move for balance, only where the cluster still fits if any one node dies afterwards.
     pub n_plus_one: bool,
+    /// A VM is suspended when its node runs out of memory and nothing fits anywhere, and resumed when there is room.
+    pub suspend: bool,
 }
 
 impl Default for Policy {
@@ -150,6 +152,7 @@ impl Default for Policy {
             shares: Labels::default(),
             cost_base: 16.0,
             n_plus_one: false,
+            suspend: true,
         }
     }
 }

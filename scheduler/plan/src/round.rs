@@ -1,9 +1,11 @@
 //! One round: ushering, then draining, then rules, then rebalancing or packing, sharing the limits on migrations at once.
+//! What ushering had suspended is resumed where its node has room again.
 
 use crate::action::Plan;
 use crate::cluster::Cluster;
 use crate::comply::comply;
 use crate::drain::drain;
+use crate::last_resort;
 use crate::model::ClusterSnapshot;
 use crate::pack::pack;
 use crate::policy::{Mode, Policy};
@@ -31,6 +33,7 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
     usher(&mut cluster, &mut plan);
     drain(&mut cluster, &mut plan);
     comply(&mut cluster, &mut plan);
+    last_resort::resume(&cluster, &mut plan);
     match policy.mode {
         Mode::Spread if balance => rebalance(&mut cluster, &mut plan),
         Mode::Pack if balance => pack(&mut cluster, &mut plan),

@@ -135,6 +135,7 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
                 &alarm,
                 plan.notes.len() < DETAILED_NOTES,
             );
+            plan.suspend.extend(last_resort::suspend(cluster, node));
             let name = cluster.nodes[node].view.name.clone();
             plan.notes.push(Note {
                 kind: NoteKind::UsherStuck,

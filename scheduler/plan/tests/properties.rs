@@ -8,8 +8,9 @@ use common::{clusters, finish, start};
 use proptest::prelude::*;
 use shoal_plan::score::score;
 use shoal_plan::{
-    ActionKind, Bytes, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, PlaceError,
-    Policy, RejectReason, Rules, VmId, VmView, place_launch, place_launches, place_migration, round, text,
+    ActionKind, Bytes, CannotMove, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, Note,
+    NoteKind, PlaceError, Policy, RejectReason, Rules, VmId, VmView, place_launch, place_launches,
+    place_migration, round, text,
 };
 
 fn policies() -> impl Strategy<Value = Policy> {
@@ -421,6 +422,51 @@ proptest! {
             let _ = round(&read.snapshot, &read.policy);
         }
         let _ = text::parse(&format!("shoal-cluster 1\n{noise}\nnode {noise}\nvm a {noise}\npolicy {noise}"));
+    }
+
+    /// Of what stays on a node the lowest priority that grows is suspended, and nothing where that is switched off.
+    #[test]
+    fn vms_are_suspended_where_memory_ends_and_resumed_where_there_is_room(
+        snapshot in clusters(),
+        policy in policies(),
+    ) {
+        let plan = round(&snapshot, &policy);
+        let vm = |id: &VmId| snapshot.vms.iter().find(|vm| vm.id == *id).expect("a VM of the snapshot");
+        let leaves = |vm: &VmView| {
+            vm.in_flight.is_some() || plan.actions.iter().any(|action| action.vm == vm.id)
+        };
+        let runs = |vm: &VmView| {
+            matches!(vm.cannot_move, None | Some(CannotMove::Locked | CannotMove::Settling))
+        };
+        for hold in &plan.suspend {
+            let victim = vm(&hold.vm);
+            prop_assert!(runs(victim) && !leaves(victim) && victim.growth.0 > 0 && victim.node == hold.node);
+            let others = snapshot.vms.iter().filter(|other| {
+                other.node == hold.node && runs(other) && !leaves(other) && other.growth.0 > 0
+            });
+            for other in others {
+                prop_assert!(other.priority >= victim.priority, "{}: {}", other.id, hold.reason);
+            }
+            let stuck = |note: &Note| note.kind == NoteKind::UsherStuck && note.node == hold.node;
+            prop_assert!(plan.notes.iter().any(stuck));
+        }
+        for hold in &plan.resume {
+            let waits = vm(&hold.vm);
+            prop_assert!(waits.cannot_move == Some(CannotMove::Suspended) && waits.suspended_growth.is_some());
+            let node = node(&snapshot, &hold.node);
+            let room = node.memory.0 as f64 * policy.usher_target;
+            prop_assert!(occupied(&snapshot, &policy, &node.name) <= room.max(1.0), "{}", hold.reason);
+        }
+        for holds in [&plan.suspend, &plan.resume] {
+            let mut nodes: Vec<&NodeName> = holds.iter().map(|hold| &hold.node).collect();
+            nodes.sort();
+            let before = nodes.len();
+            nodes.dedup();
+            prop_assert_eq!(nodes.len(), before, "one of a node at a time");
+        }
+        let off = round(&snapshot, &Policy { suspend: false, ..policy });
+        prop_assert!(off.suspend.is_empty());
+        prop_assert_eq!(off.actions, plan.actions);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::drain;
 use crate::events::{Kind, NewEvent};
-use crate::execute::migrate;
+use crate::execute::{migrate, suspend};
 use crate::migrations::OpenMigration;
 use crate::observe;
 use crate::queue;
@@ -79,6 +79,8 @@ pub async fn plan_with(scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) 
 
 fn drains(mut plan: Plan) -> Plan {
     plan.actions.retain(|action| action.kind == ActionKind::Drain);
+    plan.suspend.clear();
+    plan.resume.clear();
     plan.notes
         .retain(|note| matches!(note.kind, NoteKind::DrainStuck | NoteKind::DrainWaiting));
     plan
@@ -104,6 +106,7 @@ pub async fn round_with(
 
 /// Begins what is planned. The caller holds the planning lock since the snapshot was taken.
 pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
+    suspend::begin_planned(scheduler, plan);
     let mut begun = Vec::new();
     for action in &plan.actions {
         match migrate::begin_planned(scheduler, action).await {

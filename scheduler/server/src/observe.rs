@@ -294,6 +294,10 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,
+        suspended_growth: record
+            .suspended
+            .as_ref()
+            .and_then(|suspension| suspension.planned_growth.map(BytesPerSecond)),
         home: record
             .home
             .as_ref()

@@ -155,6 +155,9 @@ pub struct Suspension {
     pub reason: String,
     /// When it was asked for.
     pub since_unix_ms: i64,
+    /// A plan asked for it, and the VM grew so fast then, in bytes per second. None: a user did.
+    #[serde(default)]
+    pub planned_growth: Option<u64>,
 }
 
 /// A VM that waits for room.

@@ -203,7 +203,13 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     let set = |text: &str| parse_size(text).map(|size| Some(Bytes(size)));
     fields.set("working_set", SIZE, set, &mut vm.working_set)?;
     fields.rate("growth", &mut vm.growth)?;
-    let why = "starting, stopping, in-doubt, not-running or locked";
+    fields.set(
+        "suspended_growth",
+        SIZE,
+        |text| parse_size(text).map(|size| Some(BytesPerSecond(size))),
+        &mut vm.suspended_growth,
+    )?;
+    let why = "starting, stopping, in-doubt, not-running, locked, settling or suspended";
     fields.set(
         "cannot_move",
         why,

@@ -155,6 +155,9 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(home) = &vm.home {
         line.field("home", &print_name(home.as_str()));
     }
+    if let Some(growth) = vm.suspended_growth {
+        line.size("suspended_growth", growth.0);
+    }
     if vm.priority != DEFAULT_PRIORITY {
         line.field("priority", &vm.priority.to_string());
     }
@@ -195,7 +198,7 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
     }
 }
 
-/// A plan as text: one line for the scores, one an action, one a note.
+/// A plan as text: one line for the scores, one an action, one a VM to suspend or resume, one a note.
 #[must_use]
 pub fn print_plan(plan: &Plan) -> String {
     let mut text = format!("score {:.3} to {:.3}\n", plan.score_before, plan.score_after);
@@ -206,6 +209,13 @@ pub fn print_plan(plan: &Plan) -> String {
             "{} {} from {} to {}: {}",
             action.kind, action.vm, action.from, action.to, action.reason
         );
+    }
+    let holds = [("suspend", &plan.suspend), ("resume", &plan.resume)];
+    for (what, hold) in holds
+        .iter()
+        .flat_map(|(what, holds)| holds.iter().map(move |hold| (what, hold)))
+    {
+        let _ = writeln!(text, "{what} {} on {}: {}", hold.vm, hold.node, hold.reason);
     }
     for note in &plan.notes {
         let _ = match &note.vm {

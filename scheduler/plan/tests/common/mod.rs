@@ -153,6 +153,8 @@ fn vm() -> impl Strategy<Value = VmView> {
                     cannot_move,
                     in_flight,
                     since_last_move,
+                    suspended_growth: (cannot_move == Some(CannotMove::Suspended) && cpus % 2 == 1)
+                        .then_some(BytesPerSecond(growth)),
                     ..VmView::new("", "", cpus, Bytes::mib(mib))
                 }
             },

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_plan::{Hold, Plan};
+
 use crate::agent::AgentError;
 use crate::events::{Kind, NewEvent};
 use crate::record::{Phase, Suspension, VmRecord, now_unix_ms};
@@ -54,17 +56,63 @@ pub enum SuspendError {
     Store(#[from] StoreError),
 }
 
-/// Stops the vCPUs of a VM. Good if they are stopped.
-pub async fn suspend(scheduler: &Shared, entry: &Arc<VmEntry>, reason: String) -> Result<(), SuspendError> {
+/// Carries out what a plan says of VMs in place, each on a task of its own: the next round sees what has become of it.
+pub fn begin_planned(scheduler: &Shared, plan: &Plan) {
+    let entry = |hold: &Hold| {
+        let id = hold.vm.as_str().parse().ok()?;
+        scheduler.vms.get(id)
+    };
+    for hold in &plan.suspend {
+        let Some(entry) = entry(hold) else { continue };
+        let (shared, reason, growth) = (Arc::clone(scheduler), hold.reason.clone(), hold.growth.0);
+        tokio::spawn(async move {
+            let done = suspend(&shared, &entry, reason, Some(growth)).await;
+            tell(&entry, done);
+        });
+    }
+    for hold in &plan.resume {
+        let Some(entry) = entry(hold) else { continue };
+        let (shared, reason) = (Arc::clone(scheduler), hold.reason.clone());
+        tokio::spawn(async move {
+            let done = resume_planned(&shared, &entry, &reason).await;
+            tell(&entry, done);
+        });
+    }
+}
+
+fn tell(entry: &VmEntry, done: Result<(), SuspendError>) {
+    if let Err(error) = done {
+        tracing::warn!(vm = %entry.record().id, %error, "a plan is not carried out");
+    }
+}
+
+/// Stops the vCPUs of a VM. Good if they are stopped. `planned_growth`: how fast it grows, if a plan asks for it; what a
+/// user asks for stays until a user takes it back.
+pub async fn suspend(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    reason: String,
+    planned_growth: Option<u64>,
+) -> Result<(), SuspendError> {
     let _guard = lock(scheduler, entry).await?;
     let record = running(entry, "suspended")?;
-    if record.suspended.is_some() {
-        return Ok(());
-    }
     let suspension = Suspension {
         reason: reason.clone(),
         since_unix_ms: now_unix_ms(),
+        planned_growth,
     };
+    match &record.suspended {
+        None => {}
+        Some(now) if now.planned_growth.is_some() && planned_growth.is_none() => {
+            let since_unix_ms = now.since_unix_ms;
+            let suspension = Suspension {
+                since_unix_ms,
+                ..suspension
+            };
+            return Ok(set(scheduler, &record, Some(suspension)).await?);
+        }
+        Some(_) => return Ok(()),
+    }
     set(scheduler, &record, Some(suspension)).await?;
     let told = match scheduler.agent(&record.node) {
         Ok(agent) => agent.pause(record.id, record.epoch).await,
@@ -90,10 +138,31 @@ pub async fn suspend(scheduler: &Shared, entry: &Arc<VmEntry>, reason: String) -
 pub async fn resume(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), SuspendError> {
     let _guard = lock(scheduler, entry).await?;
     let record = running(entry, "resumed")?;
-    let Some(suspension) = record.suspended.clone() else {
-        return Ok(());
-    };
-    set(scheduler, &record, None).await?;
+    match record.suspended.clone() {
+        Some(suspension) => run_on(scheduler, &record, &suspension, &suspension.reason).await,
+        None => Ok(()),
+    }
+}
+
+/// The same for a plan, which does not take back what a user asked for.
+async fn resume_planned(scheduler: &Shared, entry: &Arc<VmEntry>, reason: &str) -> Result<(), SuspendError> {
+    let _guard = lock(scheduler, entry).await?;
+    let record = running(entry, "resumed")?;
+    match record.suspended.clone() {
+        Some(suspension) if suspension.planned_growth.is_some() => {
+            run_on(scheduler, &record, &suspension, reason).await
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn run_on(
+    scheduler: &Shared,
+    record: &VmRecord,
+    suspension: &Suspension,
+    reason: &str,
+) -> Result<(), SuspendError> {
+    set(scheduler, record, None).await?;
     let told = match scheduler.agent(&record.node) {
         Ok(agent) => agent.resume(record.id, record.epoch).await,
         Err(error) => Err(error),
@@ -103,10 +172,10 @@ pub async fn resume(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), Susp
         return Err(SuspendError::Later { vm, what, source });
     }
     let seconds = now_unix_ms().saturating_sub(suspension.since_unix_ms).max(0) / 1000;
-    let message = format!("runs on after {seconds} s ({})", suspension.reason);
+    let message = format!("runs on after {seconds} s ({reason})");
     scheduler
         .events
-        .publish(NewEvent::new(Kind::VmResumed, message).vm(&record));
+        .publish(NewEvent::new(Kind::VmResumed, message).vm(record));
     Ok(())
 }
 

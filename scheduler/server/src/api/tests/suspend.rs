@@ -121,3 +121,44 @@ async fn a_suspended_vm_can_be_stopped() {
     let vm = stopped.into_inner();
     assert_eq!((vm.phase(), vm.suspension), (VmPhase::Exited, None));
 }
+
+#[tokio::test]
+async fn a_plan_takes_back_what_a_plan_suspended_and_not_what_a_user_did() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    let hold = shoal_plan::Hold {
+        vm: shoal_plan::VmId::new(&vm.record().id.to_string()),
+        node: shoal_plan::NodeName::new("node1"),
+        growth: shoal_plan::BytesPerSecond(4096),
+        reason: "no room".to_owned(),
+    };
+    let (suspends, resumes) = (
+        shoal_plan::Plan {
+            suspend: vec![hold.clone()],
+            ..shoal_plan::Plan::default()
+        },
+        shoal_plan::Plan {
+            resume: vec![hold],
+            ..shoal_plan::Plan::default()
+        },
+    );
+    let carry_out = |plan| crate::execute::suspend::begin_planned(&cluster.scheduler, plan);
+    carry_out(&suspends);
+    until_running(&cluster, 0).await;
+    let seen = || observe::snapshot(&cluster.scheduler).vms[0].suspended_growth;
+    assert_eq!(seen(), Some(shoal_plan::BytesPerSecond(4096)));
+    carry_out(&resumes);
+    until_running(&cluster, 1).await;
+
+    carry_out(&suspends);
+    until_running(&cluster, 0).await;
+    let mine = suspend(&cluster, "mine").await.expect("it is so already");
+    assert_eq!(mine.message, "asked for by a user: mine");
+    assert_eq!(seen(), None, "no plan resumes it");
+    carry_out(&resumes);
+    // The call after it has the VM's lock after the plan had it.
+    suspend(&cluster, "mine").await.expect("it is so still");
+    assert_eq!(cluster.nodes[0].running(), 0);
+    resume(&cluster).await.expect("resumed");
+    assert_eq!(cluster.nodes[0].running(), 1);
+}

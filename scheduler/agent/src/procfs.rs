@@ -16,6 +16,8 @@ pub(crate) struct ProcessStat {
     pub(crate) state: char,
     /// User and system time of all threads, in ticks.
     pub(crate) cpu_ticks: u64,
+    /// How many threads the process has.
+    pub(crate) threads: u64,
     /// When it started, in ticks since the host's boot. With the pid it names one process for ever.
     pub(crate) start_ticks: u64,
 }
@@ -28,17 +30,25 @@ impl ProcessStat {
         let state = fields.next()?.chars().next()?;
         let user: u64 = fields.nth(10)?.parse().ok()?; // field 14
         let system: u64 = fields.next()?.parse().ok()?; // field 15
-        let start_ticks = fields.nth(6)?.parse().ok()?; // field 22
+        let threads = fields.nth(4)?.parse().ok()?; // field 20
+        let start_ticks = fields.nth(1)?.parse().ok()?; // field 22
         Some(Self {
             state,
             cpu_ticks: user.saturating_add(system),
+            threads,
             start_ticks,
         })
     }
 
-    /// Whether the process still runs: a zombie has ended.
+    /// Whether the process still runs. A zombie has ended, once no other thread is left: one that is killed may show its
+    /// first thread as a zombie while others still run, and hold its files and sockets.
     pub(crate) fn is_running(self) -> bool {
-        !matches!(self.state, 'Z' | 'X' | 'x')
+        !self.thread_has_ended() || self.threads > 1
+    }
+
+    /// The same of the one thread that the state is about.
+    fn thread_has_ended(self) -> bool {
+        matches!(self.state, 'Z' | 'X' | 'x')
     }
 }
 
@@ -169,7 +179,7 @@ pub(crate) fn is_stopped(pid: u32) -> io::Result<bool> {
             .as_deref()
             .and_then(ProcessStat::parse);
         // One that has just gone has no state.
-        if state.is_some_and(|stat| stat.is_running() && !matches!(stat.state, 'T' | 't')) {
+        if state.is_some_and(|stat| !stat.thread_has_ended() && !matches!(stat.state, 'T' | 't')) {
             return Ok(false);
         }
     }
@@ -202,6 +212,7 @@ mod tests {
                 ProcessStat {
                     state: 'S',
                     cpu_ticks: 300,
+                    threads: 5,
                     start_ticks: 98765
                 }
             );
@@ -215,6 +226,18 @@ mod tests {
         ] {
             assert_eq!(ProcessStat::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_process_has_ended_when_its_last_thread_has() {
+        let stat = |state, threads| ProcessStat {
+            state,
+            cpu_ticks: 0,
+            threads,
+            start_ticks: 1,
+        };
+        assert!(stat('S', 1).is_running() && stat('Z', 2).is_running());
+        assert!(!stat('Z', 1).is_running() && !stat('X', 0).is_running());
     }
 
     #[test]

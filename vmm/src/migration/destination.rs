@@ -15,6 +15,7 @@ use super::negotiate::{self, Prepared, Refusal};
 use super::pages::WrittenPages;
 use super::postcopy::destination::PostCopyError;
 use super::postcopy::page_set::PageSet;
+use super::sched::Gentleness;
 use super::transport::{AcceptError, Closer, Identity, Listener, Transport};
 use super::verify::{self, MemoryDigest, VerifyError};
 use super::wire::{
@@ -142,6 +143,8 @@ pub fn receive(
     hooks: VmHooks,
 ) -> Result<Received, DestinationError> {
     let deadline = Instant::now() + ACCEPT_TIMEOUT;
+    // Before the source comes: on one host with this, its threads would count.
+    let gentleness = Gentleness::of_host();
     let identity = incoming.identity.as_ref();
     let (mut control, preamble, hello) =
         greeting::accept_control(listener, identity, &incoming.prepared, false, deadline)?;
@@ -152,6 +155,7 @@ pub fn receive(
         arbiter,
         version: preamble.version,
         hello: &hello,
+        gentleness,
     };
     let outcome = arbiter
         .watch(control.stream())
@@ -184,6 +188,7 @@ struct Destination<'a> {
     arbiter: &'a Arbiter,
     version: u16,
     hello: &'a Hello,
+    gentleness: Gentleness,
 }
 
 impl Destination<'_> {
@@ -209,15 +214,22 @@ impl Destination<'_> {
         );
         let mut linked: Option<Linked> = None;
         let outcome = std::thread::scope(|scope| {
-            let outcome = receivers::start(scope, connections, vm.memory(), &written, &arrivals)
-                .and_then(|()| self.expect_state(control, &vm, Some(&arrivals), &mut linked))
-                .and_then(|saved| {
-                    let last_running = linked
-                        .as_ref()
-                        .map_or_else(|| arrivals.last_running(), |linked| linked.since);
-                    self.state(control, &vm, &saved, last_running, linked.as_ref())
-                })
-                .and_then(|()| self.await_commit(control, &vm));
+            let outcome = receivers::start(
+                scope,
+                connections,
+                vm.memory(),
+                &written,
+                &arrivals,
+                self.gentleness,
+            )
+            .and_then(|()| self.expect_state(control, &vm, Some(&arrivals), &mut linked))
+            .and_then(|saved| {
+                let last_running = linked
+                    .as_ref()
+                    .map_or_else(|| arrivals.last_running(), |linked| linked.since);
+                self.state(control, &vm, &saved, last_running, linked.as_ref())
+            })
+            .and_then(|()| self.await_commit(control, &vm));
             // Before the connections are closed, at which receivers fail that had not: that would pass for the cause.
             let cause = arrivals.failure();
             if outcome.is_err() || linked.is_none() {

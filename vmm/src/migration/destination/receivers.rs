@@ -156,8 +156,8 @@ pub fn start<'scope>(
     memory: &'scope GuestMemory,
     written: &'scope WrittenPages,
     arrivals: &'scope Arrivals,
+    gentleness: Gentleness,
 ) -> Result<(), DestinationError> {
-    let gentleness = Gentleness::of_host();
     for (index, mut connection) in connections.into_iter().enumerate() {
         std::thread::Builder::new()
             .name(format!("receive{index}"))

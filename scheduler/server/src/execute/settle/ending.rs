@@ -1,0 +1,43 @@
+//! What is told, and learnt, of a migration that has ended.
+
+use shoal_proto::vm::MigrationReport;
+
+use crate::execute::decide::Then;
+
+/// Why a migration that is closed did not come to its end.
+pub(super) fn reason(then: Then) -> &'static str {
+    match then {
+        Then::Stays => "the migration did not come to its end; the VM was not harmed",
+        Then::Resume => "the destination never ran the VM; the source resumed it",
+        Then::Exited => "the guest ended while it was being moved",
+        Then::Lost => "the source's VMM is gone, and the destination did not have all of the VM",
+        Then::Unknown => "the destination does not have the VM, and the source's node does not answer",
+    }
+}
+
+/// What an event tells of a report.
+pub(super) fn figures(report: &MigrationReport) -> String {
+    if report.passes == 0 {
+        return report.reason.clone();
+    }
+    #[expect(clippy::cast_precision_loss, reason = "microseconds, for people to read")]
+    let (downtime, total) = (report.downtime_us as f64 / 1e3, report.total_us as f64 / 1e6);
+    format!(
+        "downtime {downtime:.1} ms, total {total:.2} s, {} passes, {} sent",
+        report.passes,
+        bytesize::ByteSize::b(report.bytes_sent)
+    )
+}
+
+/// Bytes of memory per second that a migration got through its link; none where it was too short to tell, was held back by a
+/// cap, or used no link.
+pub(super) fn link_rate(report: &MigrationReport) -> Option<u64> {
+    const TELLING_BYTES: u64 = 64 << 20;
+    let bytes = report.pages_sent.saturating_mul(4096);
+    let cap = report.policy.and_then(|policy| policy.bandwidth_bytes_per_second);
+    if report.handed_over || report.post_copy || cap.is_some_and(|cap| cap > 0) || bytes < TELLING_BYTES {
+        return None;
+    }
+    let rate = u128::from(bytes) * 1_000_000 / u128::from(report.total_us.max(1));
+    u64::try_from(rate).ok()
+}

@@ -60,7 +60,7 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
             vm.view.cannot_move,
             None | Some(CannotMove::Locked | CannotMove::Settling)
         );
-        runs && may(vm)
+        runs && vm.view.in_flight.is_none() && may(vm)
     };
     cluster.staying(node).filter(allowed).min_by(|&a, &b| {
         let (a, b) = (&cluster.vms[a], &cluster.vms[b]);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use shoal_proto::vm::MigrationResult;
-use shoal_tests::guest;
+use shoal_tests::guest::{self, last_word as word};
 use shoal_tests::machine::Machine;
 use shoal_tests::pair::{Pair, Runner, Setup};
 use shoal_tests::vmm::outgoing;
@@ -11,20 +11,6 @@ use shoal_tests::vmm::outgoing;
 /// How long the pause is made, in ms: longer than anything else here, so that a clock that stood still is found out.
 const PAUSE: u64 = 2_000;
 const MAX_DOWNTIME: Duration = Duration::from_secs(5);
-
-/// A word of the last heartbeat.
-fn word(console: &str, name: &str) -> u64 {
-    let line = console
-        .lines()
-        .rfind(|line| line.starts_with("hb ") && line.contains("checked="));
-    let found = line.and_then(|line| {
-        let value = line
-            .split(' ')
-            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
-        value.trim().parse().ok()
-    });
-    found.unwrap_or_else(|| panic!("no {name}= in the last heartbeat of:\n{}", guest::tail(console)))
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_guests_clocks_go_on_by_the_length_of_the_pause() {

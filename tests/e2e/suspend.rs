@@ -1,25 +1,11 @@
 //! A VM's vCPUs are stopped where it is, and run on unharmed.
 
 use shoal_tests::cluster::{Cluster, Shape};
-use shoal_tests::guest;
+use shoal_tests::guest::{self, last_word as word};
 use shoal_tests::machine::Machine;
 use shoal_tests::wait::{self, seconds};
 
 use crate::CALM;
-
-/// A word of the last heartbeat.
-fn word(console: &str, name: &str) -> u64 {
-    let line = console
-        .lines()
-        .rfind(|line| line.starts_with("hb ") && line.contains("checked="));
-    let found = line.and_then(|line| {
-        let value = line
-            .split(' ')
-            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
-        value.trim().parse().ok()
-    });
-    found.unwrap_or_else(|| panic!("no {name}= in the last heartbeat of:\n{}", guest::tail(console)))
-}
 
 fn beats(cluster: &Cluster) -> usize {
     guest::heartbeats(&cluster.logs("sleepy")).len()

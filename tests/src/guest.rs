@@ -73,6 +73,21 @@ pub fn heartbeats(console: &str) -> Vec<Heartbeat> {
     complete_lines(console).filter_map(Heartbeat::parse).collect()
 }
 
+/// A number of the last heartbeat that has them all.
+#[must_use]
+pub fn last_word(console: &str, name: &str) -> u64 {
+    let line = console
+        .lines()
+        .rfind(|line| line.starts_with("hb ") && line.contains("checked="));
+    let found = line.and_then(|line| {
+        let value = line
+            .split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
+        value.trim().parse().ok()
+    });
+    found.unwrap_or_else(|| panic!("no {name}= in the last heartbeat of:\n{}", tail(console)))
+}
+
 /// Whether the heartbeats are without hole or repeat, the guest's clock rises and no page was ever corrupt.
 ///
 /// # Errors

@@ -235,15 +235,6 @@ impl Vm {
         }
     }
 
-    /// Tells a guest that uses kvmclock that its vCPUs have been stopped, so that its watchdogs do not take the pause for a
-    /// lockup. vCPUs must be paused.
-    pub fn tell_paused(&self) {
-        for vcpu in &self.vcpus {
-            // EINVAL: this guest does not use kvmclock, and has no way to be told.
-            let _ = vcpu.fd().kvmclock_ctrl();
-        }
-    }
-
     /// What holds each vCPU back, for [`crate::throttle`].
     #[must_use]
     pub fn brakes(&self) -> Vec<Brake> {

@@ -1,7 +1,7 @@
 //! One round: ushering, then draining, then rules, then rebalancing or packing, sharing the limits on migrations at once.
 //! What ushering had suspended is resumed where its node has room again.
 
-use crate::action::{Hold, Plan};
+use crate::action::Plan;
 use crate::cluster::Cluster;
 use crate::comply::comply;
 use crate::drain::drain;
@@ -40,8 +40,9 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
         _ => {}
     }
     // One that is moved for another reason, such as a drain, need not stand still.
-    let moved = |hold: &Hold| plan.actions.iter().any(|action| action.vm == hold.vm);
-    plan.suspend = plan.suspend.iter().filter(|hold| !moved(hold)).cloned().collect();
+    let actions = &plan.actions;
+    plan.suspend
+        .retain(|hold| actions.iter().all(|action| action.vm != hold.vm));
     plan.score_after = cluster.score();
     plan
 }

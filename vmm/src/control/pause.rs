@@ -1,7 +1,7 @@
 //! Pause and resume in place: the VM stays as it is in this process, and its vCPUs do not run.
 //!
 //! Nothing is done to the guest's clocks. KVM's kvmclock and the TSC go on while no vCPU runs, so that afterwards the guest's
-//! monotonic time is ahead by the pause and its real time is right: the same as after a migration.
+//! monotonic time is ahead by the pause and its real time is right: the same as after a migration. vCPUs tell it of the pause when they run on.
 
 use shoal_proto::Epoch;
 use shoal_proto::vm::{VmState, VmStatus};
@@ -30,7 +30,6 @@ impl Control {
                     self.take_guest_end();
                     return Err(self.wrong_state("only a running VM is paused"));
                 }
-                vm.tell_paused();
                 self.state = State::Paused(vm);
                 self.publish(VmState::Paused, "paused on request");
                 Ok(self.status.borrow().clone())

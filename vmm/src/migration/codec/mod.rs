@@ -144,7 +144,7 @@ impl Encoder {
     /// with [`DeltaCache::forget`]. `resent`: pages of a later pass. With compression `auto` it is mostly false where
     /// compression does not pay, and true now and then to find out.
     pub fn wants(&mut self, resent: bool) -> bool {
-        if self.compression == Compression::Off {
+        if !self.learns() {
             return false;
         }
         let plan = self.chooser.plan(resent);
@@ -154,6 +154,12 @@ impl Encoder {
         }
         let for_delta = resent && self.rest == 0 && self.cache.is_enabled() && self.is_link_slow();
         plan.method != Method::Raw || for_delta
+    }
+
+    /// Whether how long frames take decides anything.
+    #[must_use]
+    pub fn learns(&self) -> bool {
+        self.compression != Compression::Off
     }
 
     /// From here on nothing is compressed to find out whether that pays.
@@ -250,7 +256,7 @@ impl Encoder {
         }
     }
 
-    /// To be called after each frame with pages, whether encoded here or not: how it was to send it, and how long a
+    /// To be called after each frame with pages if it [`Self::learns`], whether the frame was encoded here or not: how it was to send it, and how long a
     /// bandwidth cap had held it back before.
     pub fn sent(&mut self, wire_bytes: usize, spent: Spent, held_back: Duration) {
         let now = Instant::now();

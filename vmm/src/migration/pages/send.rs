@@ -264,13 +264,15 @@ impl<'a> PageSender<'a> {
             self.frame.encode(&mut self.meta);
         }
         // Encoding is no part of what the connection takes: counted in, a link would look as slow as the compression.
-        let sending = Stopwatch::start();
+        let sending = self.encoder.learns().then(Stopwatch::start);
         // SAFETY: the parts are guest memory, which `memory` keeps mapped, or the encoder's payload, which lives on.
         unsafe { connection.send_with_pages(FrameKind::PageRuns, &self.meta, &mut self.parts) }?;
-        let spent = sending.stop();
+        let spent = sending.map(Stopwatch::stop);
         self.last_frame = Instant::now();
-        let wire_bytes = usize::try_from(connection.bytes_sent() - before).unwrap_or(usize::MAX);
-        self.encoder.sent(wire_bytes, spent, held_back);
+        if let Some(spent) = spent {
+            let wire_bytes = usize::try_from(connection.bytes_sent() - before).unwrap_or(usize::MAX);
+            self.encoder.sent(wire_bytes, spent, held_back);
+        }
         self.frame.clear();
         Ok(())
     }

@@ -8,13 +8,13 @@ use shoal_tests::wait::{self, seconds};
 
 use crate::CALM;
 
-fn cluster(machine: Machine, shape: &Shape) -> Cluster {
+fn cluster(machine: Machine, shape: Shape) -> Cluster {
     Cluster::start(
         machine,
         &Shape {
             node_memory: "1GiB",
             node_cpus: 32,
-            ..*shape
+            ..shape
         },
     )
 }
@@ -56,7 +56,7 @@ fn rules_and_locks_hold_for_guests_that_run() {
         automatic: true,
         ..Shape::default()
     };
-    let cluster = cluster(machine, &shape);
+    let cluster = cluster(machine, shape);
     let shoal = &cluster.shoal;
     shoal.ok(&["node", "label", "node2", "disk=ssd"]);
     shoal.ok(&["node", "taint", "node3", "dedicated=db"]);
@@ -110,7 +110,7 @@ fn what_waits_in_the_queue_runs_when_there_is_room() {
         nodes: 1,
         ..Shape::default()
     };
-    let cluster = cluster(machine, &shape);
+    let cluster = cluster(machine, shape);
     let large = ["--memory", "900MiB"];
     let queue = |name| {
         let words = ["run", "probe", "--detach", "--queue", "--name", name];
@@ -157,7 +157,7 @@ fn expelled_guests_are_brought_back() {
         automatic: true,
         ..Shape::default()
     };
-    let cluster = cluster(machine, &shape);
+    let cluster = cluster(machine, shape);
     let names = ["a", "b", "c"];
     for name in names {
         run(&cluster, name, &["--node", "node1"]);

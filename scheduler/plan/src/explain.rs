@@ -95,7 +95,7 @@ pub fn explain(snapshot: &ClusterSnapshot, policy: &Policy, vm: &VmId) -> Option
     let plan = round(snapshot, policy);
     let verdict = verdict(&cluster, number, terms, &nodes, &plan);
     Some(Explanation {
-        name: vm.view.name.clone(),
+        name: vm.view.name.to_string(),
         node: vm.view.node.clone(),
         cpus: vm.demand,
         memory: bytes(vm.resident),

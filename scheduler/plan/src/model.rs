@@ -248,8 +248,8 @@ pub struct InFlight {
 pub struct VmView {
     /// Unique in the snapshot.
     pub id: VmId,
-    /// Its name, for the reasons people read.
-    pub name: String,
+    /// Its name, for the reasons people read. Cloning it is cheap.
+    pub name: Arc<str>,
     /// Where it is.
     pub node: NodeName,
     /// Virtual CPUs.
@@ -296,7 +296,7 @@ impl VmView {
     pub fn new(id: &str, node: &str, cpus: u32, declared: Bytes) -> Self {
         Self {
             id: VmId::new(id),
-            name: id.to_owned(),
+            name: Arc::from(id),
             node: NodeName::new(node),
             cpus,
             declared,

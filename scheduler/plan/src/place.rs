@@ -169,7 +169,7 @@ pub fn place_migration(
     let number = cluster.vms.binary_search_by(|other| other.view.id.cmp(vm));
     let number = number.map_err(|_| MigrateError::UnknownVm(vm.clone()))?;
     let vm = &cluster.vms[number];
-    let vm_name = || vm.view.name.clone();
+    let vm_name = || vm.view.name.to_string();
     let asked = match node {
         Some(name) => Some(
             cluster
@@ -237,7 +237,7 @@ pub fn place_handover(
     let number = cluster.vms.binary_search_by(|other| other.view.id.cmp(vm));
     let number = number.map_err(|_| MigrateError::UnknownVm(vm.clone()))?;
     let vm = &cluster.vms[number];
-    let (name, node) = (vm.view.name.clone(), &cluster.nodes[vm.node]);
+    let (name, node) = (vm.view.name.to_string(), &cluster.nodes[vm.node]);
     let immobile = cluster.immobile(number, std::time::Duration::ZERO);
     // It stays where it is locked to.
     if let Some(reason) = immobile.filter(|why| *why != Immobile::Told(CannotMove::Locked)) {

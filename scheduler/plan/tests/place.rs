@@ -259,7 +259,11 @@ fn a_vm_never_goes_where_one_node_has_a_certificate_and_the_other_has_none() {
         let node = nodes.find(|node| node.name.as_str() == name);
         node.expect("there").migration_tls = has;
     };
-    let home = snapshot.vms.iter().find(|vm| vm.name == "small").expect("there");
+    let home = snapshot
+        .vms
+        .iter()
+        .find(|vm| &*vm.name == "small")
+        .expect("there");
     let home = home.node.as_str().to_owned();
     assert!(migrate(&snapshot, "small", Some("node4")).is_ok());
 

@@ -17,6 +17,10 @@ use crate::record::{Cordon, Intent, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
+/// From so many VMs on they are looked at by several threads, at most so many.
+const WORTH_THREADS: usize = 10_000;
+const MOST_THREADS: usize = 4;
+
 /// Takes a node's report, which lists every VM of the node.
 pub fn report(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, report: &Report) {
     let vms: Vec<_> = report
@@ -98,13 +102,38 @@ pub fn announce_liveness(scheduler: &Scheduler, entry: &NodeEntry) {
     scheduler.events.publish(event.node(&node.name));
 }
 
+/// Nodes by name with what the planner calls them, for one look at all VMs: to find each VM's node in the table would take
+/// longer than all the rest.
+struct Hosts(HashMap<NodeName, (Arc<NodeEntry>, shoal_plan::NodeName)>);
+
+impl Hosts {
+    fn new(nodes: &[Arc<NodeEntry>]) -> Self {
+        let named = |entry: &Arc<NodeEntry>| {
+            let name = entry.record().name;
+            let plan_name = shoal_plan::NodeName::new(name.as_str());
+            (name, (Arc::clone(entry), plan_name))
+        };
+        Self(nodes.iter().map(named).collect())
+    }
+
+    fn seen(&self, node: &NodeName, vm: VmId, epoch: Epoch) -> Option<ObservedVm> {
+        self.0
+            .get(node)
+            .and_then(|(entry, _)| entry.observed_vm(vm, epoch))
+    }
+
+    fn name(&self, node: &NodeName) -> shoal_plan::NodeName {
+        let known = self.0.get(node).map(|(_, name)| name.clone());
+        known.unwrap_or_else(|| shoal_plan::NodeName::new(node.as_str()))
+    }
+}
+
 /// The cluster as the planner is told of it.
 pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
+    let all = scheduler.nodes.list();
+    let hosts = Hosts::new(&all);
     let entries = scheduler.vms.list();
-    let vms = entries
-        .iter()
-        .filter_map(|entry| vm_view(scheduler, entry))
-        .collect();
+    let vms = vm_views(scheduler, &hosts, &entries);
     let mut kinds: BTreeSet<CpuDigest> = scheduler.cpus.baseline().into_iter().collect();
     for entry in &entries {
         if let Some(cpu) = entry.record().cpu.as_ref().filter(|cpu| !kinds.contains(*cpu)) {
@@ -113,7 +142,6 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     }
     let mut lacks = HashMap::new();
     let mut nodes: Vec<NodeView> = vec![];
-    let all = scheduler.nodes.list();
     let typical = typical_speed(&all);
     for entry in all {
         let mut view = node_view(&entry);
@@ -230,7 +258,35 @@ fn dirty_rate(entry: &VmEntry, seen: Option<&ObservedVm>, migrates: bool) -> Opt
     }
 }
 
-fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
+/// All VMs, in the order of the entries. In a large cluster that is mostly waiting for memory, which threads do at once. They
+/// allocate nothing: what each thread's allocator keeps would add up.
+fn vm_views(scheduler: &Scheduler, hosts: &Hosts, entries: &[Arc<VmEntry>]) -> Vec<VmView> {
+    let look = |entries: &[Arc<VmEntry>], views: &mut [Option<VmView>]| {
+        for (entry, view) in entries.iter().zip(views) {
+            *view = vm_view(scheduler, hosts, entry);
+        }
+    };
+    let mut views: Vec<Option<VmView>> = Vec::new();
+    views.resize_with(entries.len(), || None);
+    let threads = match entries.len() {
+        ..WORTH_THREADS => 1,
+        _ => std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(MOST_THREADS),
+    };
+    let part = entries.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let mut parts = entries.chunks(part).zip(views.chunks_mut(part));
+        let own = parts.next();
+        for (entries, views) in parts {
+            scope.spawn(move || look(entries, views));
+        }
+        own.into_iter().for_each(|(entries, views)| look(entries, views));
+    });
+    views.into_iter().flatten().collect()
+}
+
+fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmView> {
     let record = entry.record();
     let migration = scheduler.migrations.get(record.id);
     let cannot_move = match &record.phase {
@@ -256,25 +312,23 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
-    let seen = scheduler
-        .nodes
-        .get(&record.node)
-        .and_then(|node| node.observed_vm(record.id, record.epoch));
+    let seen = hosts.seen(&record.node, record.id, record.epoch);
     let leaving = migration.filter(|open| open.intent.to != record.node);
     let in_flight = leaving.map(|open| {
         let intent = &open.intent;
-        let there = scheduler
-            .nodes
-            .get(&intent.to)
-            .and_then(|node| node.observed_vm(intent.vm, intent.epoch));
+        let there = hosts.seen(&intent.to, intent.vm, intent.epoch);
         InFlight {
-            to: shoal_plan::NodeName::new(intent.to.as_str()),
+            to: hosts.name(&intent.to),
             received: Bytes(there.map_or(0, |seen| seen.facts.resident_bytes)),
         }
     });
-    let id = record.id.to_string();
+    let (id, name) = entry.for_planner();
     Some(VmView {
-        name: record.name.to_string(),
+        id,
+        node: hosts.name(&record.node),
+        cpus: record.cpus,
+        declared: Bytes(record.memory_bytes),
+        name,
         resident: seen.as_ref().map(|seen| Bytes(seen.facts.resident_bytes)),
         cpu_use: seen.as_ref().map_or(0.0, |seen| seen.cpu.value()),
         growth: seen
@@ -298,10 +352,6 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
             .suspended
             .as_ref()
             .and_then(|suspension| suspension.planned_growth.map(BytesPerSecond)),
-        home: record
-            .home
-            .as_ref()
-            .map(|home| shoal_plan::NodeName::new(home.as_str())),
-        ..VmView::new(&id, record.node.as_str(), record.cpus, Bytes(record.memory_bytes))
+        home: record.home.as_ref().map(|home| hosts.name(home)),
     })
 }

@@ -1,6 +1,6 @@
 //! All VMs in memory: a copy of what the store holds, found by id, name and node.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use shoal_proto::{NodeName, VmId, VmName, cluster};
@@ -18,6 +18,8 @@ pub type VmGuard = OwnedMutexGuard<()>;
 /// One VM.
 #[derive(Debug)]
 pub struct VmEntry {
+    /// Its id and name as the planner has them.
+    for_planner: (shoal_plan::VmId, Arc<str>),
     record: watch::Sender<Arc<VmRecord>>,
     operation: Arc<tokio::sync::Mutex<()>>,
     migrations: Mutex<VecDeque<cluster::Migration>>,
@@ -27,11 +29,20 @@ pub struct VmEntry {
 impl VmEntry {
     fn new(record: Arc<VmRecord>) -> Arc<Self> {
         Arc::new(Self {
+            for_planner: (
+                shoal_plan::VmId::new(&record.id.to_string()),
+                Arc::from(record.name.to_string()),
+            ),
             record: watch::Sender::new(record),
             operation: Arc::default(),
             migrations: Mutex::default(),
             dirty_rate: Mutex::default(),
         })
+    }
+
+    /// Its id and name as the planner has them; cloning them is cheap.
+    pub fn for_planner(&self) -> (shoal_plan::VmId, Arc<str>) {
+        self.for_planner.clone()
     }
 
     /// The record as it is stored.
@@ -115,7 +126,8 @@ pub struct NameTaken(pub VmName);
 
 #[derive(Debug, Default)]
 struct Index {
-    by_id: BTreeMap<VmId, Arc<VmEntry>>,
+    /// Looked into for every VM of every report, so not kept in order.
+    by_id: HashMap<VmId, Arc<VmEntry>>,
     by_name: HashMap<VmName, VmId>,
     /// VMs that have not ended.
     by_node: HashMap<NodeName, BTreeSet<VmId>>,
@@ -158,9 +170,12 @@ impl VmTable {
         index.by_id.get(&id).cloned()
     }
 
-    /// Every VM.
+    /// Every VM, by id.
     pub fn list(&self) -> Vec<Arc<VmEntry>> {
-        self.read().by_id.values().cloned().collect()
+        let by_id = |(id, entry): (&VmId, &Arc<VmEntry>)| (*id, Arc::clone(entry));
+        let mut all: Vec<_> = self.read().by_id.iter().map(by_id).collect();
+        all.sort_unstable_by_key(|(id, _)| *id);
+        all.into_iter().map(|(_, entry)| entry).collect()
     }
 
     /// VMs that have not ended and whose owner is this node.

@@ -17,11 +17,7 @@ impl Gentleness {
     /// By what the host has to do now, the calling thread not counted.
     #[must_use]
     pub fn of_host() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-        let runnable = std::fs::read_to_string("/proc/loadavg")
-            .ok()
-            .and_then(|text| parse_runnable(&text));
-        Self(niceness(runnable.unwrap_or(0), cpus))
+        Self(niceness(runnable().unwrap_or(0), cpus()))
     }
 
     /// From now on the calling thread gives way to vCPUs. It cannot take that back. Where the host refuses, nothing changes.
@@ -37,6 +33,25 @@ impl Gentleness {
             tracing::debug!(error = %std::io::Error::last_os_error(), "migration thread keeps its priority");
         }
     }
+}
+
+/// CPUs of the host that have nothing to do now, the calling thread's own among them; at least one.
+#[must_use]
+pub fn idle_cpus() -> usize {
+    usize::try_from(idle(runnable().unwrap_or(1), cpus())).unwrap_or(1)
+}
+
+fn idle(runnable: u64, cpus: u64) -> u64 {
+    cpus.saturating_sub(runnable.saturating_sub(1)).max(1)
+}
+
+fn cpus() -> u64 {
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
+}
+
+/// Threads of the host that run or want to, the calling one among them.
+fn runnable() -> Option<u64> {
+    parse_runnable(&std::fs::read_to_string("/proc/loadavg").ok()?)
 }
 
 /// How a thread spent some time.
@@ -134,6 +149,14 @@ mod tests {
         assert_eq!(parse_runnable("2.60 2.96"), None);
         assert_eq!(niceness(3, 2), GENTLE);
         assert_eq!(niceness(4, 2), GENTLE_ON_A_BUSY_HOST);
+    }
+
+    #[test]
+    fn a_guest_that_runs_leaves_one_cpu_of_two() {
+        assert_eq!(idle(1, 2), 2);
+        assert_eq!(idle(2, 2), 1);
+        assert_eq!(idle(40, 8), 1);
+        assert_eq!(idle(0, 8), 8);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::negotiate;
 use super::pages::PageCounts;
 use super::policy::Policy;
 use super::report::{Downtime, Recorder};
+use super::sched;
 use super::transport::{Address, Closer, Identity, Transport, TransportError};
 use super::verify::{self};
 use super::wire::{
@@ -150,6 +151,7 @@ fn run(
         recorder,
         control: Connection::new(transport),
         data: vec![],
+        connections: wanted_connections(&request.policy),
         shared: Shared::new(1),
         handover,
         round_trip: Duration::MAX,
@@ -198,6 +200,14 @@ fn connect(request: &Outgoing, controls: &Controls) -> Result<Transport, SourceE
     Ok(transport)
 }
 
+/// One more thread than there are idle CPUs would not send sooner, and takes a CPU from a vCPU.
+fn wanted_connections(policy: &Policy) -> usize {
+    match policy.connections {
+        0 => sched::idle_cpus().min(MOST_BY_ITSELF),
+        asked => usize::try_from(asked).unwrap_or(1),
+    }
+}
+
 /// Says what a connection is for. Gives how long the answer took.
 fn attach(
     request: &Outgoing,
@@ -228,6 +238,8 @@ struct Source<'a> {
     control: Connection<Transport>,
     /// To end the data connections.
     data: Vec<Closer>,
+    /// Data connections to make.
+    connections: usize,
     shared: Shared,
     /// Memory goes by file descriptor.
     handover: bool,
@@ -338,7 +350,7 @@ impl Source<'_> {
         hello.connections = if self.handover {
             0
         } else {
-            u32::try_from(self.wanted_connections()).unwrap_or(1)
+            u32::try_from(self.connections).unwrap_or(1)
         };
         self.control.send_preamble(Role::Control)?;
         self.control.send(FrameKind::Hello, &hello)?;
@@ -355,17 +367,8 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn wanted_connections(&self) -> usize {
-        match self.request.policy.connections {
-            0 => std::thread::available_parallelism()
-                .map_or(1, usize::from)
-                .clamp(1, MOST_BY_ITSELF),
-            asked => usize::try_from(asked).unwrap_or(1),
-        }
-    }
-
     fn connect_data(&mut self) -> Result<Vec<Connection<Transport>>, SourceError> {
-        let count = self.wanted_connections();
+        let count = self.connections;
         let by_link = self.request.policy.connections == 0;
         self.shared = Shared::new(if by_link { 1 } else { count });
         let mut connections = vec![];

@@ -25,6 +25,7 @@ pub struct RebalanceArgs {
 struct RebalanceView {
     dry_run: bool,
     moves: Vec<MoveView>,
+    holds: Vec<HoldView>,
     score_before: f64,
     score_after: f64,
     summary: String,
@@ -38,6 +39,14 @@ struct MoveView {
     from: String,
     to: String,
     kind: String,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct HoldView {
+    vm: String,
+    node: String,
+    action: String,
     reason: String,
 }
 
@@ -69,9 +78,16 @@ fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
         kind: m.kind,
         reason: m.reason,
     });
+    let holds = response.holds.into_iter().map(|hold| HoldView {
+        vm: hold.vm,
+        node: hold.node,
+        action: hold.action,
+        reason: hold.reason,
+    });
     RebalanceView {
         dry_run,
         moves: moves.collect(),
+        holds: holds.collect(),
         score_before: response.score_before,
         score_after: response.score_after,
         summary: response.summary,
@@ -88,6 +104,13 @@ fn text(view: &RebalanceView) -> String {
             .iter()
             .map(|m| [&m.kind, &m.vm, &m.from, &m.to, &m.reason].map(Clone::clone));
         parts.push(table(["WHY", "VM", "FROM", "TO", "REASON"], rows));
+    }
+    if !view.holds.is_empty() {
+        let rows = view
+            .holds
+            .iter()
+            .map(|hold| [&hold.action, &hold.vm, &hold.node, &hold.reason].map(Clone::clone));
+        parts.push(table(["ACTION", "VM", "NODE", "REASON"], rows));
     }
     if !view.results.is_empty() {
         parts.push(migration_table(&view.results));

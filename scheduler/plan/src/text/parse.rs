@@ -186,7 +186,8 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     let on = fields.required("node", NAME, parse_name)?;
     let cpus = fields.required("cpus", COUNT, parse_cpus)?;
     let mut vm = VmView::new(id, &on, cpus, Bytes(fields.required("memory", SIZE, parse_size)?));
-    fields.set("name", NAME, parse_name, &mut vm.name)?;
+    let named = |text: &str| parse_name(text).map(Arc::from);
+    fields.set("name", NAME, named, &mut vm.name)?;
     fields.set(
         "resident",
         SIZE,

@@ -120,7 +120,7 @@ fn print_node(node: &NodeView) -> String {
 
 fn print_vm(vm: &VmView) -> String {
     let mut line = Line(format!("vm {}", print_name(vm.id.as_str())));
-    if vm.name != vm.id.as_str() && !vm.name.is_empty() {
+    if *vm.name != *vm.id.as_str() && !vm.name.is_empty() {
         line.field("name", &print_name(&vm.name));
     }
     line.field("node", &print_name(vm.node.as_str()));

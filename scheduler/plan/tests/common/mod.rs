@@ -28,7 +28,7 @@ pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
             };
             for (number, (mut vm, on, to)) in vms.into_iter().enumerate() {
                 vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));
-                vm.name = format!("name{number}");
+                vm.name = format!("name{number}").into();
                 vm.node = snapshot.nodes[on].name.clone();
                 match &mut vm.in_flight {
                     Some(flight) if on != to => flight.to = snapshot.nodes[to].name.clone(),

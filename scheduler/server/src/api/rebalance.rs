@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use shoal_plan::{NodeName, Plan, Policy};
-use shoal_proto::cluster::{Migration, PlannedMove, RebalanceRequest, RebalanceResponse};
+use shoal_plan::{Hold, NodeName, Plan, Policy};
+use shoal_proto::cluster::{Migration, PlannedHold, PlannedMove, RebalanceRequest, RebalanceResponse};
 use tonic::Status;
 
 use super::errors;
@@ -66,12 +66,28 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
             kind: action.kind.to_string(),
         })
         .collect();
+    let hold = |action: &str, hold: &Hold| PlannedHold {
+        vm: name(&hold.vm),
+        node: hold.node.to_string(),
+        action: action.to_owned(),
+        reason: hold.reason.clone(),
+    };
+    let suspend = plan.suspend.iter().map(|vm| hold("suspend", vm));
+    let resume = plan.resume.iter().map(|vm| hold("resume", vm));
     let notes: Vec<&str> = plan.notes.iter().map(|note| note.text.as_str()).collect();
     let mut summary = match moves.len() {
         0 => "nothing to move".to_owned(),
         1 => "1 move".to_owned(),
         many => format!("{many} moves"),
     };
+    for (count, what) in [
+        (plan.suspend.len(), "to suspend"),
+        (plan.resume.len(), "to resume"),
+    ] {
+        if count > 0 {
+            summary = format!("{summary}; {count} {what}");
+        }
+    }
     if !plan.empty_nodes.is_empty() {
         let names: Vec<&str> = plan.empty_nodes.iter().map(NodeName::as_str).collect();
         summary = format!("{summary}; empty then: {}", names.join(", "));
@@ -85,6 +101,7 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
         score_after: plan.score_after,
         summary,
         results,
+        holds: suspend.chain(resume).collect(),
         empty_nodes: plan.empty_nodes.iter().map(ToString::to_string).collect(),
     }
 }

@@ -1,6 +1,6 @@
 //! Suspend and resume, against scripted nodes.
 
-use shoal_proto::cluster::{ResumeVmRequest, SuspendVmRequest, Vm};
+use shoal_proto::cluster::{RebalanceRequest, ResumeVmRequest, SuspendVmRequest, Vm};
 
 use super::*;
 use crate::observe;
@@ -147,6 +147,21 @@ async fn a_plan_takes_back_what_a_plan_suspended_and_not_what_a_user_did() {
     until_running(&cluster, 0).await;
     let seen = || observe::snapshot(&cluster.scheduler).vms[0].suspended_growth;
     assert_eq!(seen(), Some(shoal_plan::BytesPerSecond(4096)));
+    let dry_run = RebalanceRequest {
+        dry_run: true,
+        ..RebalanceRequest::default()
+    };
+    let shown = api(&cluster)
+        .rebalance(Request::new(dry_run))
+        .await
+        .expect("planned");
+    let shown = shown.into_inner();
+    let holds = shown.holds.iter();
+    let holds: Vec<_> = holds
+        .map(|hold| (hold.action.as_str(), hold.vm.as_str(), hold.node.as_str()))
+        .collect();
+    assert_eq!(holds, [("resume", "a", "node1")]);
+    assert_eq!(shown.summary, "nothing to move; 1 to resume");
     carry_out(&resumes);
     until_running(&cluster, 1).await;
 

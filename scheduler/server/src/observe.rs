@@ -252,7 +252,6 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         {
             Some(CannotMove::Settling)
         }
-        Phase::Running if record.suspended.is_some() => Some(CannotMove::Suspended),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
@@ -294,6 +293,7 @@ fn vm_view(scheduler: &Scheduler, entry: &VmEntry) -> Option<VmView> {
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,
+        suspended: record.suspended.is_some(),
         suspended_growth: record
             .suspended
             .as_ref()

@@ -10,7 +10,7 @@ use shoal_tests::wait::{self, seconds};
 use crate::CALM;
 
 /// Of every migration, wherever it is shown.
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "id",
     "started_at",
     "policy",
@@ -32,6 +32,7 @@ const KEYS: [&str; 21] = [
     "pages_sent",
     "zero_pages",
     "tls",
+    "suspended",
 ];
 
 #[test]

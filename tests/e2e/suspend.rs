@@ -1,4 +1,4 @@
-//! A VM's vCPUs are stopped where it is, and run on unharmed.
+//! A VM's vCPUs are stopped, and run on unharmed, where it was or where it has been moved meanwhile.
 
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::guest::{self, last_word as word};
@@ -25,15 +25,13 @@ fn settled(cluster: &Cluster) -> usize {
 }
 
 #[test]
-fn a_suspended_guest_stands_still_and_goes_on_unharmed() {
+fn a_suspended_guest_stands_still_also_when_it_is_moved_and_goes_on_unharmed() {
     let Some(machine) = Machine::with_kvm("suspend and resume of a probe") else {
         return;
     };
     let mut cluster = Cluster::start(machine, &Shape::default());
     let id = cluster.run_probe("sleepy", "node1", "128MiB", CALM);
     cluster.wait_for_heartbeats("sleepy", 2);
-    let vmm = cluster.only_vmm(&id);
-
     let suspended = cluster.shoal.json(&["suspend", "sleepy", "--reason", "a test"]);
     assert_eq!(suspended[0]["state"], "suspended", "{suspended}");
     let stopped_at = settled(&cluster);
@@ -41,11 +39,32 @@ fn a_suspended_guest_stands_still_and_goes_on_unharmed() {
     let again = cluster.shoal.json(&["suspend", "sleepy"]);
     assert_eq!(again[0]["suspended"]["reason"], "asked for by a user: a test");
 
-    let refused = cluster.shoal.fails(&["migrate", "sleepy", "--to", "node2"]);
-    assert!(refused.stderr.contains("resume it first"), "{refused:?}");
+    let moved = cluster
+        .shoal
+        .json(&["migrate", "sleepy", "--to", "node2", "--verify"]);
+    assert_eq!(
+        (&moved["result"], &moved["suspended"], &moved["downtime_ms"]),
+        (&"completed".into(), &true.into(), &0.0.into()),
+        "{moved}"
+    );
+    let there = cluster.vm("sleepy");
+    assert_eq!(
+        (&there["state"], &there["node"], &there["epoch"]),
+        (&"suspended".into(), &"node2".into(), &2.into()),
+        "{there}"
+    );
+    // To a new VMM on its node, too.
+    let within = cluster.shoal.json(&["migrate", "sleepy", "--to", "node2"]);
+    assert_eq!(
+        (&within["result"], &within["suspended"]),
+        (&"completed".into(), &true.into()),
+        "{within}"
+    );
+    let vmm = cluster.only_vmm(&id);
+    assert_eq!((vmm.node.as_str(), vmm.epoch), ("node2", 3));
 
     // Neither a new agent nor a new scheduler lets it run.
-    for daemon in ["node1", "scheduler"] {
+    for daemon in ["node2", "scheduler"] {
         cluster.kill_daemon(daemon);
         cluster.start_daemon(daemon);
         cluster.wait_for_state("sleepy", "suspended", seconds(60));
@@ -76,11 +95,17 @@ fn a_suspended_guest_stands_still_and_goes_on_unharmed() {
         "the guest is told that it was stopped: {}",
         guest::tail(&after)
     );
-    let report = cluster.shoal.json(&["migrate", "sleepy", "--to", "node2"]);
-    assert_eq!(report["result"], "completed", "{report}");
-    cluster.wait_for_heartbeats("sleepy", 1);
 
     cluster.shoal.ok(&["suspend", "sleepy"]);
+    let stopped_at = settled(&cluster);
+    cluster.shoal.ok(&["drain", "node2"]);
+    let drained = cluster.vm("sleepy");
+    assert_eq!(
+        (&drained["state"], &drained["node"]),
+        (&"suspended".into(), &"node1".into()),
+        "{drained}"
+    );
+    assert_eq!(settled(&cluster), stopped_at, "it ran on its way");
     cluster.shoal.ok(&["stop", "sleepy"]);
     assert_eq!(cluster.vm("sleepy")["state"], "exited");
     let kinds = |kind: &str| cluster.events_of_kind(kind).len();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use shoal_proto::vm::{
-    AbortIncomingRequest, GetStatusRequest, MemoryBacking, MigrationReport, MigrationResult,
+    AbortIncomingRequest, GetStatusRequest, MemoryBacking, MigrationReport, MigrationResult, PauseRequest,
     PrepareIncomingRequest, ResumeRequest, StartMigrationRequest, VmSpec, VmState, VmStatus,
 };
 use tokio::time::timeout;
@@ -163,11 +163,34 @@ impl Pair {
         };
         let mut seen = seen.into_inner();
         while let Ok(Some(status)) = seen.message().await {
-            let there = status.state() == VmState::Running && status.missing_bytes == 0;
+            let there =
+                matches!(status.state(), VmState::Running | VmState::Paused) && status.missing_bytes == 0;
             if there || status.state() == VmState::Failed {
                 return;
             }
         }
+    }
+
+    /// Stops the guest where it runs first. Answers how much it has written to its console.
+    pub async fn pause(&mut self) -> u64 {
+        let paused = self.source.client.pause(PauseRequest { epoch: 1 }).await;
+        paused.expect("paused");
+        self.source.status().await.expect("it answers").console_offset
+    }
+
+    /// Checks that a guest that was paused is so after its migration too, at `runner`, and has written nothing since; then lets
+    /// it run on.
+    pub async fn resume(&mut self, runner: Runner, written: u64) {
+        let (vmm, epoch) = match runner {
+            Runner::Source => (&mut self.source, 1),
+            Runner::Destination => (&mut self.destination, 2),
+            Runner::Nobody => return,
+        };
+        vmm.wait_for_state(VmState::Paused).await;
+        let status = vmm.status().await.expect("it answers");
+        assert_eq!(status.console_offset, written, "it ran meanwhile: {status:?}");
+        let resumed = vmm.client.resume(ResumeRequest { epoch }).await;
+        resumed.expect("resumed");
     }
 
     /// Waits until a fault has struck there.

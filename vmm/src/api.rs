@@ -180,6 +180,8 @@ impl Vmm for Api {
             destination_epoch: Epoch(request.destination_epoch),
             policy,
             identity: identity(request.tls.as_ref())?,
+            // Its owner knows.
+            paused: false,
         };
         self.control
             .ask(|reply| Command::StartMigration(Box::new(outgoing), reply))

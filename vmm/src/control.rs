@@ -128,11 +128,22 @@ pub enum Command {
     /// From the outgoing migration's thread.
     OutgoingEnded(Box<Vm>, Box<MigrationProgress>),
     /// From the incoming migration's thread.
-    IncomingEnded(Box<Result<(Vm, Option<PostCopy>), DestinationError>>),
+    IncomingEnded(Box<Result<Arrived, DestinationError>>),
     /// From the incoming migration's thread, in post-copy.
     Fetching(Event),
     /// From the outgoing migration's thread, in post-copy.
     Serving(Serving),
+}
+
+/// A VM that has come in.
+#[derive(Debug)]
+pub struct Arrived {
+    /// The VM.
+    pub vm: Vm,
+    /// What of its memory still arrives, in post-copy.
+    pub fetching: Option<PostCopy>,
+    /// It came paused.
+    pub paused: bool,
 }
 
 /// What PrepareIncoming asks for.
@@ -239,6 +250,9 @@ struct Control {
     spec: Option<VmSpec>,
     /// An incoming migration was committed here.
     came_in: bool,
+    /// Pause was asked for and Resume was not since, here or at the source: the vCPUs stand still whatever becomes of a
+    /// migration. Always so in [`State::Paused`].
+    held: bool,
     stops: Vec<Reply<VmStatus>>,
     /// Asked for while the outgoing migration's thread still has the VM.
     resumes: Vec<Reply<VmStatus>>,
@@ -285,6 +299,7 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
         state: State::Empty,
         spec: None,
         came_in: false,
+        held: false,
         stops: vec![],
         resumes: vec![],
         fetching: Arc::clone(&handle.fetching),
@@ -479,3 +494,6 @@ impl Control {
         self.publish(state, message);
     }
 }
+
+#[cfg(test)]
+mod tests;

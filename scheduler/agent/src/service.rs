@@ -231,13 +231,13 @@ fn rival_refusal(key: VmKey, (epoch, state): (Epoch, vm::VmState)) -> Refusal {
     }
 }
 
-/// The incarnation here that another one, newer, is to take over from: the only one, and it runs.
+/// The incarnation here that another one, newer, is to take over from: the only one, and it runs or is paused.
 fn predecessor(node: &Node, key: VmKey) -> Result<Epoch, Refusal> {
     if node.vm(key).is_some() {
         return Err(Refusal::AlreadyHere(key));
     }
     match node.rivals(key).as_slice() {
-        [(epoch, vm::VmState::Running)] if *epoch < key.epoch => Ok(*epoch),
+        [(epoch, vm::VmState::Running | vm::VmState::Paused)] if *epoch < key.epoch => Ok(*epoch),
         [rival, ..] => Err(rival_refusal(key, *rival)),
         [] => Err(Refusal::NoSourceHere(key.id)),
     }

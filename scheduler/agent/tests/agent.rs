@@ -504,6 +504,53 @@ async fn a_vm_is_taken_over_by_a_second_vmm_on_its_node() {
 }
 
 #[tokio::test]
+async fn a_vm_is_paused_at_its_epoch_and_taken_over_as_it_is() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let kernel = scheduler.add_blob(b"a kernel");
+    let vm = new_vm(2);
+    client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect("launched");
+    let older = VmRef {
+        epoch: 1,
+        ..vm.clone()
+    };
+    let refused = client.pause_vm(older).await.expect_err("another incarnation");
+    assert_eq!(refused.code(), Code::Aborted);
+    for _ in 0..2 {
+        let paused = client.pause_vm(vm.clone()).await.expect("paused");
+        assert_eq!(paused.into_inner().state(), VmState::Paused);
+    }
+    agent.stop().await;
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let facts = client.describe_vm(vm.clone()).await.expect("it is there");
+    let status = facts.into_inner().status.unwrap_or_default();
+    assert_eq!(status.state(), VmState::Paused);
+
+    let newer = VmRef {
+        epoch: 3,
+        ..vm.clone()
+    };
+    let within = PrepareIncomingRequest {
+        source_node: disk.config(&scheduler).node.to_string(),
+        ..prepare(&newer, MigrationId::new())
+    };
+    client
+        .prepare_incoming(within)
+        .await
+        .expect("one that is paused is taken over, too");
+    client.destroy_vm(newer).await.expect("destroyed");
+    let resumed = client.resume_vm(vm.clone()).await.expect("that one never ran");
+    assert_eq!(resumed.into_inner().state(), VmState::Running);
+    client.destroy_vm(vm).await.expect("destroyed");
+    assert!(disk.vmms().is_empty());
+}
+
+#[tokio::test]
 async fn after_the_vmm_has_died_its_mark_tells_whether_it_was_committed() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;

@@ -127,7 +127,7 @@ pub enum Command {
     Lock(commands::lock::LockArgs),
     /// Let a VM be moved again.
     Unlock(commands::lock::LockArgs),
-    /// Stop the vCPUs of VMs where they are; they keep their memory.
+    /// Stop the vCPUs of VMs until they are resumed; they keep their memory, and are moved as they are.
     Suspend(commands::suspend::SuspendArgs),
     /// Let suspended VMs run on.
     Resume(commands::suspend::ResumeArgs),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::failover::{Change, Failover, need};
 use crate::labels::Rules;
-use crate::model::{Bytes, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
+use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
 use crate::score::Use;
@@ -36,7 +36,9 @@ pub(crate) struct Vm<'a> {
     /// Resident memory; while not reported, what is expected.
     pub resident: f64,
     pub growth: f64,
-    /// CPUs it would use if it got them; all of its own while not reported.
+    /// The same where it arrives: one that a plan has suspended is to run on there.
+    growth_there: f64,
+    /// CPUs it would use if it got them; all of its own while not reported, none while suspended.
     pub demand: f64,
     /// Bytes it dirties per second, growth included.
     pub dirty: f64,
@@ -56,6 +58,11 @@ impl Vm<'_> {
     /// Memory it holds this many seconds from now. It never grows past what it was given.
     pub fn memory_at(&self, seconds: f64) -> f64 {
         (self.resident + self.growth * seconds).min(self.declared.max(self.resident))
+    }
+
+    /// Memory it would hold so many seconds after it arrived elsewhere, or ran on where it is.
+    pub fn memory_there(&self, seconds: f64) -> f64 {
+        (self.resident + self.growth_there * seconds).min(self.declared.max(self.resident))
     }
 
     /// What moves with it.
@@ -138,7 +145,7 @@ impl<'a> Cluster<'a> {
         let mut placed: Vec<(usize, &VmView)> = Vec::with_capacity(views.len());
         for view in views {
             if let Some(&node) = self.node_numbers.get(view.node.as_str()) {
-                cpu_use[node] += load(view.cpu_use);
+                cpu_use[node] += cpu(view);
                 placed.push((node, view));
             }
         }
@@ -159,8 +166,9 @@ impl<'a> Cluster<'a> {
             Some(resident) => resident.0 as f64,
             None => expected_resident(view.declared, self.policy),
         };
-        let growth = view.growth.0 as f64;
-        let dirty = view.dirty_rate.map_or(0.0, |rate| rate.0 as f64) + growth;
+        let rate = |rate: Option<BytesPerSecond>| rate.map_or(0.0, |rate| rate.0 as f64);
+        let growth = rate(Some(view.growth).filter(|_| !view.suspended));
+        let dirty = rate(view.dirty_rate.filter(|_| !view.suspended)) + growth;
         let measured = self.nodes[node].view.link_rate;
         let link = measured.map_or(self.policy.link_rate, |rate| rate.min(self.policy.link_rate));
         let link = (link.0 as f64).max(1.0);
@@ -169,8 +177,9 @@ impl<'a> Cluster<'a> {
             .working_set
             .map_or(f64::INFINITY, |set| set.0 as f64 + growth);
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
-        let cpu_use = load(view.cpu_use);
+        let cpu_use = cpu(view);
         let demand = match view.resident {
+            _ if view.suspended => 0.0,
             Some(_) => (cpu_use * stretch).min(f64::from(view.cpus)).max(cpu_use),
             None => f64::from(view.cpus),
         };
@@ -185,6 +194,11 @@ impl<'a> Cluster<'a> {
             declared,
             resident,
             growth,
+            growth_there: if view.suspended {
+                rate(view.suspended_growth)
+            } else {
+                growth
+            },
             demand,
             dirty,
             working_set: set,
@@ -216,7 +230,9 @@ impl<'a> Cluster<'a> {
                 // Not in the node's report, so not in its load either.
                 self.nodes[from].load_exported += self.vms[number].demand;
             }
-            self.add_here(number, from);
+            let horizon = self.policy.usher_horizon.as_secs_f64();
+            let (grown, growth) = (self.vms[number].memory_at(horizon), self.vms[number].growth);
+            self.add_here(number, from, grown, growth);
             if leaving {
                 self.leave(number, from);
                 self.migrations += 1;
@@ -236,19 +252,25 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn add_here(&mut self, number: usize, on: usize) {
+    /// With what it will hold at the horizon, and how fast it grows.
+    fn add_here(&mut self, number: usize, on: usize, grown: f64, growth: f64) {
         let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
         node.committed += vm.declared;
         node.occupied += vm.resident;
         node.settled += vm.resident;
-        node.projected += vm.memory_at(self.policy.usher_horizon.as_secs_f64());
-        node.growth += vm.growth;
+        node.projected += grown;
+        node.growth += growth;
         node.vms.push(number);
         self.together.add(number, on);
     }
 
     fn arrive(&mut self, number: usize, on: usize) {
-        self.add_here(number, on);
+        let horizon = self.policy.usher_horizon.as_secs_f64();
+        let (grown, growth) = (
+            self.vms[number].memory_there(horizon),
+            self.vms[number].growth_there,
+        );
+        self.add_here(number, on, grown, growth);
         let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
         node.load_local += vm.demand;
         node.load_exported += vm.demand;
@@ -339,7 +361,14 @@ impl<'a> Cluster<'a> {
         let left = self.leaving_seconds(node) <= seconds;
         let vms = self.nodes[node].vms.iter().map(|&number| &self.vms[number]);
         let counts = |vm: &&Vm<'_>| !vm.leaving || vm.to == Some(node) || !left;
-        let of_vms: f64 = vms.filter(counts).map(|vm| vm.memory_at(seconds)).sum();
+        let of_vm = |vm: &Vm<'_>| {
+            if vm.leaving && vm.to == Some(node) {
+                vm.memory_there(seconds)
+            } else {
+                vm.memory_at(seconds)
+            }
+        };
+        let of_vms: f64 = vms.filter(counts).map(of_vm).sum();
         self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * seconds + of_vms
     }
 
@@ -451,6 +480,11 @@ pub(crate) fn bytes(amount: f64) -> Bytes {
 /// Seconds as a duration; never panics.
 pub(crate) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
+}
+
+/// CPUs in use. What is smoothed of one whose vCPUs are stopped is of a while ago.
+fn cpu(view: &VmView) -> f64 {
+    if view.suspended { 0.0 } else { load(view.cpu_use) }
 }
 
 fn load(sample: f64) -> f64 {

@@ -1,12 +1,15 @@
 //! What is left when a node runs out of memory and nothing fits anywhere, in this order. What the VMM does not offer yet is
-//! named with what it would free, so that an operator can act; suspending is done, and undone when there is room.
+//! named with what it would free, so that an operator can act; suspending is done, and undone where there is room: on its node,
+//! or on another, to which the VM is moved as it is.
 
 use std::fmt;
 
-use crate::action::{Hold, Plan};
+use crate::action::{Action, ActionKind, Hold, Plan};
 use crate::cluster::{Cluster, Vm, bytes};
 use crate::model::{BytesPerSecond, CannotMove, NodeState};
+use crate::newcomer::Newcomer;
 use crate::policy::{Automation, Policy};
+use crate::usher::roomiest;
 
 /// A step that frees memory without moving a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +63,7 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
             vm.view.cannot_move,
             None | Some(CannotMove::Locked | CannotMove::Settling)
         );
-        runs && vm.view.in_flight.is_none() && may(vm)
+        runs && !vm.view.suspended && vm.view.in_flight.is_none() && may(vm)
     };
     cluster.staying(node).filter(allowed).min_by(|&a, &b| {
         let (a, b) = (&cluster.vms[a], &cluster.vms[b]);
@@ -90,7 +93,7 @@ pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
         growth: vm.view.growth,
         reason: format!(
             "{name} would hold {} in {seconds:.1} s, over {} ({:.0} % of {}), and nothing fits elsewhere; '{}' (priority {}) grows \
-             {}/s and gives way first: it keeps its memory, and runs on when {name} has room for its growth",
+             {}/s and gives way first: it keeps its memory, and runs on where there is room for its growth",
             bytes(soon),
             bytes(limit),
             policy.critical() * 100.0,
@@ -102,48 +105,96 @@ pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
     })
 }
 
-/// VMs that were suspended by such a plan run on where their node stays below its target, growing as they did: the highest
-/// priority first, one of a node at a time.
-pub(crate) fn resume(cluster: &Cluster<'_>, plan: &mut Plan) {
-    let policy = cluster.policy;
-    let horizon = policy.usher_horizon.as_secs_f64();
+/// VMs that were suspended by such a plan run on where there is room for their growth, the highest priority first: on their
+/// nodes if these stay below their target, else on another that does, to which they are moved first. One of a node at a time.
+pub(crate) fn run_on(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let mut waiting: Vec<(usize, BytesPerSecond)> = (0..cluster.vms.len())
         .filter_map(|number| {
-            let view = cluster.vms[number].view;
-            let growth = view.suspended_growth?;
-            (view.cannot_move == Some(CannotMove::Suspended)).then_some((number, growth))
+            let vm = &cluster.vms[number];
+            let may = matches!(vm.view.cannot_move, None | Some(CannotMove::Locked)) && !vm.leaving;
+            let growth = vm.view.suspended_growth.filter(|_| vm.view.suspended && may)?;
+            Some((number, growth))
         })
         .collect();
     waiting.sort_by_key(|&(vm, _)| (std::cmp::Reverse(cluster.vms[vm].view.priority), vm));
+    // What happens there is not yet in the figures.
     let mut done = Vec::new();
-    for (number, growth) in waiting {
-        let vm = &cluster.vms[number];
-        let node = &cluster.nodes[vm.node];
-        let rate = growth.0 as f64;
-        let grows_to = (rate * horizon).min((vm.declared - vm.resident).max(0.0));
-        let peak = cluster.peak(vm.node) + grows_to;
-        let limit = node.memory * policy.usher_target;
-        let ready = node.view.state != NodeState::Unreachable;
-        if !ready || done.contains(&vm.node) || peak > limit {
-            continue;
+    for (vm, growth) in waiting {
+        if let Some(peak) = room_at_home(cluster, vm) {
+            let node = cluster.vms[vm].node;
+            if !done.contains(&node) {
+                done.push(node);
+                plan.resume.push(resumed(cluster, vm, growth, peak));
+            }
+        } else if let Some(to) = room_elsewhere(cluster, vm).filter(|to| !done.contains(to)) {
+            done.push(to);
+            let reason = moved(cluster, vm, growth, to);
+            plan.actions
+                .push(Action::new(cluster, ActionKind::Usher, vm, to, reason));
+            cluster.apply(vm, to);
         }
-        done.push(vm.node);
-        plan.resume.push(Hold {
-            vm: vm.view.id.clone(),
-            node: node.view.name.clone(),
-            growth,
-            reason: format!(
-                "{} would hold at most {} in {horizon:.0} s if '{}' grows {}/s again, within {} ({:.0} % of {})",
-                node.view.name,
-                bytes(peak),
-                vm.view.name,
-                bytes(rate),
-                bytes(limit),
-                policy.usher_target * 100.0,
-                node.view.memory,
-            ),
-        });
     }
+}
+
+/// The most that the node of a suspended VM would hold if it ran on there; none if that is too much.
+fn room_at_home(cluster: &Cluster<'_>, vm: usize) -> Option<f64> {
+    let policy = cluster.policy;
+    let vm = &cluster.vms[vm];
+    let node = &cluster.nodes[vm.node];
+    let grows_by = vm.memory_there(policy.usher_horizon.as_secs_f64()) - vm.resident;
+    let peak = cluster.peak(vm.node) + grows_by;
+    let answers = node.view.state != NodeState::Unreachable;
+    (answers && peak <= node.memory * policy.usher_target).then_some(peak)
+}
+
+/// Another node where a suspended VM could run on.
+fn room_elsewhere(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
+    let stays = cluster.immobile(vm, cluster.policy.retry_after).is_some()
+        || !cluster.may_send(cluster.vms[vm].node)
+        || cluster.is_needed(vm);
+    let newcomer = Newcomer::to_run_on(cluster, vm);
+    if stays || newcomer.at_horizon() > cluster.largest_room() {
+        return None;
+    }
+    roomiest(cluster, &newcomer, vm)
+}
+
+fn resumed(cluster: &Cluster<'_>, vm: usize, growth: BytesPerSecond, peak: f64) -> Hold {
+    let policy = cluster.policy;
+    let vm = &cluster.vms[vm];
+    let node = &cluster.nodes[vm.node];
+    Hold {
+        vm: vm.view.id.clone(),
+        node: node.view.name.clone(),
+        growth,
+        reason: format!(
+            "{} would hold at most {} in {:.0} s if '{}' grows {growth} again, within {} ({:.0} % of {})",
+            node.view.name,
+            bytes(peak),
+            policy.usher_horizon.as_secs_f64(),
+            vm.view.name,
+            bytes(node.memory * policy.usher_target),
+            policy.usher_target * 100.0,
+            node.view.memory,
+        ),
+    }
+}
+
+fn moved(cluster: &Cluster<'_>, vm: usize, growth: BytesPerSecond, to: usize) -> String {
+    let policy = cluster.policy;
+    let (vm, target) = (&cluster.vms[vm], &cluster.nodes[to]);
+    let horizon = policy.usher_horizon.as_secs_f64();
+    format!(
+        "'{}' is suspended, and {} has no room for its growth of {growth}; it is moved as it is, and can run on there: {} would hold \
+         at most {} in {horizon:.0} s, within {} ({:.0} % of {})",
+        vm.view.name,
+        vm.view.node,
+        target.view.name,
+        bytes(target.projected + vm.memory_there(horizon)),
+        bytes(target.memory * policy.usher_target),
+        policy.usher_target * 100.0,
+        target.view.memory,
+    )
 }
 
 /// The steps for a node, what each would free, and which are not offered.

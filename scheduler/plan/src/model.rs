@@ -214,8 +214,6 @@ pub enum CannotMove {
     NotRunning,
     /// Its owner keeps it where it is.
     Locked,
-    /// Its vCPUs are stopped until someone resumes it.
-    Suspended,
     /// A migration of it that ends where it is now is not over: within its node, or its last memory is on the way.
     Settling,
 }
@@ -228,7 +226,6 @@ impl fmt::Display for CannotMove {
             Self::InDoubt => "it is in doubt after a migration",
             Self::NotRunning => "it is not running",
             Self::Locked => "it is locked to its node",
-            Self::Suspended => "it is suspended; resume it first",
             Self::Settling => "its last migration is not over yet",
         })
     }
@@ -282,8 +279,10 @@ pub struct VmView {
     pub home: Option<NodeName>,
     /// 0 to 9: the lower, the sooner it is moved, or suspended, for others.
     pub priority: u32,
-    /// A plan had it suspended, and it grew so fast then: it is to run on when its node has room for that again. None for one
-    /// that a user has suspended.
+    /// Its vCPUs are stopped, here and wherever it is moved: it uses no CPU, writes nothing and does not grow.
+    pub suspended: bool,
+    /// A plan had it suspended, and it grew so fast then: it is to run on where there is room for that. None for one that a
+    /// user has suspended.
     pub suspended_growth: Option<BytesPerSecond>,
 }
 
@@ -313,6 +312,7 @@ impl VmView {
             rules: None,
             home: None,
             priority: DEFAULT_PRIORITY,
+            suspended: false,
             suspended_growth: None,
         }
     }

@@ -79,7 +79,7 @@ impl<'a> Newcomer<'a> {
             cpus: vm.view.cpus,
             declared: vm.declared,
             usage: vm.usage(),
-            at_horizon: vm.memory_at(cluster.policy.usher_horizon.as_secs_f64()),
+            at_horizon: vm.memory_there(cluster.policy.usher_horizon.as_secs_f64()),
             cpu_class: vm.view.cpu_class.as_ref(),
             rules: vm.view.rules.as_deref(),
             marks: cluster.together.marks(number).clone(),
@@ -116,6 +116,14 @@ impl<'a> Newcomer<'a> {
         Self {
             must_leave: false,
             ..Self::evicted(cluster, vm)
+        }
+    }
+
+    /// A VM that a plan has suspended, and that is to run on where it goes: its destination must stay below the target with it.
+    pub fn to_run_on(cluster: &Cluster<'a>, vm: usize) -> Self {
+        Self {
+            ahead: Some(cluster.policy.usher_target),
+            ..Self::corrected(cluster, vm)
         }
     }
 

@@ -141,7 +141,7 @@ fn whole(cluster: &Cluster<'_>, terms: Terms, node: usize, emptied: &[bool]) -> 
         beside.declared += moved.declared;
         beside.cpu += moved.demand;
         beside.memory += moved.resident;
-        beside.at_horizon += moved.memory_at(cluster.policy.usher_horizon.as_secs_f64());
+        beside.at_horizon += moved.memory_there(cluster.policy.usher_horizon.as_secs_f64());
         moves.push((vm, to));
     }
     Some(moves)

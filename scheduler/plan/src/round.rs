@@ -1,5 +1,5 @@
 //! One round: ushering, then draining, then rules, then rebalancing or packing, sharing the limits on migrations at once.
-//! What ushering had suspended is resumed where its node has room again.
+//! What ushering had suspended runs on where its node has room again, or goes to where there is room.
 
 use crate::action::Plan;
 use crate::cluster::Cluster;
@@ -33,16 +33,17 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
     usher(&mut cluster, &mut plan);
     drain(&mut cluster, &mut plan);
     comply(&mut cluster, &mut plan);
-    last_resort::resume(&cluster, &mut plan);
+    last_resort::run_on(&mut cluster, &mut plan);
     match policy.mode {
         Mode::Spread if balance => rebalance(&mut cluster, &mut plan),
         Mode::Pack if balance => pack(&mut cluster, &mut plan),
         _ => {}
     }
-    // One that is moved for another reason, such as a drain, need not stand still.
+    // One that is moved for another reason, such as a drain, need not stand still; one that runs on does so after its move.
     let actions = &plan.actions;
-    plan.suspend
-        .retain(|hold| actions.iter().all(|action| action.vm != hold.vm));
+    for holds in [&mut plan.suspend, &mut plan.resume] {
+        holds.retain(|hold| actions.iter().all(|action| action.vm != hold.vm));
+    }
     plan.score_after = cluster.score();
     plan
 }

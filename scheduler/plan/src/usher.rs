@@ -251,7 +251,7 @@ fn destination(cluster: &mut Cluster<'_>, vm: usize) -> Option<usize> {
 /// Of the nodes that take it, the one that will be least filled in the long run: its own VMs may grow, too, and a node that
 /// is soon full itself would only pass the VM on. When the policy is to pack, one that is not empty and stays below its
 /// threshold in the long run goes first.
-fn roomiest(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, vm: usize) -> Option<usize> {
+pub(crate) fn roomiest(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, vm: usize) -> Option<usize> {
     let seconds = LONG_RUN * cluster.policy.usher_horizon.as_secs_f64();
     let vm = &cluster.vms[vm];
     let rate = cluster.cost_rate;

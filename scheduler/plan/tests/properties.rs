@@ -273,6 +273,11 @@ proptest! {
             }
             start(&mut snapshot, &plan);
             finish(&mut snapshot);
+            for vm in &mut snapshot.vms {
+                if plan.resume.iter().any(|hold| hold.vm == vm.id) {
+                    (vm.suspended, vm.suspended_growth) = (false, None);
+                }
+            }
         }
         prop_assert!(false, "still moving after 2000 rounds");
     }
@@ -436,7 +441,7 @@ proptest! {
             vm.in_flight.is_some() || plan.actions.iter().any(|action| action.vm == vm.id)
         };
         let runs = |vm: &VmView| {
-            matches!(vm.cannot_move, None | Some(CannotMove::Locked | CannotMove::Settling))
+            matches!(vm.cannot_move, None | Some(CannotMove::Locked | CannotMove::Settling)) && !vm.suspended
         };
         for hold in &plan.suspend {
             let victim = vm(&hold.vm);
@@ -452,7 +457,7 @@ proptest! {
         }
         for hold in &plan.resume {
             let waits = vm(&hold.vm);
-            prop_assert!(waits.cannot_move == Some(CannotMove::Suspended) && waits.suspended_growth.is_some());
+            prop_assert!(waits.suspended && waits.suspended_growth.is_some() && !leaves(waits));
             let node = node(&snapshot, &hold.node);
             let room = node.memory.0 as f64 * policy.usher_target;
             prop_assert!(occupied(&snapshot, &policy, &node.name) <= room.max(1.0), "{}", hold.reason);

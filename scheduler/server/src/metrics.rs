@@ -189,7 +189,9 @@ impl Metrics {
         // The figures of a report that was lost are all zero.
         if report.result() == MigrationResult::Completed && report.passes > 0 {
             self.duration.observe(seconds(report.total_us));
-            self.downtime.observe(seconds(report.downtime_us));
+            if !report.paused {
+                self.downtime.observe(seconds(report.downtime_us));
+            }
             self.bytes.observe(bytes(report.bytes_sent));
         }
     }

@@ -308,7 +308,6 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         {
             Some(CannotMove::Settling)
         }
-        Phase::Running if record.suspended.is_some() => Some(CannotMove::Suspended),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };
@@ -348,6 +347,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,
+        suspended: record.suspended.is_some(),
         suspended_growth: record
             .suspended
             .as_ref()

@@ -54,6 +54,8 @@ struct FakeVm {
     missing_bytes: u64,
     link_lost: bool,
     dead: bool,
+    /// Its outgoing migration began with it paused.
+    paused: bool,
     /// Policies that its outgoing migration was told, the one at the start first.
     policies: Vec<vm::MigrationPolicy>,
 }
@@ -320,11 +322,16 @@ impl Agent for FakeNode {
         let here = key(request.vm);
         let there = (here.0.clone(), migration.destination_epoch);
         let script = self.answering()?.script.clone();
+        // It ends as it began.
+        let before = match self.answering()?.vms.get(&here).map(|vm| vm.state) {
+            Some(VmState::Paused) => VmState::Paused,
+            _ => VmState::Running,
+        };
         let peers = self.peers();
         let commit = |missing_bytes| {
             for peer in &peers {
                 if let Some(vm) = peer.lock().vms.get_mut(&there) {
-                    vm.state = VmState::Running;
+                    vm.state = before;
                     vm.ran = true;
                     vm.missing_bytes = missing_bytes;
                 }
@@ -335,7 +342,7 @@ impl Agent for FakeNode {
                 commit(0);
                 (VmState::Migrated, Some(MigrationResult::Completed))
             }
-            Script::Fail => (VmState::Running, Some(MigrationResult::Failed)),
+            Script::Fail => (before, Some(MigrationResult::Failed)),
             Script::InDoubt { commit_arrives } => {
                 if commit_arrives {
                     commit(0);
@@ -350,7 +357,7 @@ impl Agent for FakeNode {
         };
         let mut own = self.lock();
         let vm = own.vms.get_mut(&here).ok_or_else(missing)?;
-        vm.state = state;
+        (vm.state, vm.paused) = (state, before == VmState::Paused);
         vm.outgoing = migration.migration_id.clone();
         vm.report = result.map(|result| report(&migration.migration_id, result));
         vm.policies = vec![migration.policy.unwrap_or_default()];
@@ -399,7 +406,11 @@ impl Agent for FakeNode {
             .get_mut(&key(request.into_inner().vm))
             .ok_or_else(missing)?;
         if vm.state == VmState::Migrating {
-            vm.state = VmState::Running;
+            vm.state = if vm.paused {
+                VmState::Paused
+            } else {
+                VmState::Running
+            };
             vm.report = Some(report(&vm.outgoing, MigrationResult::Cancelled));
         }
         Ok(Response::new(CancelMigrationResponse {}))
@@ -446,7 +457,12 @@ impl Agent for FakeNode {
             .vms
             .get_mut(&key(Some(request.into_inner())))
             .ok_or_else(missing)?;
-        vm.state = VmState::Running;
+        // In doubt it goes back to what it was.
+        vm.state = if vm.state == VmState::InDoubt && vm.paused {
+            VmState::Paused
+        } else {
+            VmState::Running
+        };
         state.resumed += 1;
         Ok(Response::new(VmStatus::default()))
     }

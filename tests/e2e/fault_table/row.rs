@@ -50,6 +50,10 @@ pub async fn run(row: Row) {
         .as_ref()
         .map_or(address, |proxy| proxy.address().to_string());
     let request = request(&row, to, certificates.as_ref());
+    let written = match row.kind {
+        Kind::Paused => Some(pair.pause().await),
+        _ => None,
+    };
     match row.ends {
         [End::MemoryLost] => memory_lost(&mut pair, request, is_hang(&row)).await,
         [End::Unreachable] => unreachable(&mut pair, request, is_hang(&row)).await,
@@ -59,6 +63,9 @@ pub async fn run(row: Row) {
             let end = ended(report.as_ref(), runner);
             assert!(ends.contains(&end), "it ended as {end:?}: {report:?}");
             check_report(&row, end, report.as_ref());
+            if let Some(written) = written {
+                pair.resume(runner, written).await;
+            }
             pair.check(runner).await;
         }
     }

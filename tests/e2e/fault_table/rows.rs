@@ -40,6 +40,8 @@ pub enum Kind {
     PostCopy,
     /// Memory goes by file descriptor, over a Unix socket.
     HandOver,
+    /// As [`Kind::PreCopy`], of a guest that was paused before: it is so afterwards, wherever that is.
+    Paused,
 }
 
 /// What happens to the connections.
@@ -119,7 +121,7 @@ const fn point(name: &'static str, kind: Kind, kill: Ends, hang: Ends, error: En
     }
 }
 
-use Kind::{HandOver, PostCopy, PreCopy, Tls};
+use Kind::{HandOver, Paused, PostCopy, PreCopy, Tls};
 
 const STAYS: Ends = &[End::Stays];
 const MOVES: Ends = &[End::Moves];
@@ -181,8 +183,12 @@ pub const POINTS: &[Point] = &[
 ];
 
 const fn fault(point: &'static str, action: &'static str, ends: Ends) -> Row {
+    fault_of(PreCopy, point, action, ends)
+}
+
+const fn fault_of(kind: Kind, point: &'static str, action: &'static str, ends: Ends) -> Row {
     Row {
-        kind: PreCopy,
+        kind,
         strike: Strike::Fault(point, action),
         ends,
     }
@@ -278,6 +284,10 @@ pub const MORE: &[Row] = &[
         &[End::Moves, End::RunsThere],
     ),
     link_of(PostCopy, Cut, "source.state", STAYS),
+    // Nothing lets a paused guest run: neither a failure, nor the way out of doubt.
+    fault_of(Paused, "destination.state", "kill", STAYS),
+    fault_of(Paused, "destination.commit", "kill", RESUMED),
+    link_of(Paused, Cut, "destination.running", RUNS_THERE),
     link_of(Tls, TO, "source.pre_copy", STAYS),
     link_of(Tls, Cut, "source.state", STAYS),
     link_of(Tls, Silence, "destination.running", RUNS_THERE),

@@ -3,12 +3,10 @@
 use shoal_proto::MigrationId;
 use shoal_proto::vm::VmState;
 
-use super::{Command, Control, ControlError, IncomingRequest, State, spawn};
+use super::{Arrived, Command, Control, ControlError, IncomingRequest, State, spawn};
 use crate::build;
 use crate::migration::destination::{self, Arbiter, DestinationError, Fetching, Incoming, Received};
-use crate::migration::postcopy::destination::PostCopy;
 use crate::migration::transport::{Address, Listener};
-use crate::vm::Vm;
 
 impl Control {
     pub(super) fn prepare_incoming(&mut self, request: IncomingRequest) -> Result<Address, ControlError> {
@@ -35,8 +33,13 @@ impl Control {
         spawn("incoming", move || {
             let result = destination::receive(&listener, &kvm, &incoming, &for_thread, hooks);
             let (result, fetching) = match result {
-                Ok(Received { vm, fetching }) => {
-                    (Ok((vm, fetching.as_ref().map(Fetching::post_copy))), fetching)
+                Ok(Received { vm, paused, fetching }) => {
+                    let arrived = Arrived {
+                        vm,
+                        fetching: fetching.as_ref().map(Fetching::post_copy),
+                        paused,
+                    };
+                    (Ok(arrived), fetching)
                 }
                 Err(error) => (Err(error), None),
             };
@@ -75,9 +78,16 @@ impl Control {
         Ok(status.state() != VmState::Failed || self.came_in)
     }
 
-    pub(super) fn incoming_ended(&mut self, result: Result<(Vm, Option<PostCopy>), DestinationError>) {
+    pub(super) fn incoming_ended(&mut self, result: Result<Arrived, DestinationError>) {
         match result {
-            Ok((vm, fetching)) => {
+            Ok(Arrived { vm, paused: true, .. }) => {
+                self.came_in = true;
+                self.describe_memory(&vm);
+                self.held = true;
+                self.state = State::Paused(Box::new(vm));
+                self.publish(VmState::Paused, "paused, as it was at its source");
+            }
+            Ok(Arrived { vm, fetching, .. }) => {
                 *self.fetched() = fetching;
                 self.came_in = true;
                 self.describe_memory(&vm);

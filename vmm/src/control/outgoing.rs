@@ -13,10 +13,16 @@ use crate::migration::controls::Controls;
 use crate::migration::source::{self, Outgoing, SourceError};
 use crate::vm::Vm;
 
+const MIGRATES: &str = "only a VM that runs or is paused migrates";
+
 impl Control {
     pub(super) fn start_migration(&mut self, request: Outgoing) -> Result<(), ControlError> {
-        let State::Running(_) = self.state else {
-            return Err(self.wrong_state("only a running VM migrates"));
+        let (State::Running(_) | State::Paused(_)) = self.state else {
+            return Err(self.wrong_state(MIGRATES));
+        };
+        let request = Outgoing {
+            paused: self.held,
+            ..request
         };
         if self.fetched().is_some() {
             return Err(ControlError::WrongState {
@@ -26,7 +32,7 @@ impl Control {
         }
         let kvm = build::open_kvm()?;
         let Some(spec) = self.spec.clone() else {
-            return Err(self.wrong_state("only a running VM migrates"));
+            return Err(self.wrong_state(MIGRATES));
         };
         let controls = Arc::new(Controls::new(request.policy.clone()));
         // The thread first, then the VM: a host that has no thread to give must not cost the guest its life.
@@ -49,7 +55,9 @@ impl Control {
                 let result = if switch.commit_sent() {
                     MigrationResult::InDoubt
                 } else {
-                    vm.resume();
+                    if !request.paused {
+                        vm.resume();
+                    }
                     MigrationResult::Failed
                 };
                 source::broken_off(request.migration_id, result, fault)
@@ -58,8 +66,9 @@ impl Control {
         })?;
         // It has the dirty log to itself.
         self.abandon_sample();
-        let State::Running(vm) = std::mem::replace(&mut self.state, State::Migrating(controls)) else {
-            return Err(self.wrong_state("only a running VM migrates"));
+        let before = std::mem::replace(&mut self.state, State::Migrating(controls));
+        let (State::Running(vm) | State::Paused(vm)) = before else {
+            return Err(self.wrong_state(MIGRATES));
         };
         self.guest_gap.start_again();
         let id = request_id;
@@ -93,6 +102,10 @@ impl Control {
             MigrationResult::InDoubt => {
                 self.state = State::InDoubt(vm);
                 self.publish(VmState::InDoubt, report.reason);
+            }
+            _ if self.held => {
+                self.state = State::Paused(vm);
+                self.publish(VmState::Paused, format!("migration ended: {}", report.reason));
             }
             _ => {
                 self.state = State::Running(vm);
@@ -154,6 +167,14 @@ impl Control {
 
     pub(super) fn resume_stopped(&mut self) -> Result<VmStatus, ControlError> {
         match std::mem::replace(&mut self.state, State::Ended) {
+            State::InDoubt(vm) if self.held => {
+                self.state = State::Paused(vm);
+                self.publish(
+                    VmState::Paused,
+                    "paused, as before: the destination never committed",
+                );
+                Ok(self.status.borrow().clone())
+            }
             State::InDoubt(vm) => {
                 vm.resume();
                 self.state = State::Running(vm);
@@ -161,6 +182,7 @@ impl Control {
                 Ok(self.status.borrow().clone())
             }
             State::Paused(vm) => {
+                self.held = false;
                 vm.resume();
                 self.state = State::Running(vm);
                 self.publish(VmState::Running, "resumed");

@@ -2,6 +2,7 @@
 //!
 //! Nothing is done to the guest's clocks. KVM's kvmclock and the TSC go on while no vCPU runs, so that afterwards the guest's
 //! monotonic time is ahead by the pause and its real time is right: the same as after a migration. vCPUs tell it of the pause when they run on.
+//! So it is when it migrates meanwhile: it stays paused, wherever it is afterwards.
 
 use shoal_proto::Epoch;
 use shoal_proto::vm::{VmState, VmStatus};
@@ -30,6 +31,7 @@ impl Control {
                     self.take_guest_end();
                     return Err(self.wrong_state("only a running VM is paused"));
                 }
+                self.held = true;
                 self.state = State::Paused(vm);
                 self.publish(VmState::Paused, "paused on request");
                 Ok(self.status.borrow().clone())

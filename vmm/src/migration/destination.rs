@@ -1,4 +1,5 @@
-//! The destination's side of a migration: the same phases as the source's, mirrored. The VM runs only after Commit.
+//! The destination's side of a migration: the same phases as the source's, mirrored. The VM runs only after Commit, and not
+//! even then if it came paused.
 
 mod arbiter;
 mod greeting;
@@ -122,16 +123,18 @@ pub enum DestinationError {
     Mark(std::io::Error),
 }
 
-/// A VM that came, and runs.
+/// A VM that came, and runs or is paused.
 #[derive(Debug)]
 pub struct Received {
     /// The VM.
     pub vm: Vm,
+    /// It was paused at its source, and is here.
+    pub paused: bool,
     /// In post-copy: what has to go on until all of its memory is here.
     pub fetching: Option<Fetching>,
 }
 
-/// Receives one VM and runs it. Returns once it runs, or with the reason why it never will.
+/// Receives one VM and runs it, unless it was paused. Returns once it runs or could, or with the reason why it never will.
 ///
 /// # Errors
 /// Before Commit only: the VM has never run here.
@@ -177,6 +180,7 @@ pub fn receive(
     }
     outcome.map(|(vm, links)| Received {
         vm,
+        paused: hello.paused,
         fetching: links.map(|links| Fetching::new(links, control)),
     })
 }
@@ -262,6 +266,7 @@ impl Destination<'_> {
             version: u32::from(self.version),
             // Version 1 does not know of it, and gets the answer that it has always had.
             post_copy: self.version != wire::VERSION_1 && super::postcopy::is_possible(),
+            paused: self.hello.paused,
         };
         control.send(FrameKind::HelloAck, &ack)?;
         Ok(vm)
@@ -319,7 +324,8 @@ impl Destination<'_> {
                     complete = true;
                     crate::fault::point("destination.pause")?;
                 }
-                FrameKind::Missing if !complete => {
+                // A VM that runs before its memory is there is one that runs.
+                FrameKind::Missing if !complete && !self.hello.paused => {
                     let first = control.receive_payload(&mut header)?;
                     let missing = PageSet::receive_from(&first, control, &vm.memory().regions())?;
                     match (&linked, arrivals) {
@@ -394,7 +400,9 @@ impl Destination<'_> {
         // From its decision on nothing may fail: the VM runs here.
         self.arbiter.commit(&self.incoming.ran_mark, || {
             struck("destination.marked");
-            vm.resume();
+            if !self.hello.paused {
+                vm.resume();
+            }
         })?;
         struck("destination.running");
         if let Err(error) = control.send(FrameKind::Running, &step) {

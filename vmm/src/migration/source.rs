@@ -61,6 +61,8 @@ pub struct Outgoing {
     pub policy: Policy,
     /// What the two sides know each other by; without, nothing is encrypted.
     pub identity: Option<Identity>,
+    /// The VM is paused and stays so, here and there.
+    pub paused: bool,
 }
 
 /// The last progress of a migration whose thread ended without one.
@@ -79,9 +81,10 @@ pub fn broken_off(id: MigrationId, result: MigrationResult, reason: &str) -> Mig
     }
 }
 
-/// Migrates a running VM. Afterwards, by the report's result: COMPLETED, the VM must never run here again; IN_DOUBT, it
-/// is paused and must not run unless the destination is known never to have committed; else it runs, unharmed, unless the
-/// guest has ended. The last progress, which carries the report, is returned and not yet published.
+/// Migrates a VM that runs, or is paused. Afterwards, by the report's result: COMPLETED, the VM must never run here again;
+/// IN_DOUBT, it is paused and must not run unless the destination is known never to have committed; else it runs, unharmed,
+/// unless the guest has ended. One that was paused is paused in any case. The last progress, which carries the report, is
+/// returned and not yet published.
 #[must_use]
 pub fn migrate(
     vm: &Vm,
@@ -94,8 +97,13 @@ pub fn migrate(
 ) -> MigrationProgress {
     let mut recorder = Recorder::new(request.migration_id, vm.memory().len(), progress);
     recorder.settings(&request.policy, 0, false);
+    recorder.facts.paused = request.paused;
     recorder.phase(MigrationPhase::Negotiate);
     let (outcome, bytes_sent) = run(vm, spec, kvm, request, controls, &mut recorder, tell);
+    if request.paused {
+        // It stood still before, and does so after.
+        recorder.downtime = Downtime::default();
+    }
     let (result, reason) = match outcome {
         Ok(()) => (MigrationResult::Completed, String::new()),
         Err(error @ (SourceError::EndedThere(_) | SourceError::ServingStopped)) => {
@@ -347,6 +355,7 @@ impl Source<'_> {
             self.request.destination_epoch,
         );
         hello.handover = self.handover;
+        hello.paused = self.request.paused;
         hello.connections = if self.handover {
             0
         } else {
@@ -362,6 +371,9 @@ impl Source<'_> {
         }
         let sent = Instant::now();
         let ack: HelloAck = self.control.expect(FrameKind::HelloAck, "HelloAck")?;
+        if self.request.paused && !ack.paused {
+            return Err(SourceError::WouldRunThere);
+        }
         self.peer_has_post_copy = ack.post_copy;
         self.round_trip = sent.elapsed();
         Ok(())
@@ -408,8 +420,14 @@ impl Source<'_> {
 
     fn pause(&mut self) -> Result<Instant, SourceError> {
         self.recorder.phase(MigrationPhase::Pause);
-        // Before the guest stands still: it wakes a thread.
         let limit = self.pause_limit(&self.policy());
+        if self.request.paused {
+            // No guest waits, so nothing is to be let go: `paused_at` and the guard stay as they are.
+            crate::fault::point("source.pause")?;
+            self.wait_at_most(limit.max(PEER_TIMEOUT))?;
+            return Ok(Instant::now());
+        }
+        // Before the guest stands still: it wakes a thread.
         self.guard.paused(limit * PAUSE_LIMITS_GUARDED);
         let asked = Instant::now();
         self.vm.pause();

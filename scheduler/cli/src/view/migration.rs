@@ -56,6 +56,8 @@ pub struct MigrationView {
     pub tls: bool,
     /// Memory went by file descriptor, within the host.
     pub handed_over: bool,
+    /// The VM was suspended all the time, so that it had no downtime.
+    pub suspended: bool,
     /// Sent compressed.
     pub compressed_pages: u64,
     /// What that saved.
@@ -128,6 +130,7 @@ impl From<&cluster::Migration> for MigrationView {
             connections: report.connections,
             tls: report.tls,
             handed_over: report.handed_over,
+            suspended: report.paused,
             compressed_pages: report.compressed_pages,
             compression_saved_bytes: report.compression_saved_bytes,
             delta_pages: report.delta_pages,

@@ -92,7 +92,7 @@ impl<'a> Node<'a> {
     /// not hold more than they were given.
     pub fn part_later(&self, vm: &Vm<'_>, at_horizon: f64, seconds: f64) -> f64 {
         let at_first = self.projected + at_horizon;
-        let grown = at_first + (self.growth + vm.growth).max(0.0) * seconds;
+        let grown = at_first + (self.growth + vm.growth_there).max(0.0) * seconds;
         let most = self.other + self.committed + vm.declared;
         let other_growth = self.view.other_growth.0 as f64 * seconds;
         (grown.min(most.max(at_first)) + other_growth) / self.memory.max(1.0)

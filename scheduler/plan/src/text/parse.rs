@@ -210,7 +210,11 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_size(text).map(|size| Some(BytesPerSecond(size))),
         &mut vm.suspended_growth,
     )?;
-    let why = "starting, stopping, in-doubt, not-running, locked, settling or suspended";
+    fields.set("suspended", "yes or no", parse_yes, &mut vm.suspended)?;
+    if vm.suspended_growth.is_some() && !vm.suspended {
+        return Err(format!("vm {}: suspended_growth: needs `suspended=yes`", cut(id)));
+    }
+    let why = "starting, stopping, in-doubt, not-running, locked or settling";
     fields.set(
         "cannot_move",
         why,
@@ -310,12 +314,10 @@ fn parse_state(text: &str) -> Option<NodeState> {
 }
 
 fn parse_cannot_move(text: &str) -> Option<CannotMove> {
-    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping, Suspended};
-    [
-        Starting, Stopping, InDoubt, NotRunning, Locked, Settling, Suspended,
-    ]
-    .into_iter()
-    .find(|&why| cannot_move(why) == text)
+    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping};
+    [Starting, Stopping, InDoubt, NotRunning, Locked, Settling]
+        .into_iter()
+        .find(|&why| cannot_move(why) == text)
 }
 
 #[cfg(test)]

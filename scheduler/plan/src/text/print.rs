@@ -155,6 +155,9 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(home) = &vm.home {
         line.field("home", &print_name(home.as_str()));
     }
+    if vm.suspended {
+        line.field("suspended", "yes");
+    }
     if let Some(growth) = vm.suspended_growth {
         line.size("suspended_growth", growth.0);
     }
@@ -193,7 +196,6 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
         CannotMove::InDoubt => "in-doubt",
         CannotMove::NotRunning => "not-running",
         CannotMove::Locked => "locked",
-        CannotMove::Suspended => "suspended",
         CannotMove::Settling => "settling",
     }
 }

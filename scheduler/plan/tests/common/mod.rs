@@ -105,10 +105,10 @@ fn rules() -> impl Strategy<Value = Option<Arc<Rules>>> {
 
 fn vm() -> impl Strategy<Value = VmView> {
     let growth = prop_oneof![3 => Just(0u64), 1 => 0u64..100 << 20];
+    let suspended = prop_oneof![9 => Just(None), 1 => any::<bool>().prop_map(Some)];
     let cannot_move = prop_oneof![
         9 => Just(None),
         1 => Just(Some(CannotMove::Locked)),
-        1 => Just(Some(CannotMove::Suspended)),
         1 => Just(Some(CannotMove::Starting)),
     ];
     let in_flight = prop_oneof![
@@ -124,7 +124,7 @@ fn vm() -> impl Strategy<Value = VmView> {
     ];
     (
         (1u32..5, 16u64..2048, resident, 0.0..1.0f64),
-        growth,
+        (growth, suspended),
         dirty,
         cannot_move,
         in_flight,
@@ -134,7 +134,7 @@ fn vm() -> impl Strategy<Value = VmView> {
         .prop_map(
             |(
                 (cpus, mib, resident, busy),
-                growth,
+                (growth, suspended),
                 (dirty_rate, working_set),
                 cannot_move,
                 in_flight,
@@ -146,15 +146,21 @@ fn vm() -> impl Strategy<Value = VmView> {
                     rules,
                     priority,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
-                    cpu_use: busy * f64::from(cpus),
-                    growth: BytesPerSecond(growth),
+                    // The nodes' loads are sums of these.
+                    cpu_use: if suspended.is_some() {
+                        0.0
+                    } else {
+                        busy * f64::from(cpus)
+                    },
+                    growth: BytesPerSecond(if suspended.is_some() { 0 } else { growth }),
                     dirty_rate,
                     working_set,
                     cannot_move,
                     in_flight,
                     since_last_move,
-                    suspended_growth: (cannot_move == Some(CannotMove::Suspended) && cpus % 2 == 1)
-                        .then_some(BytesPerSecond(growth)),
+                    suspended: suspended.is_some(),
+                    // By a plan, or by a user.
+                    suspended_growth: suspended.filter(|&plan| plan).map(|_| BytesPerSecond(growth)),
                     ..VmView::new("", "", cpus, Bytes::mib(mib))
                 }
             },

@@ -20,7 +20,7 @@ pub async fn suspend(scheduler: &Shared, request: SuspendVmRequest) -> Result<Vm
     };
     let (shared, vm) = (Arc::clone(scheduler), Arc::clone(&entry));
     // On its own task: it goes on if the caller goes away.
-    let suspended = tokio::spawn(async move { suspend::suspend(&shared, &vm, reason, None).await });
+    let suspended = tokio::spawn(async move { suspend::suspend(&shared, &vm, reason).await });
     suspended.await.map_err(super::ended)?.map_err(errors::suspend)?;
     Ok(view::vm(scheduler, &entry))
 }

@@ -10,7 +10,7 @@ pub enum Source {
     Silent,
     /// The agent answers: there is no such VM, or its VMM is dead.
     Gone,
-    /// The guest runs and no migration is under way.
+    /// The guest runs, or is paused as it was before, and no migration is under way.
     Running {
         /// This migration certainly sends no Commit any more: it has ended here, or its start was refused.
         over: bool,
@@ -36,7 +36,7 @@ pub enum Destination {
     Gone,
     /// It is there and has not run, or does not answer: asked to abort, it says whether it has, or is ended first.
     Waiting,
-    /// It runs there: Commit came. Nothing is missing, as far as it says.
+    /// It runs there, or is paused as it was at the source: Commit came. Nothing is missing, as far as it says.
     Ran,
     /// It runs there, and memory that only the source has is missing.
     Fetching {
@@ -59,9 +59,9 @@ pub struct Known {
 /// What follows once the destination has confirmed that it never runs the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Then {
-    /// The source runs it.
+    /// The source runs it, or has it paused if it was.
     Stays,
-    /// The source is in doubt and may resume.
+    /// The source is in doubt and may resume, to be what it was.
     Resume,
     /// The guest ended at the source.
     Exited,

@@ -28,7 +28,7 @@ pub enum BeginError {
         /// Where to.
         to: NodeName,
     },
-    /// The VM is not running.
+    /// The VM neither runs nor is suspended.
     #[error("VM {vm} cannot be moved: {why}")]
     NotRunning {
         /// The VM's name.
@@ -122,7 +122,6 @@ pub async fn begin_planned(
 fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
     let record = entry.record();
     let why = match record.phase {
-        Phase::Running if record.suspended.is_some() => "it is suspended; resume it first",
         Phase::Running => return Ok(record),
         Phase::Starting => "it is starting",
         Phase::Stopping => "it is stopping",

@@ -417,7 +417,9 @@ impl Settlement {
             }
         }
         self.forget(&intent.from, intent.from_epoch);
-        guest_gap::note_later(&self.scheduler, intent);
+        if !migration.report.as_ref().is_some_and(|report| report.paused) {
+            guest_gap::note_later(&self.scheduler, intent);
+        }
         self.open.update(|view| view.outcome = Some(migration));
     }
 
@@ -459,6 +461,7 @@ impl Settlement {
         let migration = self.record_end(record, report).await;
         let fate = match then {
             Then::Stays => "stays",
+            Then::Resume if self.record().suspended.is_some() => "stays suspended",
             Then::Resume => "resumed",
             Then::Exited => "has ended",
             Then::Lost => "is lost",

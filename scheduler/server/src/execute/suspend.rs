@@ -1,5 +1,6 @@
 //! A VM's vCPUs are stopped in place, and run again. What is wanted is stored before the node is told; if telling it fails
-//! half-way, [`crate::reconcile`] goes on.
+//! half-way, [`crate::reconcile`] goes on. A move of the VM is waited for: it ends with the VM as it began, and what is wanted
+//! holds wherever that is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Why a VM was not suspended or resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum SuspendError {
-    /// Not while it moves.
+    /// It moves, and that takes longer than is waited for.
     #[error("VM {vm} is being migrated to {to}; try again when that has ended, or cancel it")]
     Migrating {
         /// The VM's name.
@@ -64,17 +65,17 @@ pub fn begin_planned(scheduler: &Shared, plan: &Plan) {
     };
     for hold in &plan.suspend {
         let Some(entry) = entry(hold) else { continue };
-        let (shared, reason, growth) = (Arc::clone(scheduler), hold.reason.clone(), hold.growth.0);
+        let (shared, hold) = (Arc::clone(scheduler), hold.clone());
         tokio::spawn(async move {
-            let done = suspend(&shared, &entry, reason, Some(growth)).await;
+            let done = suspend_planned(&shared, &entry, hold).await;
             tell(&entry, done);
         });
     }
     for hold in &plan.resume {
         let Some(entry) = entry(hold) else { continue };
-        let (shared, reason) = (Arc::clone(scheduler), hold.reason.clone());
+        let (shared, hold) = (Arc::clone(scheduler), hold.clone());
         tokio::spawn(async move {
-            let done = resume_planned(&shared, &entry, &reason).await;
+            let done = resume_planned(&shared, &entry, &hold).await;
             tell(&entry, done);
         });
     }
@@ -86,15 +87,32 @@ fn tell(entry: &VmEntry, done: Result<(), SuspendError>) {
     }
 }
 
-/// Stops the vCPUs of a VM. Good if they are stopped. `planned_growth`: how fast it grows, if a plan asks for it; what a
-/// user asks for stays until a user takes it back.
-pub async fn suspend(
+/// Stops the vCPUs of a VM, because a user asks for it. Good if they are stopped. It stays so until a user takes it back.
+pub async fn suspend(scheduler: &Shared, entry: &Arc<VmEntry>, reason: String) -> Result<(), SuspendError> {
+    let guard = lock(scheduler, entry).await?;
+    hold(scheduler, entry, &guard, reason, None).await
+}
+
+/// The same because a plan says so; it may take it back.
+async fn suspend_planned(
     scheduler: &Shared,
     entry: &Arc<VmEntry>,
+    planned: Hold,
+) -> Result<(), SuspendError> {
+    let Some(guard) = lock_as_planned(scheduler, entry, &planned).await? else {
+        return Ok(());
+    };
+    hold(scheduler, entry, &guard, planned.reason, Some(planned.growth.0)).await
+}
+
+/// `planned_growth`: how fast it grows, if a plan asks for it.
+async fn hold(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    _guard: &VmGuard,
     reason: String,
     planned_growth: Option<u64>,
 ) -> Result<(), SuspendError> {
-    let _guard = lock(scheduler, entry).await?;
     let record = running(entry, "suspended")?;
     let suspension = Suspension {
         reason: reason.clone(),
@@ -145,12 +163,18 @@ pub async fn resume(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), Susp
 }
 
 /// The same for a plan, which does not take back what a user asked for.
-async fn resume_planned(scheduler: &Shared, entry: &Arc<VmEntry>, reason: &str) -> Result<(), SuspendError> {
-    let _guard = lock(scheduler, entry).await?;
+async fn resume_planned(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    planned: &Hold,
+) -> Result<(), SuspendError> {
+    let Some(_guard) = lock_as_planned(scheduler, entry, planned).await? else {
+        return Ok(());
+    };
     let record = running(entry, "resumed")?;
     match record.suspended.clone() {
         Some(suspension) if suspension.planned_growth.is_some() => {
-            run_on(scheduler, &record, &suspension, reason).await
+            run_on(scheduler, &record, &suspension, &planned.reason).await
         }
         _ => Ok(()),
     }
@@ -180,16 +204,32 @@ async fn run_on(
 }
 
 async fn lock(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<VmGuard, SuspendError> {
-    let record = entry.record();
-    if let Some(open) = scheduler.migrations.get(record.id) {
-        return Err(SuspendError::Migrating {
-            vm: record.name.to_string(),
-            to: open.intent.to.to_string(),
-        });
+    let busy = |_| {
+        let record = entry.record();
+        let vm = record.name.to_string();
+        match scheduler.migrations.get(record.id) {
+            Some(open) => {
+                let to = open.intent.to.to_string();
+                SuspendError::Migrating { vm, to }
+            }
+            None => SuspendError::Busy(vm),
+        }
+    };
+    tokio::time::timeout(PATIENCE, entry.lock()).await.map_err(busy)
+}
+
+/// A plan is about a VM where it was seen: none, if it has moved or is about to. The next one sees it as it is then.
+async fn lock_as_planned(
+    scheduler: &Shared,
+    entry: &Arc<VmEntry>,
+    planned: &Hold,
+) -> Result<Option<VmGuard>, SuspendError> {
+    if scheduler.migrations.get(entry.record().id).is_some() {
+        return Ok(None);
     }
-    tokio::time::timeout(PATIENCE, entry.lock())
-        .await
-        .map_err(|_| SuspendError::Busy(record.name.to_string()))
+    let guard = lock(scheduler, entry).await?;
+    let is_there = entry.record().node.as_str() == planned.node.as_str();
+    Ok(is_there.then_some(guard))
 }
 
 fn running(entry: &VmEntry, what: &'static str) -> Result<Arc<VmRecord>, SuspendError> {

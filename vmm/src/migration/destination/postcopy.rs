@@ -124,6 +124,7 @@ fn accept_again(
     let ack = HelloAck {
         version: u32::from(wire::VERSION),
         post_copy: true,
+        paused: false,
     };
     control.send(FrameKind::HelloAck, &ack)?;
     let deadline = Instant::now() + ATTACH_TIMEOUT;

@@ -20,6 +20,11 @@ pub enum SourceError {
         /// Why not.
         source: TransportError,
     },
+    /// The destination does not know of paused VMs.
+    #[error(
+        "the VM is paused and this destination would run it: its VMM is older; update its node first, or resume the VM"
+    )]
+    WouldRunThere,
     /// On request.
     #[error("cancelled")]
     Cancelled,

@@ -108,6 +108,10 @@ impl Source<'_> {
 
     /// Whether the guest is to be paused now, by the policy in force. What it says of a stall is begun.
     fn is_last(&mut self, facts: &PassFacts, course: &mut Course) -> Result<bool, SourceError> {
+        if self.request.paused {
+            // Nobody writes and nobody waits. What did not arrive as it was sent goes again.
+            return Ok(facts.dirty_bytes == 0);
+        }
         let policy = self.policy();
         let limits = Limits {
             max_downtime: policy.max_downtime,
@@ -256,8 +260,8 @@ impl Source<'_> {
                     return Err(SourceError::PauseTooLong { limit, remaining });
                 }
             }
-            // The other policies look after the pass what they do about it.
-            None if matches!(policy.on_stall, OnStall::Cancel | OnStall::Throttle) => {
+            // The other policies look after the pass what they do about it; a paused guest never stalls.
+            None if self.request.paused || matches!(policy.on_stall, OnStall::Cancel | OnStall::Throttle) => {
                 let elapsed = self.recorder.elapsed();
                 if elapsed > policy.timeout {
                     let pass = self.recorder.pass();

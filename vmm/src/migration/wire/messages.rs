@@ -45,6 +45,9 @@ pub struct Hello {
     /// Post-copy is under way and its connections broke: what is still missing?
     #[prost(bool, tag = "14")]
     pub resume: bool,
+    /// The vCPUs do not run, and are not to run at the destination either.
+    #[prost(bool, tag = "15")]
+    pub paused: bool,
 }
 
 /// The destination takes the VM.
@@ -56,6 +59,9 @@ pub struct HelloAck {
     /// Its host offers what post-copy needs.
     #[prost(bool, tag = "2")]
     pub post_copy: bool,
+    /// It keeps the vCPUs paused, as Hello asks. One that does not know of that says nothing, and would run them.
+    #[prost(bool, tag = "3")]
+    pub paused: bool,
 }
 
 /// End of a pass on one connection; on the control connection, of the last pass on all.

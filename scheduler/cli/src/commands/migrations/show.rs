@@ -97,14 +97,18 @@ pub fn figures(m: &MigrationView) -> Vec<String> {
     let ms = |value: f64| format!("{value:.1} ms");
     let mut lines = vec![
         format!("total:       {}", ms(m.total_ms)),
-        format!(
-            "downtime:    {} (stop {:.1}, pages {:.1}, state {:.1}, start {:.1})",
-            ms(m.downtime_ms),
-            m.downtime_stop_ms,
-            m.downtime_pages_ms,
-            m.downtime_state_ms,
-            m.downtime_start_ms,
-        ),
+        if m.suspended {
+            "downtime:    none: the VM is suspended, and was".to_owned()
+        } else {
+            format!(
+                "downtime:    {} (stop {:.1}, pages {:.1}, state {:.1}, start {:.1})",
+                ms(m.downtime_ms),
+                m.downtime_stop_ms,
+                m.downtime_pages_ms,
+                m.downtime_state_ms,
+                m.downtime_start_ms,
+            )
+        },
     ];
     lines.extend(m.guest_gap_ms.map(|gap| format!("guest gap:   {}", ms(gap))));
     let over = match m.connections {

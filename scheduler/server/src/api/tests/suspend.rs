@@ -1,6 +1,6 @@
 //! Suspend and resume, against scripted nodes.
 
-use shoal_proto::cluster::{RebalanceRequest, ResumeVmRequest, SuspendVmRequest, Vm};
+use shoal_proto::cluster::{GetVmRequest, RebalanceRequest, ResumeVmRequest, SuspendVmRequest, Vm};
 
 use super::*;
 use crate::observe;
@@ -44,10 +44,6 @@ async fn a_suspended_vm_says_why_and_stays_so_over_a_new_scheduler() {
     cluster.restart().await;
     let again = suspend(&cluster, "other words").await.expect("it is so already");
     assert_eq!(again.message, "asked for by a user: lunch");
-    let refused = begin(&cluster, "a", MigrationPolicy::default()).await;
-    let refused = refused.expect_err("it does not move");
-    assert_eq!(refused.code(), Code::FailedPrecondition);
-    assert!(refused.message().contains("resume it first"), "{refused}");
     let request = ExplainVmRequest {
         vm: "a".to_owned(),
         limit: 0,
@@ -56,7 +52,7 @@ async fn a_suspended_vm_says_why_and_stays_so_over_a_new_scheduler() {
     let verdict = explained.expect("explained").into_inner().verdict;
     assert!(verdict.contains("asked for by a user: lunch"), "{verdict}");
     let seen = observe::snapshot(&cluster.scheduler);
-    assert_eq!(seen.vms[0].cannot_move, Some(shoal_plan::CannotMove::Suspended));
+    assert_eq!((seen.vms[0].suspended, seen.vms[0].cannot_move), (true, None));
 
     let vm = resume(&cluster).await.expect("resumed");
     assert_eq!((vm.phase(), vm.suspension), (VmPhase::Running, None));
@@ -65,6 +61,115 @@ async fn a_suspended_vm_says_why_and_stays_so_over_a_new_scheduler() {
     resume(&cluster).await.expect("it runs already");
     assert_eq!(cluster.nodes[0].resumed(), resumed);
     migrate(&cluster, "a", "node2").await;
+}
+
+/// Where VM `a` is and what it does.
+async fn place(cluster: &Cluster) -> (String, VmPhase) {
+    let request = GetVmRequest { vm: "a".to_owned() };
+    let vm = api(cluster).get_vm(Request::new(request)).await;
+    let vm = vm.expect("it is known").into_inner();
+    (vm.node.clone(), vm.phase())
+}
+
+fn running(cluster: &Cluster) -> [usize; 2] {
+    [cluster.nodes[0].running(), cluster.nodes[1].running()]
+}
+
+#[tokio::test]
+async fn a_suspended_vm_is_suspended_whatever_becomes_of_its_move() {
+    for (script, node) in [
+        (Script::Complete, "node2"),
+        (Script::Fail, "node1"),
+        (Script::InDoubt { commit_arrives: true }, "node2"),
+        (
+            Script::InDoubt {
+                commit_arrives: false,
+            },
+            "node1",
+        ),
+    ] {
+        let cluster = Cluster::start(2, 1 << 30).await;
+        start(&cluster, "a").await;
+        suspend(&cluster, "").await.expect("suspended");
+        cluster.nodes[0].set_script(script.clone());
+        migrate(&cluster, "a", "node2").await;
+        cluster.report();
+        assert_eq!(
+            (place(&cluster).await, running(&cluster)),
+            ((node.to_owned(), VmPhase::Suspended), [0, 0]),
+            "{script:?}"
+        );
+        resume(&cluster).await.expect("resumed");
+        let expected = if node == "node1" { [1, 0] } else { [0, 1] };
+        assert_eq!(running(&cluster), expected, "{script:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_new_scheduler_ends_the_move_of_a_suspended_vm_with_one_that_is_suspended() {
+    let mut cluster = Cluster::start(2, 1 << 30).await;
+    start(&cluster, "a").await;
+    suspend(&cluster, "").await.expect("suspended");
+    cluster.nodes[0].set_script(Script::GoOn);
+    begin(&cluster, "a", MigrationPolicy::default())
+        .await
+        .expect("begun");
+    cluster.restart().await;
+    let cancelled = cancel(&cluster, "a").await.expect("taken up, and cancelled");
+    let result = cancelled.report.map(|report| report.result());
+    assert_eq!(result, Some(MigrationResult::Cancelled));
+    cluster.report();
+    assert_eq!(
+        (place(&cluster).await, running(&cluster)),
+        (("node1".to_owned(), VmPhase::Suspended), [0, 0])
+    );
+}
+
+#[tokio::test]
+async fn a_move_is_waited_for_and_what_was_asked_for_holds_where_it_ends() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    start(&cluster, "a").await;
+    for wanted in [VmPhase::Suspended, VmPhase::Running] {
+        cluster.nodes[0].set_script(Script::GoOn);
+        begin(&cluster, "a", MigrationPolicy::default())
+            .await
+            .expect("begun");
+        let cancels = async { cancel(&cluster, "a").await.expect("cancelled") };
+        let asks = async {
+            match wanted {
+                VmPhase::Suspended => suspend(&cluster, "").await,
+                _ => resume(&cluster).await,
+            }
+        };
+        let (asked, _) = tokio::join!(asks, cancels);
+        assert_eq!(asked.expect("done after the move").phase(), wanted);
+    }
+    assert_eq!(running(&cluster), [1, 0]);
+}
+
+#[tokio::test]
+async fn a_plan_about_a_vm_that_has_moved_is_not_carried_out() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let vm = start(&cluster, "a").await;
+    migrate(&cluster, "a", "node2").await;
+    let hold = |node: &str| shoal_plan::Hold {
+        vm: shoal_plan::VmId::new(&vm.record().id.to_string()),
+        node: shoal_plan::NodeName::new(node),
+        growth: shoal_plan::BytesPerSecond(4096),
+        reason: format!("no room on {node}"),
+    };
+    // What comes second is the one that is carried out.
+    let plan = shoal_plan::Plan {
+        suspend: vec![hold("node1"), hold("node2")],
+        ..shoal_plan::Plan::default()
+    };
+    crate::execute::suspend::begin_planned(&cluster.scheduler, &plan);
+    until("the plan to be carried out", || cluster.nodes[1].running() == 0).await;
+    let suspended = vm.record().suspended.clone();
+    assert_eq!(
+        suspended.map(|why| why.reason).as_deref(),
+        Some("no room on node2")
+    );
 }
 
 #[tokio::test]
@@ -95,12 +200,6 @@ async fn what_cannot_be_suspended_is_refused_and_nothing_changes() {
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().starts_with("reason: "), "{error}");
 
-    cluster.nodes[0].set_script(Script::GoOn);
-    let policy = MigrationPolicy::default();
-    begin(&cluster, "a", policy).await.expect("begun");
-    let error = suspend(&cluster, "").await.expect_err("it migrates");
-    assert_eq!(error.code(), Code::FailedPrecondition);
-    assert!(error.message().contains("is being migrated to node2"), "{error}");
     assert_eq!(vm.record().suspended, None);
     let stop = StopVmRequest { vm: "a".to_owned() };
     let api = api(&cluster);

@@ -172,7 +172,7 @@ fn facts(state: vm::VmState, vmm_alive: bool, ran_here: bool) -> node::VmFacts {
 #[test]
 fn dead_vmms_are_judged_by_what_they_did() {
     let id = MigrationId::new();
-    use vm::VmState::{Exited, Failed, Incoming, Migrating, Running};
+    use vm::VmState::{Exited, Failed, Incoming, Migrating, Paused, Running};
     for (state, alive, ran, expected) in [
         (Incoming, false, true, Destination::Ended),
         (Incoming, false, false, Destination::Gone),
@@ -185,6 +185,9 @@ fn dead_vmms_are_judged_by_what_they_did() {
         (Running, true, true, Destination::Ran),
         // It runs, so it ran, whether or not the disk took the mark.
         (Running, true, false, Destination::Ran),
+        // It came paused: Commit was accepted there, so it is the one, though no vCPU has run.
+        (Paused, true, true, Destination::Ran),
+        (Paused, false, true, Destination::Ended),
     ] {
         let view = destination_view(Some(&facts(state, alive, ran)));
         assert_eq!(view, expected, "{state:?} {alive} {ran}");

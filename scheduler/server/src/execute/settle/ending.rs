@@ -8,7 +8,7 @@ use crate::execute::decide::Then;
 pub(super) fn reason(then: Then) -> &'static str {
     match then {
         Then::Stays => "the migration did not come to its end; the VM was not harmed",
-        Then::Resume => "the destination never ran the VM; the source resumed it",
+        Then::Resume => "the destination never ran the VM; the source has it as before",
         Then::Exited => "the guest ended while it was being moved",
         Then::Lost => "the source's VMM is gone, and the destination did not have all of the VM",
         Then::Unknown => "the destination does not have the VM, and the source's node does not answer",

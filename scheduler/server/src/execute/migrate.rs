@@ -125,6 +125,7 @@ fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
         Phase::Running if record.suspended.is_some() => "it is suspended; resume it first",
         Phase::Running => return Ok(record),
         Phase::Starting => "it is starting",
+        Phase::Queued => "it waits for room",
         Phase::Stopping => "it is stopping",
         Phase::Ending(_) | Phase::Ended(_) => "it has ended",
     };

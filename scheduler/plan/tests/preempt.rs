@@ -347,7 +347,7 @@ proptest! {
     #[test]
     fn whoever_is_stopped_may_be_and_had_to_be(
         mut snapshot in clusters(),
-        mib in 16u64..4096,
+        mib in 16u64..1500,
         priority in 0u32..10,
         n_plus_one in any::<bool>(),
         overcommit_percent in 100u64..300,

@@ -46,7 +46,7 @@ fn vms_move_over_tls_and_only_between_nodes_whose_certificates_match() {
     cluster.kill_daemon("node1");
     let strange = other.path().join("node1").to_string_lossy().into_owned();
     cluster.start_daemon_with("node1", &[("--migration-tls", &strange)]);
-    is_back(&cluster, &before);
+    cluster.wait_for_return(&before);
     let stranger = cluster
         .shoal
         .output(&["-o", "json", "migrate", "a", "--to", "node1"]);
@@ -62,7 +62,7 @@ fn vms_move_over_tls_and_only_between_nodes_whose_certificates_match() {
     let before = cluster.node("node1");
     cluster.kill_daemon("node1");
     cluster.start_daemon_without("node1", "--migration-tls");
-    is_back(&cluster, &before);
+    cluster.wait_for_return(&before);
     let lacks = "it has no certificate for migrations, and node2 sends VMs over TLS only";
     let refusal = cluster.shoal.fails(&["migrate", "a", "--to", "node1"]);
     assert!(refusal.code == 3 && refusal.stderr.contains(lacks), "{refusal:?}");
@@ -98,7 +98,7 @@ fn vms_move_over_tls_and_only_between_nodes_whose_certificates_match() {
     let before = cluster.node("node2");
     cluster.kill_daemon("node2");
     cluster.start_daemon_without("node2", "--migration-tls");
-    is_back(&cluster, &before);
+    cluster.wait_for_return(&before);
     let report = cluster.shoal.json(&["migrate", "bare", "--to", "node2"]);
     assert_eq!(
         (&report["result"], &report["tls"]),
@@ -109,13 +109,4 @@ fn vms_move_over_tls_and_only_between_nodes_whose_certificates_match() {
         cluster.wait_for_heartbeats(name, 1);
         guest::assert_unharmed(&cluster.logs(name));
     }
-}
-
-/// Waits until the agent that was started again has registered: on another port than the one before.
-fn is_back(cluster: &Cluster, before: &Value) {
-    let name = before["name"].as_str().expect("a name");
-    wait::until_true(&format!("{name} to be back"), seconds(30), || {
-        let now = cluster.node(name);
-        now["state"] == "ready" && now["address"] != before["address"]
-    });
 }

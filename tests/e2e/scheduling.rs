@@ -8,13 +8,13 @@ use shoal_tests::wait::{self, seconds};
 
 use crate::CALM;
 
-fn cluster(machine: Machine, shape: Shape) -> Cluster {
+fn cluster(machine: Machine, shape: &Shape) -> Cluster {
     Cluster::start(
         machine,
         &Shape {
             node_memory: "1GiB",
             node_cpus: 32,
-            ..shape
+            ..*shape
         },
     )
 }
@@ -56,7 +56,7 @@ fn rules_and_locks_hold_for_guests_that_run() {
         automatic: true,
         ..Shape::default()
     };
-    let cluster = cluster(machine, shape);
+    let cluster = cluster(machine, &shape);
     let shoal = &cluster.shoal;
     shoal.ok(&["node", "label", "node2", "disk=ssd"]);
     shoal.ok(&["node", "taint", "node3", "dedicated=db"]);
@@ -110,7 +110,7 @@ fn what_waits_in_the_queue_runs_when_there_is_room() {
         nodes: 1,
         ..Shape::default()
     };
-    let cluster = cluster(machine, shape);
+    let cluster = cluster(machine, &shape);
     let large = ["--memory", "900MiB"];
     let queue = |name| {
         let words = ["run", "probe", "--detach", "--queue", "--name", name];
@@ -157,7 +157,7 @@ fn expelled_guests_are_brought_back() {
         automatic: true,
         ..Shape::default()
     };
-    let cluster = cluster(machine, shape);
+    let cluster = cluster(machine, &shape);
     let names = ["a", "b", "c"];
     for name in names {
         run(&cluster, name, &["--node", "node1"]);
@@ -239,4 +239,80 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
         "its last move and why: {why}"
     );
     assert_all_run_unharmed(&cluster, &["a", "b"]);
+}
+
+/// What a guest wrote since it was begun anew for the last time.
+fn last_run(logs: &str) -> &str {
+    logs.rsplit_once("what follows is another run]\n")
+        .map_or("", |(_, run)| run)
+}
+
+#[test]
+fn a_guest_gives_way_to_a_higher_priority_and_begins_anew() {
+    let Some(machine) = Machine::with_kvm("preemption") else {
+        return;
+    };
+    let shape = Shape {
+        nodes: 1,
+        ..Shape::default()
+    };
+    let cluster = cluster(machine, &shape);
+    let shoal = &cluster.shoal;
+    let large = ["--memory", "900MiB"];
+    let start = |name: &str, more: &[&str]| {
+        let words = ["run", "probe", "--detach", "--name", name];
+        let guest = ["--", "fill=16MiB"];
+        shoal.json(&[&words[..], &large, more, &guest].concat())
+    };
+    let low = start("low", &["--preemptible", "--priority", "2"]);
+    cluster.wait_for_heartbeats("low", 2);
+    let before = cluster.logs("low");
+
+    let equal = ["run", "probe", "--detach", "--priority", "2"];
+    let refused = shoal.fails(&[&equal[..], &large].concat());
+    assert_eq!(refused.code, 3, "of equal priority: {refused:?}");
+    let high = start("high", &["--priority", "8"]);
+    assert_eq!(
+        (&high["state"], &high["node"]),
+        (&"running".into(), &"node1".into())
+    );
+    cluster.wait_for_heartbeats("high", 1);
+
+    let waits = cluster.vm("low");
+    assert_eq!((&waits["state"], &waits["id"]), (&"pending".into(), &low["id"]));
+    assert_eq!(
+        (&waits["preempted"]["times"], &waits["preempted"]["by"]),
+        (&1.into(), &"high".into())
+    );
+    assert_eq!(shoal.json(&["queue"])[0]["name"], "low");
+    let told = cluster.events_of_kind("vm-preempted");
+    assert_eq!((told.len(), &told[0]["vm"]), (1, &"low".into()), "{told:?}");
+    assert!(shoal.ok(&["inspect", "low"]).contains("for high (priority 8)"));
+    assert_eq!(cluster.vmms(&text(&low["id"])).len(), 0, "nothing is left of it");
+    let first_run = cluster.logs("low");
+    assert!(
+        first_run.starts_with(&before),
+        "what it wrote is kept: {first_run}"
+    );
+
+    shoal.ok(&["rm", "--force", "high"]);
+    let again = cluster.wait_for_state("low", "running", seconds(60));
+    assert_eq!((&again["id"], &again["epoch"]), (&low["id"], &2.into()));
+    wait::until_true("the guest to begin anew", seconds(60), || {
+        guest::heartbeats(last_run(&cluster.logs("low"))).len() >= 2
+    });
+    let logs = cluster.logs("low");
+    assert!(logs.starts_with(&first_run), "nothing is cut off: {logs}");
+    let (first, second) = (&logs[..first_run.len()], last_run(&logs));
+    for run in [first, second] {
+        guest::assert_unharmed(run);
+    }
+    let first_beat = |run: &str| guest::heartbeats(run)[0].n;
+    assert_eq!(
+        first_beat(first),
+        first_beat(second),
+        "both from the start: {logs}"
+    );
+    assert!(!logs.contains("bytes of console output are missing"), "{logs}");
+    assert_eq!(cluster.vmms(&text(&low["id"])).len(), 1);
 }

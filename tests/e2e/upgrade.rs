@@ -52,8 +52,10 @@ fn every_vm_of_a_node_gets_a_new_vmm_there_and_shared_memory_is_not_copied() {
     assert!(text.contains("node2: 1 VMs run in new VMMs"), "{text}");
 
     // A VM that was handed over can be moved like any, and an agent that was replaced knows it.
+    let before = cluster.node("node1");
     cluster.kill_daemon("node1");
     cluster.start_daemon("node1");
+    cluster.wait_for_return(&before);
     cluster.wait_for_state("a", "running", seconds(30));
     let report = cluster.shoal.json(&["migrate", "a", "--to", "node2"]);
     assert_eq!(

@@ -172,6 +172,16 @@ impl Cluster {
         })
     }
 
+    /// Waits until an agent that was started again has registered: on another port than the one before. The scheduler takes
+    /// moves from and to its node meanwhile, and they fail.
+    pub fn wait_for_return(&self, before: &Value) {
+        let name = before["name"].as_str().expect("a name");
+        wait::until_true(&format!("{name} to be back"), wait::seconds(30), || {
+            let now = self.node(name);
+            now["state"] == "ready" && now["address"] != before["address"]
+        });
+    }
+
     /// A VM's console so far.
     #[must_use]
     pub fn logs(&self, name: &str) -> String {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 /// Most unacknowledged bytes kept; past it the oldest are dropped, which readers see as a gap in the offsets.
 pub const CAPACITY: usize = 1 << 20;
 
-/// Console output of one VM since its first boot.
+/// Console output of one VM; it is numbered on from what earlier runs of it wrote.
 #[derive(Debug, Default)]
 pub struct Console {
     buffer: Mutex<Buffer>,
@@ -128,6 +128,11 @@ impl Console {
         self.read(0, CAPACITY)
     }
 
+    /// The first byte has this number: earlier runs of the VM wrote those before it.
+    pub fn begin_at(&self, offset: u64) {
+        self.lock().base = offset;
+    }
+
     /// Takes over the stream of a VM that moved here. Longer than [`CAPACITY`]: the oldest bytes are dropped.
     pub fn restore(&self, saved: Chunk) {
         let excess = saved.data.len().saturating_sub(CAPACITY) as u64;
@@ -160,6 +165,20 @@ mod tests {
             }
         );
         assert_eq!(destination.end(), 11);
+    }
+
+    #[test]
+    fn a_new_run_is_numbered_on_from_the_one_before() {
+        let console = Console::new(false);
+        console.begin_at(70);
+        console.write(b"again");
+        assert_eq!(console.read(0, 100).offset, 70);
+        console.acknowledge(60); // of the run before, late
+        let all = Chunk {
+            offset: 70,
+            data: b"again".to_vec(),
+        };
+        assert_eq!((console.save(), console.end()), (all, 75));
     }
 
     #[test]

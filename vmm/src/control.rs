@@ -414,6 +414,7 @@ impl Control {
             return Err(self.wrong_state("one VMM boots one VM, once"));
         };
         self.describe(&spec);
+        self.console.begin_at(spec.console_offset);
         let vm = build::boot_vm(&self.kvm, &spec, self.hooks())?;
         self.describe_memory(&vm);
         self.config.ran_mark.leave().map_err(ControlError::Mark)?;

@@ -167,6 +167,7 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         cmdline_software_kvm: options.cmdline_software_kvm,
         memory_backing: MemoryBacking::Auto,
         cpu_baseline: Table::default(),
+        console_offset: 0,
     });
     if listener.is_none() && spec.is_none() {
         return Ok(fail(USAGE_ERROR, &format!("nothing to do\n{USAGE}")));

@@ -14,6 +14,8 @@ pub const MIN_MEMORY: u64 = 2 << 20;
 pub const MAX_MEMORY: u64 = 4 << 40;
 /// Most vCPUs: one 8-bit xAPIC id each, with room for the I/O APIC.
 pub const MAX_CPUS: u32 = 64;
+/// The last number that a console may begin with: none that is counted on from there overflows.
+pub const MAX_CONSOLE_OFFSET: u64 = 1 << 60;
 /// Longest kernel command line, bytes, without the terminating zero (Linux x86: COMMAND_LINE_SIZE 2048).
 pub const MAX_CMDLINE: usize = 2047;
 
@@ -42,6 +44,8 @@ pub struct VmSpec {
     pub memory_backing: MemoryBacking,
     /// The only CPU features the guest may see; empty: all that the host has.
     pub cpu_baseline: Table,
+    /// Number of the first byte of its console.
+    pub console_offset: u64,
 }
 
 /// Which field of a spec is wrong, and how.
@@ -65,6 +69,9 @@ pub enum SpecError {
     /// Not a CPUID table.
     #[error("cpu_baseline: {0}")]
     CpuBaseline(#[from] TableError),
+    /// More than any guest writes.
+    #[error("console_offset: {0} is more than 2^60")]
+    ConsoleOffset(u64),
     /// vCPU count out of range.
     #[error("cpus: {0} is not between 1 and 64")]
     Cpus(u32),
@@ -94,6 +101,7 @@ impl TryFrom<Option<WireSpec>> for VmSpec {
             memory_backing: MemoryBacking::try_from(wire.memory_backing)
                 .map_err(|_| SpecError::MemoryBacking(wire.memory_backing))?,
             cpu_baseline: Table::from_bytes(&wire.cpu_baseline)?,
+            console_offset: wire.console_offset,
         };
         spec.check()?;
         Ok(spec)
@@ -114,6 +122,9 @@ impl VmSpec {
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(SpecError::Cpus(self.cpus));
+        }
+        if self.console_offset > MAX_CONSOLE_OFFSET {
+            return Err(SpecError::ConsoleOffset(self.console_offset));
         }
         let cmdline_len = self.cmdline.len() + 1 + self.cmdline_software_kvm.len();
         if cmdline_len > MAX_CMDLINE {
@@ -158,13 +169,14 @@ mod tests {
     #[test]
     fn refuses_what_is_out_of_range_and_names_the_field() {
         type Change = fn(&mut WireSpec);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 9] = [
             ("vm_id", |s| s.vm_id = "x".into()),
             ("memory_bytes", |s| s.memory_bytes = 0),
             ("memory_bytes", |s| s.memory_bytes = 100 << 40),
             ("memory_bytes", |s| s.memory_bytes = (64 << 20) + 1),
             ("memory_backing", |s| s.memory_backing = 3),
             ("cpu_baseline", |s| s.cpu_baseline = vec![0; 39]),
+            ("console_offset", |s| s.console_offset = u64::MAX),
             ("cpus", |s| s.cpus = 0),
             ("cmdline", |s| s.cmdline = "x".repeat(4000)),
         ];

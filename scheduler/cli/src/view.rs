@@ -62,6 +62,34 @@ pub struct VmView {
     pub write_bytes_per_second: Option<u64>,
     /// Why its vCPUs are stopped; null if they are not.
     pub suspended: Option<SuspensionView>,
+    /// It may be stopped for one of higher priority, and begin anew.
+    pub preemptible: bool,
+    /// How often that was done; null if never.
+    pub preempted: Option<PreemptedView>,
+}
+
+/// How often a VM was stopped for others.
+#[derive(Debug, Serialize)]
+pub struct PreemptedView {
+    /// So often.
+    pub times: u32,
+    /// For which VM the last time.
+    pub by: String,
+    /// Of what priority that was.
+    pub by_priority: u32,
+    /// How long ago.
+    pub seconds: u64,
+}
+
+impl From<&cluster::Preempted> for PreemptedView {
+    fn from(preempted: &cluster::Preempted) -> Self {
+        Self {
+            times: preempted.times,
+            by: preempted.by.clone(),
+            by_priority: preempted.by_priority,
+            seconds: format::seconds_since(preempted.unix_ms),
+        }
+    }
 }
 
 /// Why a VM is suspended.
@@ -128,6 +156,8 @@ impl From<&cluster::Vm> for VmView {
                 reason: suspension.reason.clone(),
                 seconds: format::seconds_since(suspension.since_unix_ms),
             }),
+            preemptible: vm.preemptible,
+            preempted: vm.preempted.as_ref().map(PreemptedView::from),
         }
     }
 }

@@ -22,9 +22,10 @@ fn main() -> ExitCode {
                 .collect();
             let placements = place_launches(&scenario.snapshot, &scenario.policy, &requests);
             print!(
-                "{}{}",
+                "{}{}{}",
                 text::print_plan(&plan),
-                text::print_placements(&scenario.launches, &placements)
+                text::print_placements(&scenario.launches, &placements),
+                text::print_preemptions(&scenario.snapshot, &scenario.policy, &scenario.launches)
             );
             ExitCode::SUCCESS
         }

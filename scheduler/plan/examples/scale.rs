@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_plan::{
     Bytes, BytesPerSecond, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, Policy,
-    Rules, VmView, place_launches, round,
+    Rules, Turn, VmId, VmView, Waiting, place_launches, round, take_turns,
 };
 
 const RUNS: usize = 5;
@@ -68,6 +68,7 @@ fn main() {
         "every VM with labels and rules: {ms:.0} ms, {} moves",
         plan.actions.len()
     );
+    preemption(nodes, vms, &policy);
     let pack = Policy {
         mode: Mode::Pack,
         ..policy.clone()
@@ -84,6 +85,41 @@ fn main() {
     println!("place 100 VMs with N+1: {ms:.0} ms, {placed} placed");
     if let Some(peak) = peak_memory() {
         println!("peak memory: {peak}");
+    }
+}
+
+/// Twenty large VMs wait in a cluster that is full, where every VM may be stopped for them, or none.
+fn preemption(nodes: usize, vms: usize, policy: &Policy) {
+    for marked in [false, true] {
+        let mut snapshot = cluster(nodes, vms, 180, 60);
+        for (number, vm) in snapshot.vms.iter_mut().enumerate() {
+            vm.preemptible = marked;
+            vm.priority = u32::try_from(number % 5).unwrap_or(0);
+        }
+        let waiting: Vec<Waiting> = (0..20)
+            .map(|number| Waiting {
+                id: VmId::new(&format!("w{number}")),
+                name: format!("w{number}"),
+                request: LaunchRequest {
+                    cpus: 2,
+                    memory: Bytes::gib(60),
+                    priority: 8,
+                    ..LaunchRequest::default()
+                },
+                since: Duration::ZERO,
+            })
+            .collect();
+        let (turns, ms) = median(|| take_turns(&snapshot, policy, &waiting));
+        let made = turns
+            .iter()
+            .filter(|(_, turn)| matches!(turn, Turn::Preempt(_)))
+            .count();
+        let which = if marked {
+            "every VM is marked"
+        } else {
+            "none is marked"
+        };
+        println!("20 large VMs wait, {which}: {ms:.0} ms, room is made for {made}");
     }
 }
 
@@ -153,6 +189,7 @@ fn cluster(nodes: usize, vms: usize, memory_factor: u64, cpu_factor: u64) -> Clu
             .map(|n| NodeView::new(&format!("node{n:05}"), 32, memory))
             .collect(),
         vms: Vec::with_capacity(vms),
+        held: Vec::new(),
     };
     let (memory_each, vcpus_each) = (
         memory.0 * nodes as u64 / vms.max(1) as u64,

@@ -12,6 +12,7 @@ use crate::labels::Rules;
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
+use crate::preempt;
 use crate::score::Use;
 use crate::together::Together;
 
@@ -107,6 +108,22 @@ impl<'a> Cluster<'a> {
         policy: &'a Policy,
         to_come: impl Iterator<Item = &'a Rules>,
     ) -> Self {
+        let mut cluster = Self::without_holds(snapshot, policy, to_come);
+        for held in &snapshot.held {
+            if let Some(room) = preempt::awaited(&cluster, held) {
+                let newcomer = Newcomer::launch(&cluster, &held.request);
+                cluster.hold(&newcomer, room.node, &room.ending);
+            }
+        }
+        cluster
+    }
+
+    /// The same as if no room were kept for anyone.
+    pub fn without_holds(
+        snapshot: &'a ClusterSnapshot,
+        policy: &'a Policy,
+        to_come: impl Iterator<Item = &'a Rules>,
+    ) -> Self {
         let mut views: Vec<&NodeView> = snapshot.nodes.iter().collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views.dedup_by(|a, b| a.name == b.name);
@@ -117,11 +134,15 @@ impl<'a> Cluster<'a> {
             .collect();
         let nodes = views.into_iter().map(Node::new).collect();
         let there = snapshot.vms.iter().filter_map(|vm| vm.rules.as_deref());
+        let held = snapshot
+            .held
+            .iter()
+            .filter_map(|held| held.request.rules.as_deref());
         let mut cluster = Self {
             policy,
             nodes,
             vms: Vec::with_capacity(snapshot.vms.len()),
-            together: Together::new(there.chain(to_come)),
+            together: Together::new(there.chain(held).chain(to_come)),
             cost_rate: policy.cost_base.ln(),
             failover: None,
             migrations: 0,
@@ -324,6 +345,35 @@ impl<'a> Cluster<'a> {
         self.largest_room = None;
         if let Some(failover) = &mut self.failover {
             failover.apply(newcomer.change(self.policy, on));
+        }
+    }
+
+    /// Keeps room on a node for a VM that waits until others there have ended. What these hold and what it needs counts
+    /// once: the larger of both. Only filters see it; nothing is balanced for it yet.
+    pub fn hold(&mut self, newcomer: &Newcomer<'_>, on: usize, ending: &[usize]) {
+        let horizon = self.policy.usher_horizon.as_secs_f64();
+        let sum = |of: &dyn Fn(&Vm<'_>) -> f64| -> f64 { ending.iter().map(|&vm| of(&self.vms[vm])).sum() };
+        let declared = newcomer.declared - sum(&|vm| vm.declared);
+        let memory = newcomer.usage.memory - sum(&|vm| vm.resident);
+        let projected = newcomer.at_horizon() - sum(&|vm| vm.memory_at(horizon));
+        let change = newcomer.change(self.policy, on);
+        let missing = change.need - sum(&|vm| need(self.policy, vm.declared, vm.resident));
+        let number = usize::MAX - self.reserved;
+        self.reserved += 1;
+        self.together.add_vm(number, newcomer.marks.clone());
+        self.together.add(number, on);
+        let node = &mut self.nodes[on];
+        node.reserved += 1;
+        node.makes_room = true;
+        node.committed += declared.max(0.0);
+        node.occupied += memory.max(0.0);
+        node.projected += projected.max(0.0);
+        self.largest_room = None;
+        if let Some(failover) = self.failover.as_mut().filter(|_| missing > 0.0) {
+            failover.apply(Change {
+                need: missing,
+                ..change
+            });
         }
     }
 

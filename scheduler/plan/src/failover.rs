@@ -119,6 +119,26 @@ impl Failover {
         found
     }
 
+    /// The same, with VMs of a node ended that need so much.
+    pub fn shortfall_without(&self, node: usize, ended: &[f64], change: Change) -> Option<Shortfall> {
+        let mut without = Self {
+            rooms: self.rooms.clone(),
+            order: self.order.clone(),
+            needs: self.needs.clone(),
+            safe: self.safe,
+            likely: self.likely.clone(),
+        };
+        for need in ended {
+            without.rooms[node] += need;
+            let needs = &mut without.needs[node];
+            if let Some(index) = needs.iter().position(|other| other == need) {
+                needs.remove(index);
+            }
+        }
+        without.settle();
+        without.shortfall(Some(change))
+    }
+
     fn shortfall_of(&self, dead: usize, change: Option<Change>) -> Option<Shortfall> {
         let comes = change
             .filter(|change| change.to == dead)

@@ -3,6 +3,7 @@
 //! - [`model`]: what goes in; [`smooth`]: how reports become what goes in; [`policy`]: the constants
 //! - [`labels`]: what nodes and VMs are, and what VMs ask of nodes and of each other
 //! - [`place`]: where one VM goes; [`score`]: what the cluster's state costs
+//! - [`queue`]: who waits, and starts when; [`preempt`]: who is stopped for whom
 //! - [`action`]: what comes out; [`text`]: all of it as plain text, for replay
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ mod newcomer;
 mod pack;
 pub mod place;
 pub mod policy;
+pub mod preempt;
 pub mod queue;
 mod rebalance;
 pub mod reject;
@@ -47,6 +49,7 @@ pub use place::{
     place_migration,
 };
 pub use policy::{Automation, Mode, Policy, PolicyError};
+pub use preempt::{Held, Preemption, make_room};
 pub use queue::{Turn, Waiting, take_turns};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};

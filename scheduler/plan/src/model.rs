@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::labels::{Labels, Rules};
+use crate::preempt::Held;
 
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -284,6 +285,12 @@ pub struct VmView {
     /// A plan had it suspended, and it grew so fast then: it is to run on where there is room for that. None for one that a
     /// user has suspended.
     pub suspended_growth: Option<BytesPerSecond>,
+    /// Its owner lets it be stopped for one of higher priority, to begin anew later.
+    pub preemptible: bool,
+    /// For how long it has run since it began, which is lost when it begins anew; none if that is not known.
+    pub ran: Option<Duration>,
+    /// It is being stopped so that this VM, which waits, has room.
+    pub gives_way_to: Option<VmId>,
 }
 
 /// Of a VM of which nobody has said.
@@ -314,6 +321,9 @@ impl VmView {
             priority: DEFAULT_PRIORITY,
             suspended: false,
             suspended_growth: None,
+            preemptible: false,
+            ran: None,
+            gives_way_to: None,
         }
     }
 }
@@ -325,6 +335,8 @@ pub struct ClusterSnapshot {
     pub nodes: Vec<NodeView>,
     /// Every VM that holds memory.
     pub vms: Vec<VmView>,
+    /// Room that is being made for VMs that wait.
+    pub held: Vec<Held>,
 }
 
 #[cfg(test)]

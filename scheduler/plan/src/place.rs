@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use crate::cluster::{Cluster, Immobile, bytes};
 use crate::labels::{Labels, Rules};
-use crate::model::{Bytes, CannotMove, ClusterSnapshot, CpuClass, NodeName, NodeState, VmId};
+use crate::model::{
+    Bytes, CannotMove, ClusterSnapshot, CpuClass, DEFAULT_PRIORITY, NodeName, NodeState, VmId,
+};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
 use crate::reject::{RejectReason, Rejection, summarise};
 
 /// A VM to start.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaunchRequest {
     /// Virtual CPUs.
     pub cpus: u32,
@@ -24,6 +26,22 @@ pub struct LaunchRequest {
     pub labels: Labels,
     /// What it asks of its node.
     pub rules: Option<Arc<Rules>>,
+    /// 0 to 9: in the queue, and for whom others are stopped.
+    pub priority: u32,
+}
+
+impl Default for LaunchRequest {
+    fn default() -> Self {
+        Self {
+            cpus: 0,
+            memory: Bytes(0),
+            node: None,
+            cpu_class: None,
+            labels: Labels::default(),
+            rules: None,
+            priority: DEFAULT_PRIORITY,
+        }
+    }
 }
 
 /// Where to, and why.
@@ -128,30 +146,49 @@ pub fn place_launches(
         .collect()
 }
 
+/// The node that a request asks for.
+pub(crate) fn asked(cluster: &Cluster<'_>, request: &LaunchRequest) -> Result<Option<usize>, PlaceError> {
+    let number = |name: &NodeName| {
+        let number = cluster.node_number(name);
+        number.ok_or_else(|| PlaceError::UnknownNode(name.clone()))
+    };
+    request.node.as_ref().map(number).transpose()
+}
+
 pub(crate) fn place<'a>(
     cluster: &mut Cluster<'a>,
     request: &'a LaunchRequest,
 ) -> Result<Placement, PlaceError> {
-    let asked = match &request.node {
-        Some(name) => Some(
-            cluster
-                .node_number(name)
-                .ok_or_else(|| PlaceError::UnknownNode(name.clone()))?,
-        ),
-        None => None,
-    };
+    let asked = asked(cluster, request)?;
     let newcomer = Newcomer::launch(cluster, request);
     let Some(node) = best_node(cluster, &newcomer, asked) else {
         return Err(PlaceError::NothingFits {
             rejections: rejections(cluster, &newcomer, asked),
         });
     };
+    let why = asked.map_or_else(|| cluster.why_best(), |_| ASKED_FOR);
     let placement = Placement {
         node: cluster.nodes[node].view.name.clone(),
-        reason: explain(cluster, &newcomer, node, asked),
+        reason: explain(cluster, &newcomer, node, why),
     };
     cluster.reserve(&newcomer, node);
     Ok(placement)
+}
+
+/// On this node, which has room for it, or not at all.
+pub(crate) fn place_where_room_was_made<'a>(
+    cluster: &mut Cluster<'a>,
+    request: &'a LaunchRequest,
+    node: usize,
+) -> Option<Placement> {
+    let newcomer = Newcomer::launch(cluster, request);
+    newcomer.check(cluster, node).ok()?;
+    let placement = Placement {
+        node: cluster.nodes[node].view.name.clone(),
+        reason: explain(cluster, &newcomer, node, "room was made for it"),
+    };
+    cluster.reserve(&newcomer, node);
+    Some(placement)
 }
 
 /// Chooses, or checks, the node for a VM to move to because someone asked for it. Cool-down and the limits on migrations
@@ -213,7 +250,12 @@ pub fn place_migration(
     match best_node(&cluster, &newcomer, asked) {
         Some(node) => Ok(Placement {
             node: cluster.nodes[node].view.name.clone(),
-            reason: explain(&cluster, &newcomer, node, asked),
+            reason: explain(
+                &cluster,
+                &newcomer,
+                node,
+                asked.map_or_else(|| cluster.why_best(), |_| ASKED_FOR),
+            ),
         }),
         None => Err(MigrateError::NothingFits {
             rejections: rejections(&cluster, &newcomer, asked),
@@ -339,13 +381,10 @@ pub(crate) fn rejections(
         .collect()
 }
 
-fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, asked: Option<usize>) -> String {
+const ASKED_FOR: &str = "asked for";
+
+fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, why: &str) -> String {
     let node = &cluster.nodes[number];
-    let why = if asked.is_some() {
-        "asked for"
-    } else {
-        cluster.why_best()
-    };
     format!(
         "{why}: load {:.2} to {:.2} on {} CPUs, memory {} to {} of {}",
         node.load_exported,

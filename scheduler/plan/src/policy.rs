@@ -120,6 +120,8 @@ pub struct Policy {
     pub n_plus_one: bool,
     /// A VM is suspended when its node runs out of memory and nothing fits anywhere, and resumed when there is room.
     pub suspend: bool,
+    /// VMs that are marked so are stopped for one of higher priority that fits nowhere.
+    pub preempt: bool,
 }
 
 impl Default for Policy {
@@ -153,6 +155,7 @@ impl Default for Policy {
             cost_base: 16.0,
             n_plus_one: false,
             suspend: true,
+            preempt: true,
         }
     }
 }

@@ -1,33 +1,44 @@
-//! VMs that wait for room: in which order, and which start now.
+//! VMs that wait for room: in which order, which start now, and who is stopped for them.
 //!
 //! Users take turns: the next VM is one of the user who has the fewest running for its weight. A user is the value of the
 //! label `user`. Of one user's VMs the one of the highest priority is first, then the one that came first. A later VM may
 //! start before an earlier one that does not fit, until that has waited for the policy's patience: then it is next.
+//!
+//! For one that fits nowhere others may be stopped ([`crate::preempt`]), whoever is before it: that takes no room from these. The
+//! room is its own from then on: it is looked at before all others.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::cluster::Cluster;
 use crate::labels::Labels;
-use crate::model::ClusterSnapshot;
-use crate::place::{LaunchRequest, PlaceError, Placement, place};
+use crate::model::{ClusterSnapshot, VmId};
+use crate::newcomer::Newcomer;
+use crate::place::{
+    LaunchRequest, PlaceError, Placement, asked, best_node, place, place_where_room_was_made,
+};
 use crate::policy::Policy;
+use crate::preempt::{Held, Preemption, Victims, awaited, describe_awaited};
 
 /// So many are looked at in a round.
 const TRIES: usize = 200;
+/// For so many it is looked in a round who could be stopped for them.
+const PREEMPTION_TRIES: usize = 16;
+/// For so many others are stopped in a round.
+const PREEMPTIONS: usize = 4;
 
 /// The label that names the user.
 pub const USER: &str = "user";
 
 /// A VM that waits.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
+    /// Unique; room that is held for it is found by this.
+    pub id: VmId,
     /// Its name, for the reasons people read.
     pub name: String,
-    /// What it needs.
+    /// What it needs, and its priority.
     pub request: LaunchRequest,
-    /// 0 to 9.
-    pub priority: u32,
     /// For how long.
     pub since: Duration,
 }
@@ -37,6 +48,13 @@ pub struct Waiting {
 pub enum Turn {
     /// It can start now.
     Start(Placement),
+    /// It can start once these have been stopped.
+    Preempt(Preemption),
+    /// Those that give way to it have not all ended yet.
+    Awaits {
+        /// Who, where.
+        reason: String,
+    },
     /// It fits nowhere.
     Refused(PlaceError),
     /// As many as are looked at in a round are before it.
@@ -53,29 +71,114 @@ pub enum Turn {
 #[must_use]
 pub fn take_turns(snapshot: &ClusterSnapshot, policy: &Policy, waiting: &[Waiting]) -> Vec<(usize, Turn)> {
     let rules = waiting.iter().filter_map(|vm| vm.request.rules.as_deref());
-    let mut cluster = Cluster::with_rules(snapshot, policy, rules);
-    let mut first: Option<&Waiting> = None;
+    let mut cluster = Cluster::without_holds(snapshot, policy, rules);
+    let (held, others): (Vec<usize>, Vec<usize>) = order(snapshot, policy, waiting)
+        .into_iter()
+        .partition(|&number| held_for(&cluster, snapshot, &waiting[number]).is_some());
     let mut turns = Vec::with_capacity(waiting.len());
-    for (tried, number) in order(snapshot, policy, waiting).into_iter().enumerate() {
+    turns.extend(take_held(&mut cluster, snapshot, waiting, held));
+    let mut room = RoomMaking::default();
+    let mut first: Option<&Waiting> = None;
+    for (tried, number) in others.into_iter().enumerate() {
         let vm = &waiting[number];
         let turn = match first {
             _ if tried >= TRIES => Turn::Later,
-            Some(first) => Turn::Behind {
-                name: first.name.clone(),
-            },
+            Some(first) => {
+                let higher = vm.request.priority > first.request.priority;
+                let preemption = if higher { room.make(&mut cluster, vm) } else { None };
+                preemption.map_or_else(
+                    || Turn::Behind {
+                        name: first.name.clone(),
+                    },
+                    Turn::Preempt,
+                )
+            }
             None => match place(&mut cluster, &vm.request) {
                 Ok(placement) => Turn::Start(placement),
-                Err(error) => {
-                    if vm.since >= policy.queue_patience {
-                        first = Some(vm);
+                Err(error) => match room.make(&mut cluster, vm) {
+                    Some(preemption) => Turn::Preempt(preemption),
+                    None => {
+                        if vm.since >= policy.queue_patience {
+                            first = Some(vm);
+                        }
+                        Turn::Refused(error)
                     }
-                    Turn::Refused(error)
-                }
+                },
             },
         };
         turns.push((number, turn));
     }
     turns
+}
+
+fn held_for<'a>(cluster: &Cluster<'_>, snapshot: &'a ClusterSnapshot, vm: &Waiting) -> Option<&'a Held> {
+    let mut held = snapshot.held.iter().filter(|held| held.vm == vm.id);
+    held.find(|held| awaited(cluster, held).is_some())
+}
+
+/// Those for which room is being made: each starts where that is, or wherever else there is room; otherwise it is kept for it.
+fn take_held<'a>(
+    cluster: &mut Cluster<'a>,
+    snapshot: &ClusterSnapshot,
+    waiting: &'a [Waiting],
+    numbers: Vec<usize>,
+) -> Vec<(usize, Turn)> {
+    let mut turns = Vec::with_capacity(numbers.len());
+    let mut still: Vec<(usize, String)> = Vec::new();
+    for number in numbers {
+        let vm = &waiting[number];
+        let held = held_for(cluster, snapshot, vm);
+        let Some(room) = held.and_then(|held| awaited(cluster, held)) else {
+            continue;
+        };
+        match place_where_room_was_made(cluster, &vm.request, room.node) {
+            Some(placement) => turns.push((number, Turn::Start(placement))),
+            None => {
+                let newcomer = Newcomer::launch(cluster, &vm.request);
+                cluster.hold(&newcomer, room.node, &room.ending);
+                still.push((number, describe_awaited(cluster, &room)));
+            }
+        }
+    }
+    for (number, reason) in still {
+        let turn = match place(cluster, &waiting[number].request) {
+            Ok(placement) => Turn::Start(placement),
+            Err(_) => Turn::Awaits { reason },
+        };
+        turns.push((number, turn));
+    }
+    turns
+}
+
+/// What has been decided in a round about who is stopped.
+#[derive(Debug, Default)]
+struct RoomMaking {
+    tried: usize,
+    made: usize,
+    victims: Option<Victims>,
+}
+
+impl RoomMaking {
+    /// Who is stopped for a VM that fits nowhere; the room is kept for it.
+    fn make<'a>(&mut self, cluster: &mut Cluster<'a>, vm: &'a Waiting) -> Option<Preemption> {
+        if !cluster.policy.preempt || self.tried == PREEMPTION_TRIES || self.made == PREEMPTIONS {
+            return None;
+        }
+        let request = &vm.request;
+        let asked = asked(cluster, request).ok()?;
+        let mut newcomer = Newcomer::launch(cluster, request);
+        let victims = self.victims.get_or_insert_with(|| Victims::new(cluster));
+        if victims.is_empty() || best_node(cluster, &newcomer, asked).is_some() {
+            return None;
+        }
+        self.tried += 1;
+        let choice = victims.choose(cluster, &mut newcomer, request.priority, asked)?;
+        self.made += 1;
+        victims.take(&choice);
+        let preemption = choice.describe(cluster, &newcomer, &vm.name, request.priority);
+        cluster.hold(&newcomer, choice.node, &choice.victims);
+        Some(preemption)
+    }
 }
 
 fn order(snapshot: &ClusterSnapshot, policy: &Policy, waiting: &[Waiting]) -> Vec<usize> {
@@ -89,7 +192,7 @@ fn order(snapshot: &ClusterSnapshot, policy: &Policy, waiting: &[Waiting]) -> Ve
     }
     let mut turns: Vec<(f64, usize)> = Vec::with_capacity(waiting.len());
     for (user, mut vms) in of_user {
-        vms.sort_by_key(|&number| (std::cmp::Reverse(waiting[number].priority), number));
+        vms.sort_by_key(|&number| (std::cmp::Reverse(waiting[number].request.priority), number));
         let weight = f64::from(weight(policy, user));
         let have = running.get(user).copied().unwrap_or(0);
         let shares = (u64::from(have) + 1..).map(|count| count as f64 / weight);

@@ -1,7 +1,7 @@
 //! A cluster as plain text, so that a decision can be kept, replayed and argued about. docs/scheduling.md shows an example.
 //!
-//! One thing a line: `policy KEY=VALUE…`, `node NAME KEY=VALUE…` `vm ID KEY=VALUE…` or `launch NAME KEY=VALUE…`, after a first line that names the
-//! format and its version. `#` starts a comment. What is left out has its default. Sizes are bytes, or whole KiB, MiB, GiB
+//! One thing a line: `policy KEY=VALUE…`, `node NAME KEY=VALUE…` `vm ID KEY=VALUE…`, `held ID KEY=VALUE…` or `launch NAME KEY=VALUE…`, after a first line
+//! that names the format and its version. `#` starts a comment. What is left out has its default. Sizes are bytes, or whole KiB, MiB, GiB
 //! or TiB ("384MiB"); durations are whole s, ms, us or ns; rates are sizes per second. Names are percent-encoded where
 //! they hold anything but visible ASCII, or one of `%=#`.
 
@@ -13,7 +13,7 @@ mod value;
 
 pub use parse::{Scenario, TextError, parse};
 pub use policy::{print_policy_fields, set_policy_fields};
-pub use print::{print, print_launches, print_placements, print_plan};
+pub use print::{print, print_launches, print_placements, print_plan, print_preemptions};
 pub use value::{parse_duration, parse_number, parse_size};
 
 /// The first line.

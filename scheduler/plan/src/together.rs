@@ -144,6 +144,12 @@ impl<'a> Together<'a> {
         nodes
     }
 
+    /// Whether one with these marks asks to be with a VM.
+    pub fn is_wanted(&self, vm: usize, marks: &Marks) -> bool {
+        let matches = &self.marks(vm).matches;
+        marks.affinity.iter().any(|term| matches.contains(term))
+    }
+
     /// Counts a VM on a node that it is on or comes to.
     pub fn add(&mut self, vm: usize, node: usize) {
         if let Some(marks) = self.marks.get(&vm) {

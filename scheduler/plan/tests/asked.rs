@@ -62,14 +62,15 @@ fn a_node_brings_back_what_was_started_there() {
 
 fn waiting(name: &str, user: &str, gib: u64, priority: u32, seconds: u64) -> Waiting {
     Waiting {
+        id: VmId::new(name),
         name: name.to_owned(),
         request: LaunchRequest {
             cpus: 1,
             memory: Bytes::gib(gib),
             labels: format!("user={user}").parse().expect("a label"),
+            priority,
             ..LaunchRequest::default()
         },
-        priority,
         since: Duration::from_secs(seconds),
     }
 }
@@ -81,6 +82,16 @@ fn turns(s: &text::Scenario, queue: &[Waiting]) -> Vec<String> {
         .into_iter()
         .map(|(number, turn)| match turn {
             Turn::Start(placement) => format!("{} on {}", name(number), placement.node),
+            Turn::Preempt(preemption) => {
+                let victims: Vec<&str> = preemption.victims.iter().map(VmId::as_str).collect();
+                format!(
+                    "{} in place of {} on {}",
+                    name(number),
+                    victims.join(" "),
+                    preemption.node
+                )
+            }
+            Turn::Awaits { reason } => format!("{} awaits: {reason}", name(number)),
             Turn::Refused(_) => format!("{} waits", name(number)),
             Turn::Later => format!("{} later", name(number)),
             Turn::Behind { name: other } => format!("{} behind {other}", name(number)),

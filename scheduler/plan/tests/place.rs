@@ -24,6 +24,7 @@ fn cluster() -> ClusterSnapshot {
     ClusterSnapshot {
         nodes,
         vms: vec![full, small],
+        held: Vec::new(),
     }
 }
 

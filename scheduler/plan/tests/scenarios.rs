@@ -28,6 +28,11 @@ fn every_scenario_gives_its_plan() {
             .collect();
         let placements = place_launches(&scenario.snapshot, &scenario.policy, &requests);
         plan.push_str(&text::print_placements(&scenario.launches, &placements));
+        plan.push_str(&text::print_preemptions(
+            &scenario.snapshot,
+            &scenario.policy,
+            &scenario.launches,
+        ));
         let plan_path = path.with_extension("plan");
         if std::env::var_os("SHOAL_WRITE_PLANS").is_some() {
             fs::write(&plan_path, &plan).expect("to write the plan");

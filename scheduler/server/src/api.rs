@@ -70,6 +70,7 @@ use crate::follower::Follower;
 use crate::images::ImageStore;
 use crate::migrations::OpenMigration;
 use crate::nodes::NodeEntry;
+use crate::queue::Waiting;
 use crate::record::VmRecord;
 use crate::scheduler::{Scheduler, Shared};
 use crate::vms::VmEntry;
@@ -330,6 +331,15 @@ impl Cluster for ClusterApi {
 
     async fn backup(&self, _: Request<BackupRequest>) -> Answer<Self::BackupStream> {
         Ok(Response::new(backup::call(self.0.read().await?)))
+    }
+}
+
+/// A VM by id or name whose console and end can be waited for: also one that waits to begin anew.
+fn find_watched(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
+    let has_run = |waiting: &Waiting| waiting.record.vm.runs.preempted > 0;
+    match scheduler.queue.find(name).filter(has_run) {
+        Some(waiting) => Ok(waiting.entry),
+        None => find_vm(scheduler, name),
     }
 }
 

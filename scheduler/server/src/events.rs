@@ -23,6 +23,8 @@ pub enum Kind {
     VmQueued,
     /// A VM that waited is not to be started any more.
     VmWithdrawn,
+    /// A VM is stopped for another, and will wait to begin anew.
+    VmPreempted,
     /// A VM could not be started.
     VmLaunchFailed,
     /// The guest ended.
@@ -86,6 +88,7 @@ impl Kind {
             Self::VmStarted => "vm-started",
             Self::VmQueued => "vm-queued",
             Self::VmWithdrawn => "vm-withdrawn",
+            Self::VmPreempted => "vm-preempted",
             Self::VmLaunchFailed => "vm-launch-failed",
             Self::VmExited => "vm-exited",
             Self::VmFailed => "vm-failed",

@@ -6,6 +6,7 @@ pub mod finish;
 pub mod guest_gap;
 pub mod launch;
 pub mod migrate;
+pub mod preempt;
 pub mod settle;
 pub mod stop;
 pub mod suspend;

@@ -75,6 +75,19 @@ impl LogStore {
         expired.unwrap_or_default()
     }
 
+    /// What has not come by now is lost; returns where the log ends.
+    pub async fn settle(&self, vm: VmId) -> io::Result<u64> {
+        let store = self.clone();
+        blocking(move || {
+            let log = store.get(vm)?;
+            let mut file = log.file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.accept_gaps()?;
+            log.end.send_replace(file.end());
+            Ok(file.end())
+        })
+        .await
+    }
+
     /// Reads from an offset on; None if there is nothing yet.
     pub async fn read(&self, vm: VmId, from: u64, limit: usize) -> io::Result<Option<Piece>> {
         let store = self.clone();

@@ -77,6 +77,7 @@ pub struct Metrics {
     faults: Counter,
     worst_fault: Histogram,
     recoveries: Counter,
+    preemptions: Counter,
 }
 
 impl Default for Metrics {
@@ -101,6 +102,7 @@ impl Default for Metrics {
             faults: Counter::default(),
             worst_fault: pauses(),
             recoveries: Counter::default(),
+            preemptions: Counter::default(),
         };
         metrics.register();
         metrics
@@ -171,6 +173,11 @@ impl Metrics {
                 "Connections lost and made again in post-copy",
                 &self.recoveries,
             ),
+            (
+                "preemptions",
+                "VMs stopped for one of higher priority",
+                &self.preemptions,
+            ),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -199,6 +206,11 @@ impl Metrics {
     /// Counts a round of planning.
     pub fn count_planning(&self, took: std::time::Duration) {
         self.planning.observe(took.as_secs_f64());
+    }
+
+    /// Counts VMs that are stopped for another.
+    pub fn count_preemptions(&self, vms: usize) {
+        self.preemptions.inc_by(u64::try_from(vms).unwrap_or(u64::MAX));
     }
 
     /// Counts a report.
@@ -339,6 +351,7 @@ mod tests {
         });
         metrics.count(&migration);
         metrics.count_guest_gap(2_100);
+        metrics.count_preemptions(2);
         let text = metrics.text(&cluster.scheduler);
         for line in [
             r#"shoal_migrations_total{result="completed",cause="usher",on_stall="throttle"} 1"#,
@@ -350,6 +363,7 @@ mod tests {
             r#"shoal_migration_max_throttle_percent_bucket{le="40.0"} 1"#,
             "shoal_migration_throttled_seconds_total 0.5",
             "shoal_migration_faults_total 7",
+            "shoal_preemptions_total 2",
             "# EOF",
         ] {
             assert!(text.contains(line), "no {line} in\n{text}");

@@ -12,6 +12,7 @@ use shoal_report::Report;
 use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::nodes::{LOST, Liveness, NodeEntry, ObservedVm, SILENCE};
+use crate::queue;
 use crate::reconcile::Subject;
 use crate::record::{Cordon, Intent, Phase};
 use crate::scheduler::Scheduler;
@@ -154,7 +155,11 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
         }
         nodes.push(view);
     }
-    ClusterSnapshot { nodes, vms }
+    ClusterSnapshot {
+        nodes,
+        vms,
+        held: queue::held(scheduler),
+    }
 }
 
 /// The median of what is known of the nodes' CPUs.
@@ -290,7 +295,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
     let record = entry.record();
     let migration = scheduler.migrations.get(record.id);
     let cannot_move = match &record.phase {
-        Phase::Ended(_) => return None,
+        Phase::Ended(_) | Phase::Queued => return None,
         Phase::Starting => Some(CannotMove::Starting),
         Phase::Stopping => Some(CannotMove::Stopping),
         Phase::Ending(_) => Some(CannotMove::NotRunning),
@@ -348,6 +353,12 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,
         suspended: record.suspended.is_some(),
+        preemptible: record.wishes.preemptible,
+        ran: record.ran(),
+        gives_way_to: record
+            .giving_way
+            .as_ref()
+            .map(|giving_way| shoal_plan::VmId::new(&giving_way.to.to_string())),
         suspended_growth: record
             .suspended
             .as_ref()

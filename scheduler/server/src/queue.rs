@@ -1,25 +1,30 @@
-//! VMs that wait for room. Each second those whose turn it is, and that fit, are started; the planner says which, and of the
-//! others why not.
+//! VMs that wait for room. Each second those whose turn it is, and that fit, are started; the planner says which, for which
+//! others are stopped, and of the rest why not.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use shoal_plan::{Turn, take_turns};
+use shoal_plan::{Held, Preemption, Turn, make_room, take_turns};
 use shoal_proto::cluster::QueuedVm;
-use shoal_proto::{NodeName, VmName};
+use shoal_proto::{NodeName, VmId, VmName};
 
 use crate::events::{Kind, NewEvent};
 use crate::execute::launch::{self, LaunchError};
+use crate::execute::preempt;
 use crate::limits;
 use crate::observe;
-use crate::record::{QueuedRecord, VmRecord, now_unix_ms};
-use crate::scheduler::Shared;
+use crate::record::{Outcome, Phase, QueuedRecord, VmRecord, now_unix_ms};
+use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
-use crate::vms::NameTaken;
+use crate::view;
+use crate::vms::{NameTaken, VmEntry};
 
-/// So many may wait.
+/// So many may wait. Those that were stopped for others come on top.
 const MOST: usize = 10_000;
+/// A start that has to wait until one that is to give way is not busy tries so often more, after such pauses.
+const ASK_AGAIN: usize = 25;
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// One that waits.
 #[derive(Debug, Clone)]
@@ -30,15 +35,50 @@ pub struct Waiting {
     pub reason: String,
     /// From 1.
     pub place: usize,
+    /// By which it is watched while it waits, and that it will have.
+    pub entry: Arc<VmEntry>,
+    /// When room was last made for it, by this scheduler.
+    room_made: Instant,
 }
 
 impl Waiting {
+    fn new(record: Arc<QueuedRecord>, entry: Arc<VmEntry>, place: usize) -> Self {
+        Self {
+            record,
+            entry,
+            place,
+            reason: String::new(),
+            room_made: Instant::now(),
+        }
+    }
+
     /// For people.
     pub fn message(&self) -> String {
+        let place = format!("place {} in the queue", self.place);
+        match self.why().as_str() {
+            "" => place,
+            why => format!("{place}: {why}"),
+        }
+    }
+
+    /// Why it waits, and why it does again.
+    fn why(&self) -> String {
+        let runs = &self.record.vm.runs;
+        let Some(last) = &runs.last_preempted else {
+            return self.reason.clone();
+        };
+        let times = match runs.preempted {
+            1 => "once".to_owned(),
+            times => format!("{times} times"),
+        };
+        let stopped = format!(
+            "stopped for others {times}, the last time for '{}' (priority {})",
+            last.name, last.priority
+        );
         if self.reason.is_empty() {
-            format!("place {} in the queue", self.place)
+            stopped
         } else {
-            format!("place {} in the queue: {}", self.place, self.reason)
+            format!("{stopped}; {}", self.reason)
         }
     }
 }
@@ -53,10 +93,9 @@ pub struct Queue {
 impl Queue {
     /// From what was stored, in order of arrival.
     pub fn new(stored: Vec<QueuedRecord>) -> Self {
-        let waiting = stored.into_iter().enumerate().map(|(index, record)| Waiting {
-            record: Arc::new(record),
-            reason: String::new(),
-            place: index + 1,
+        let waiting = stored.into_iter().enumerate().map(|(index, record)| {
+            let entry = VmEntry::waiting(&record.vm);
+            Waiting::new(Arc::new(record), entry, index + 1)
         });
         Self {
             waiting: Mutex::new(waiting.collect()),
@@ -92,15 +131,31 @@ impl Queue {
         }
     }
 
-    fn push(&self, record: Arc<QueuedRecord>) -> Waiting {
+    /// Adds one that has been stored, at the end until the next look.
+    pub fn push(&self, record: Arc<QueuedRecord>, entry: Arc<VmEntry>) -> Waiting {
         let mut all = self.lock();
-        let waiting = Waiting {
-            record,
-            reason: String::new(),
-            place: all.len() + 1,
-        };
+        let waiting = Waiting::new(record, entry, all.len() + 1);
         all.push(waiting.clone());
         waiting
+    }
+
+    /// Room is being made for one that waits, as its record says, which has been stored.
+    fn room_is_made(&self, record: &Arc<QueuedRecord>) {
+        for waiting in self.lock().iter_mut() {
+            if waiting.record.sequence == record.sequence {
+                waiting.record = Arc::clone(record);
+                waiting.room_made = Instant::now();
+            }
+        }
+    }
+
+    /// One of those that were stopped for a VM has ended.
+    pub fn one_has_given_way(&self, to: VmId) {
+        for waiting in self.lock().iter_mut() {
+            if waiting.record.vm.id == to {
+                waiting.room_made = Instant::now();
+            }
+        }
     }
 
     fn remove(&self, sequence: u64) {
@@ -111,7 +166,8 @@ impl Queue {
         }
     }
 
-    fn next_sequence(&self) -> u64 {
+    /// A number that none has.
+    pub fn next_sequence(&self) -> u64 {
         let all = self.lock();
         all.iter()
             .map(|waiting| waiting.record.sequence + 1)
@@ -162,10 +218,13 @@ pub async fn enqueue(
             sequence: scheduler.queue.next_sequence(),
             vm: draft,
             pinned,
+            since_unix_ms: 0,
+            room: None,
         });
         let write = Write::PutQueued(Arc::clone(&record));
         scheduler.store.apply(vec![write]).await?;
-        let waiting = scheduler.queue.push(record);
+        let entry = VmEntry::waiting(&record.vm);
+        let waiting = scheduler.queue.push(record, entry);
         let message = format!("{}: {}", waiting.record.vm.name, waiting.message());
         scheduler.events.publish(NewEvent::new(Kind::VmQueued, message));
         waiting
@@ -176,15 +235,92 @@ pub async fn enqueue(
     Ok(scheduler.queue.find(&id).unwrap_or(waiting))
 }
 
-/// Takes one out of the queue; false if it has left it meanwhile.
-pub async fn withdraw(scheduler: &Shared, sequence: u64) -> Result<bool, StoreError> {
-    let _planning = scheduler.planning.lock().await;
-    let waits = |waiting: &Waiting| waiting.record.sequence == sequence;
-    if !scheduler.queue.list().iter().any(waits) {
-        return Ok(false);
+/// Has others stopped for a VM that fits nowhere, and lets it wait for their room. None if there are none to stop. If one of
+/// them is busy it is asked again for a while.
+pub async fn enqueue_with_room(
+    scheduler: &Shared,
+    draft: &VmRecord,
+    pinned: Option<&NodeName>,
+) -> Result<Option<Waiting>, LaunchError> {
+    let mut asked_again = 0;
+    loop {
+        match try_enqueue_with_room(scheduler, draft, pinned).await? {
+            Room::Made(waiting) => return Ok(Some(waiting)),
+            Room::None => return Ok(None),
+            Room::NotNow if asked_again == ASK_AGAIN => return Ok(None),
+            Room::NotNow => tokio::time::sleep(ASK_AGAIN_AFTER).await,
+        }
+        asked_again += 1;
     }
+}
+
+enum Room {
+    Made(Waiting),
+    None,
+    NotNow,
+}
+
+async fn try_enqueue_with_room(
+    scheduler: &Shared,
+    draft: &VmRecord,
+    pinned: Option<&NodeName>,
+) -> Result<Room, LaunchError> {
+    let _planning = scheduler.planning.lock().await;
+    scheduler.vms.check_name(&draft.name)?;
+    scheduler.queue.check_name(&draft.name)?;
+    let shared = Arc::clone(scheduler);
+    let (name, request) = (draft.name.to_string(), launch::request(scheduler, draft, pinned));
+    let planned = tokio::task::spawn_blocking(move || {
+        make_room(&observe::snapshot(&shared), &shared.policy.get(), &name, &request)
+    });
+    let Some(preemption) = planned.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "the planner failed");
+        None
+    }) else {
+        return Ok(Room::None);
+    };
+    let record = QueuedRecord {
+        sequence: scheduler.queue.next_sequence(),
+        vm: draft.clone(),
+        pinned: pinned.cloned(),
+        since_unix_ms: 0,
+        room: None,
+    };
+    match preempt::begin(scheduler, &record, &preemption).await {
+        Ok(record) => {
+            let entry = VmEntry::waiting(&record.vm);
+            Ok(Room::Made(scheduler.queue.push(record, entry)))
+        }
+        Err(preempt::PreemptError::Store(error)) => Err(error.into()),
+        Err(error) => {
+            tracing::info!(vm = %draft.name, %error, "no room is made yet");
+            Ok(Room::NotNow)
+        }
+    }
+}
+
+/// Takes one out of the queue; false if it has left it meanwhile.
+pub async fn withdraw(scheduler: &Shared, vm: VmId) -> Result<bool, StoreError> {
+    let _planning = scheduler.planning.lock().await;
+    let all = scheduler.queue.list();
+    let Some(waiting) = all.iter().find(|waiting| waiting.record.vm.id == vm) else {
+        return Ok(false);
+    };
+    let sequence = waiting.record.sequence;
     scheduler.store.apply(vec![Write::DeleteQueued(sequence)]).await?;
     scheduler.queue.remove(sequence);
+    let vm = &waiting.record.vm;
+    let reason = "taken out of the queue".to_owned();
+    waiting.entry.tell(VmRecord {
+        phase: Phase::Ended(Outcome::Failed {
+            reason: reason.clone(),
+        }),
+        message: reason,
+        ..vm.clone()
+    });
+    if let Err(error) = scheduler.logs.remove(vm.id).await {
+        tracing::warn!(vm = %vm.id, %error, "console log is left over");
+    }
     Ok(true)
 }
 
@@ -195,7 +331,8 @@ pub async fn advance(scheduler: &Shared) {
     }
     let _planning = scheduler.planning.lock().await;
     let mut all = scheduler.queue.list();
-    all.sort_by_key(|waiting| waiting.record.sequence);
+    // One that has run before is where it was first submitted.
+    all.sort_by_key(|waiting| (waiting.record.vm.created_unix_ms, waiting.record.sequence));
     let shared = Arc::clone(scheduler);
     let waiting: Vec<shoal_plan::Waiting> = all
         .iter()
@@ -222,6 +359,10 @@ pub async fn advance(scheduler: &Shared) {
                     order.push((sequence, error.to_string()));
                 }
             }
+            Turn::Preempt(preemption) => {
+                order.push((sequence, have_room_made(scheduler, waiting, &preemption).await));
+            }
+            Turn::Awaits { reason } => order.push((sequence, limits::shorten(&reason))),
             Turn::Refused(error) => order.push((sequence, limits::shorten(&error.to_string()))),
             Turn::Later => order.push((sequence, "others are before it".to_owned())),
             Turn::Behind { name } => order.push((
@@ -233,16 +374,55 @@ pub async fn advance(scheduler: &Shared) {
     scheduler.queue.arrange(order);
 }
 
+/// Has others stopped for one that waits; answers what it waits for.
+async fn have_room_made(scheduler: &Shared, waiting: &Waiting, preemption: &Preemption) -> String {
+    match preempt::begin(scheduler, &waiting.record, preemption).await {
+        Ok(record) => {
+            scheduler.queue.room_is_made(&record);
+            format!("room is being made on {}", preemption.node)
+        }
+        Err(error) => {
+            tracing::info!(vm = %waiting.record.vm.id, %error, "no room is made yet");
+            error.to_string()
+        }
+    }
+}
+
+/// Room that others were, or are being, stopped for.
+pub fn held(scheduler: &Scheduler) -> Vec<Held> {
+    let all = scheduler.queue.lock();
+    let held = all.iter().filter_map(|waiting| {
+        let record = &waiting.record;
+        Some(Held {
+            vm: planner_id(&record.vm),
+            node: shoal_plan::NodeName::new(record.room.as_ref()?.as_str()),
+            request: launch::request(scheduler, &record.vm, record.pinned.as_ref()),
+            quiet: waiting.room_made.elapsed(),
+        })
+    });
+    held.collect()
+}
+
+fn planner_id(vm: &VmRecord) -> shoal_plan::VmId {
+    shoal_plan::VmId::new(&vm.id.to_string())
+}
+
 async fn start(
     scheduler: &Shared,
     waiting: &Waiting,
     place: shoal_plan::Placement,
 ) -> Result<(), LaunchError> {
-    let sequence = waiting.record.sequence;
-    let draft = waiting.record.vm.clone();
-    let others = vec![Write::DeleteQueued(sequence)];
-    let (entry, guard) = launch::submit_at(scheduler, draft, place, others).await?;
-    scheduler.queue.remove(sequence);
+    let QueuedRecord {
+        sequence, vm, pinned, ..
+    } = waiting.record.as_ref();
+    let entry = Arc::clone(&waiting.entry);
+    // Who has it may wait for a plan to end, and does nothing with a VM that waits.
+    let Some(guard) = entry.try_lock() else {
+        return Ok(());
+    };
+    let others = vec![Write::DeleteQueued(*sequence)];
+    launch::submit_at(scheduler, vm.clone(), pinned.as_ref(), place, others, &entry).await?;
+    scheduler.queue.remove(*sequence);
     let scheduler = Arc::clone(scheduler);
     tokio::spawn(async move {
         // What comes of it is an event.
@@ -255,11 +435,11 @@ async fn start(
 
 fn for_planner(scheduler: &Shared, waiting: &Waiting) -> shoal_plan::Waiting {
     let record = &waiting.record;
-    let since_ms = now_unix_ms().saturating_sub(record.vm.created_unix_ms);
+    let since_ms = now_unix_ms().saturating_sub(record.since());
     shoal_plan::Waiting {
+        id: planner_id(&record.vm),
         name: record.vm.name.to_string(),
         request: launch::request(scheduler, &record.vm, record.pinned.as_ref()),
-        priority: record.vm.wishes.priority,
         since: Duration::from_millis(u64::try_from(since_ms).unwrap_or(0)),
     }
 }
@@ -279,7 +459,8 @@ pub fn view(waiting: &Waiting) -> QueuedVm {
         priority: vm.wishes.priority,
         cpus: vm.cpus,
         memory_bytes: vm.memory_bytes,
-        since_unix_ms: vm.created_unix_ms,
-        reason: waiting.reason.clone(),
+        since_unix_ms: waiting.record.since(),
+        reason: waiting.why(),
+        preempted: view::preempted(vm),
     }
 }

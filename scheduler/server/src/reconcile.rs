@@ -118,6 +118,7 @@ async fn reconcile_vm(scheduler: &Shared, vm: VmId) {
         Phase::Stopping => finish_stop(scheduler, &entry, &guard).await,
         Phase::Ending(_) => finish::clean_up(scheduler, &entry, &guard).await,
         Phase::Ended(_) => destroy_leftover(scheduler, &entry).await,
+        Phase::Queued => {}
     }
 }
 
@@ -195,6 +196,9 @@ async fn destroy_leftover(scheduler: &Scheduler, entry: &VmEntry) {
 /// is what a lost message left behind, and the migration that brought it there is taken up again.
 async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: Epoch) {
     let Some(entry) = scheduler.vms.get(vm) else {
+        if let Some(waiting) = scheduler.queue.find(&vm.to_string()) {
+            return destroy_former_run(scheduler, node, vm, epoch, &waiting.record.vm).await;
+        }
         if scheduler.reconcile.is_new_stranger(node, vm) {
             let message =
                 format!("{node} runs VM {vm}, which this scheduler has no record of; it is left alone");
@@ -242,6 +246,25 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
     }
     if agent.destroy(vm, epoch).await.is_ok() {
         tracing::info!(%vm, %node, %epoch, "destroyed a stale copy");
+        place.forget_vm(vm, epoch);
+    }
+}
+
+/// A VM that waits runs nowhere: what is left of an earlier run is destroyed. Should it start meanwhile, that is a newer epoch.
+async fn destroy_former_run(
+    scheduler: &Scheduler,
+    node: &NodeName,
+    vm: VmId,
+    epoch: Epoch,
+    record: &VmRecord,
+) {
+    if epoch > record.fenced_through {
+        return;
+    }
+    if let Some(place) = scheduler.nodes.get(node)
+        && place.agent().destroy(vm, epoch).await.is_ok()
+    {
+        tracing::info!(%vm, %node, %epoch, "destroyed what was left of an earlier run");
         place.forget_vm(vm, epoch);
     }
 }

@@ -2,7 +2,7 @@
 //! after a restart.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use shoal_plan::{Labels, Rules};
@@ -76,6 +76,8 @@ pub enum Phase {
     Running,
     /// Power-off was asked for.
     Stopping,
+    /// It has run, was stopped for another, and waits to begin anew. Never stored: what waits is in the queue's table.
+    Queued,
     /// It has ended; its VMM is still to be destroyed, which also hands over the last console bytes.
     Ending(Outcome),
     /// It has ended and nothing of it is left on any node.
@@ -146,6 +148,41 @@ pub struct VmRecord {
     /// Its vCPUs are to be stopped while this is set. The node is told until it says so, whatever is lost on the way.
     #[serde(default)]
     pub suspended: Option<Suspension>,
+    /// It is being stopped for another: when it has ended it goes back to the queue.
+    #[serde(default)]
+    pub giving_way: Option<GivingWay>,
+    /// Of this run of it, and those before.
+    #[serde(default)]
+    pub runs: Runs,
+}
+
+/// For whom a VM is being stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivingWay {
+    /// That VM waits for the room.
+    pub to: VmId,
+    /// Its name.
+    pub name: String,
+    /// Its priority.
+    pub priority: u32,
+    /// When that was decided.
+    pub since_unix_ms: i64,
+}
+
+/// What is known of the runs of a VM: it begins anew after it was stopped for another. The default is what older records mean.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Runs {
+    /// When this one was begun; 0 if that is not known.
+    pub started_unix_ms: i64,
+    /// The only node that its owner wants it on.
+    pub pinned: Option<NodeName>,
+    /// What was written to the console before this run.
+    pub console_offset: u64,
+    /// How often it was stopped for another.
+    pub preempted: u32,
+    /// For whom the last time.
+    pub last_preempted: Option<GivingWay>,
 }
 
 /// Why a VM is suspended.
@@ -169,6 +206,23 @@ pub struct QueuedRecord {
     pub vm: VmRecord,
     /// The only node it may go to, if there is one.
     pub pinned: Option<NodeName>,
+    /// Since when it waits; 0: since it was submitted.
+    #[serde(default)]
+    pub since_unix_ms: i64,
+    /// Others are stopped there, or have been, so that it has room.
+    #[serde(default)]
+    pub room: Option<NodeName>,
+}
+
+impl QueuedRecord {
+    /// Since when it waits.
+    pub fn since(&self) -> i64 {
+        if self.since_unix_ms == 0 {
+            self.vm.created_unix_ms
+        } else {
+            self.since_unix_ms
+        }
+    }
 }
 
 /// What the owner of a VM wishes. The default is what older records mean.
@@ -185,6 +239,8 @@ pub struct VmWishes {
     pub locked: bool,
     /// 0 to 9: the lower, the sooner it gives way.
     pub priority: u32,
+    /// It may be stopped for one of higher priority, and begin anew.
+    pub preemptible: bool,
 }
 
 impl Default for VmWishes {
@@ -194,11 +250,22 @@ impl Default for VmWishes {
             rules: None,
             locked: false,
             priority: shoal_plan::DEFAULT_PRIORITY,
+            preemptible: false,
         }
     }
 }
 
 impl VmRecord {
+    /// For how long this run of it lasts, if it runs.
+    pub fn ran(&self) -> Option<Duration> {
+        let started = match self.runs.started_unix_ms {
+            0 => self.created_unix_ms,
+            started => started,
+        };
+        let ran = now_unix_ms().saturating_sub(started);
+        (self.phase == Phase::Running).then(|| Duration::from_millis(u64::try_from(ran).unwrap_or(0)))
+    }
+
     /// The VM as an agent is told to start or to receive it, at an epoch.
     pub fn to_spec(&self, epoch: Epoch) -> node::WorkloadSpec {
         node::WorkloadSpec {

@@ -103,6 +103,7 @@ impl Scheduler {
         let table = baseline.and_then(|digest| self.cpus.table(digest));
         node::WorkloadSpec {
             cpu_baseline: table.map_or_else(Vec::new, |table| table.to_bytes()),
+            console_offset: record.runs.console_offset,
             ..record.to_spec(record.epoch)
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use shoal_proto::{Epoch, NodeName, VmId};
 
-use crate::record::{BlobRef, Cordon, NodeRecord, NodeWishes, Phase, VmRecord, VmWishes, now_unix_ms};
+use crate::record::{BlobRef, Cordon, NodeRecord, NodeWishes, Phase, Runs, VmRecord, VmWishes, now_unix_ms};
 use crate::server::{STORE_FILE, ServerError};
 use crate::store::{Store, Write};
 
@@ -103,5 +103,7 @@ fn vm(seed: SeedVm) -> Option<VmRecord> {
         wishes: VmWishes::default(),
         placement: String::new(),
         suspended: None,
+        giving_way: None,
+        runs: Runs::default(),
     })
 }

@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status};
 use crate::config::Settings;
 use crate::observe;
 use crate::reconcile;
-use crate::record::{BlobRef, Cordon, NodeRecord, Phase, VmRecord, now_unix_ms};
+use crate::record::{BlobRef, Cordon, NodeRecord, Phase, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::Shared;
 
 /// What becomes of the next migration that starts on a fake node.
@@ -72,6 +72,7 @@ struct State {
     lose_launch: Option<bool>,
     script: Script,
     resumed: u32,
+    refuse_launches: bool,
 }
 
 /// A node with a scripted agent.
@@ -185,6 +186,23 @@ impl FakeNode {
             .count()
     }
 
+    /// Epochs at which a VM has a VMM here.
+    pub fn epochs_of(&self, vm: VmId) -> Vec<u64> {
+        let state = self.lock();
+        let own = state.vms.keys().filter(|(id, _)| *id == vm.to_string());
+        own.map(|(_, epoch)| *epoch).collect()
+    }
+
+    /// A VMM that should have been destroyed.
+    pub fn leave_behind(&self, vm: VmId, epoch: u64) {
+        self.lock().vms.insert((vm.to_string(), epoch), FakeVm::default());
+    }
+
+    /// Every launch from now on fails.
+    pub fn refuse_launches(&self) {
+        self.lock().refuse_launches = true;
+    }
+
     /// VMMs here, in any state.
     pub fn vmms(&self) -> usize {
         self.lock().vms.len()
@@ -265,6 +283,9 @@ impl Agent for FakeNode {
         let spec = request.into_inner().spec.expect("a spec");
         let key = (spec.vm_id, spec.epoch);
         let lost = state.lose_launch.take();
+        if state.refuse_launches {
+            return Err(Status::internal("no launches today"));
+        }
         if state.fenced.contains(&key) {
             return Err(Status::aborted("stale epoch"));
         }
@@ -476,6 +497,7 @@ impl Agent for FakeNode {
         vm.state = VmState::Exited;
         Ok(Response::new(VmStatus {
             state: vm.state.into(),
+            exit_status: vm.exit_status,
             ..Default::default()
         }))
     }
@@ -575,6 +597,8 @@ impl Cluster {
             home: None,
             placement: String::new(),
             suspended: None,
+            giving_way: None,
+            runs: Runs::default(),
         }
     }
 

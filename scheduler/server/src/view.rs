@@ -6,7 +6,7 @@ use shoal_proto::cluster::{self, NodeState, VmPhase};
 use crate::nodes::{Liveness, NodeEntry};
 use crate::observe;
 use crate::queue::Waiting;
-use crate::record::{Cordon, ImageRecord, Outcome, Phase};
+use crate::record::{Cordon, ImageRecord, Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
@@ -57,7 +57,20 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
                 reason: suspension.reason.clone(),
                 since_unix_ms: suspension.since_unix_ms,
             }),
+        preemptible: record.wishes.preemptible,
+        preempted: preempted(&record),
     }
+}
+
+/// How often, and for whom the last time, if ever.
+pub fn preempted(record: &VmRecord) -> Option<cluster::Preempted> {
+    let last = record.runs.last_preempted.as_ref()?;
+    Some(cluster::Preempted {
+        times: record.runs.preempted,
+        by: last.name.clone(),
+        by_priority: last.priority,
+        unix_ms: last.since_unix_ms,
+    })
 }
 
 /// A VM that waits for room.
@@ -77,6 +90,9 @@ pub fn queued(waiting: &Waiting) -> cluster::Vm {
         labels: record.wishes.labels.iter().map(ToString::to_string).collect(),
         rules: record.wishes.rules.as_deref().map(rules),
         priority: record.wishes.priority,
+        preemptible: record.wishes.preemptible,
+        preempted: preempted(record),
+        locked: record.wishes.locked,
         ..cluster::Vm::default()
     }
 }
@@ -106,6 +122,7 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
         Phase::Ended(Outcome::Exited { .. }) => return (VmPhase::Exited, message),
         Phase::Ended(Outcome::Failed { .. }) => return (VmPhase::Failed, message),
         Phase::Starting => VmPhase::Starting,
+        Phase::Queued => return (VmPhase::Pending, message),
         Phase::Running => VmPhase::Running,
         Phase::Stopping | Phase::Ending(_) => VmPhase::Stopping,
     };

@@ -15,7 +15,7 @@ pub const KEPT_MIGRATIONS: usize = 16;
 /// Whoever holds it is the only one to change the VM: launch, migrate, stop, reconcile.
 pub type VmGuard = OwnedMutexGuard<()>;
 
-/// One VM.
+/// One VM, also while it waits.
 #[derive(Debug)]
 pub struct VmEntry {
     /// Its id and name as the planner has them.
@@ -27,6 +27,20 @@ pub struct VmEntry {
 }
 
 impl VmEntry {
+    /// Of a VM that waits to be started, and is in no table.
+    pub fn waiting(record: &VmRecord) -> Arc<Self> {
+        let record = VmRecord {
+            phase: Phase::Queued,
+            ..record.clone()
+        };
+        Self::new(Arc::new(record))
+    }
+
+    /// Tells those who watch it. It is in no table.
+    pub fn tell(&self, record: VmRecord) {
+        self.record.send_replace(Arc::new(record));
+    }
+
     fn new(record: Arc<VmRecord>) -> Arc<Self> {
         Arc::new(Self {
             for_planner: (
@@ -202,20 +216,21 @@ impl VmTable {
         }
     }
 
-    /// Adds a VM whose record has been stored; nobody else can change it before the guard is dropped.
-    pub fn insert(&self, record: &Arc<VmRecord>) -> (Arc<VmEntry>, VmGuard) {
-        let entry = VmEntry::new(Arc::clone(record));
-        let guard = Arc::clone(&entry.operation)
-            .try_lock_owned()
-            .expect("nobody else knows the entry yet");
-        self.write().by_id.insert(record.id, Arc::clone(&entry));
+    /// Adds a VM whose record has been stored; nobody else can change it before the caller drops its guard.
+    pub fn insert(&self, entry: &Arc<VmEntry>, record: &Arc<VmRecord>) {
+        self.write().by_id.insert(record.id, Arc::clone(entry));
         self.place(record);
-        (entry, guard)
     }
 
     /// Shows a record that has been stored.
     pub fn publish(&self, record: &Arc<VmRecord>) {
         self.place(record);
+    }
+
+    /// Takes a VM out that waits from now on; who watches it is told.
+    pub fn set_aside(&self, entry: &VmEntry, record: VmRecord) {
+        self.remove(record.id);
+        entry.tell(record);
     }
 
     /// Forgets a VM.

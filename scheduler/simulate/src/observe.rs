@@ -44,6 +44,7 @@ impl Observer {
             snapshot: ClusterSnapshot {
                 nodes: views.collect(),
                 vms: Vec::new(),
+                held: Vec::new(),
             },
             nodes: vec![Default::default(); nodes.len()],
             vms: vec![Seen::default(); vms.len()],

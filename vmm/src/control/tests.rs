@@ -122,6 +122,7 @@ fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> 
         cmdline_software_kvm: String::new(),
         memory_backing: backing,
         cpu_baseline: shoal_cpuid::Table::default(),
+        console_offset: 0,
     };
     let owner = Owner::start();
     let booted = owner.ask(|reply| Command::Boot(Box::new(spec.clone()), reply));

@@ -70,6 +70,7 @@ impl Workload {
             cmdline_software_kvm: self.spec.cmdline_software_kvm,
             memory_backing: memory_backing.into(),
             cpu_baseline: self.spec.cpu_baseline,
+            console_offset: self.spec.console_offset,
         }
     }
 }

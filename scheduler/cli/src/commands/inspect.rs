@@ -78,7 +78,21 @@ fn text(inspection: &Inspection) -> String {
             format::size(set)
         ));
     }
-    lines.push(format!("priority:    {}", vm.priority));
+    let gives_way = if vm.preemptible {
+        ", gives way to higher ones"
+    } else {
+        ""
+    };
+    lines.push(format!("priority:    {}{gives_way}", vm.priority));
+    if let Some(preempted) = &vm.preempted {
+        lines.push(format!(
+            "stopped:     {} x for others, the last time {} ago for {} (priority {})",
+            preempted.times,
+            format::age(preempted.seconds),
+            preempted.by,
+            preempted.by_priority
+        ));
+    }
     if !vm.home.is_empty() {
         lines.push(format!("home:        {}", vm.home));
     }

@@ -8,6 +8,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::view::PreemptedView;
 
 /// Arguments of `queue`.
 #[derive(Debug, Args)]
@@ -23,6 +24,8 @@ struct QueuedView {
     memory_bytes: u64,
     waiting_seconds: u64,
     reason: String,
+    /// How often it was stopped for others; null if it has not run yet.
+    preempted: Option<PreemptedView>,
 }
 
 impl From<QueuedVm> for QueuedView {
@@ -35,6 +38,7 @@ impl From<QueuedVm> for QueuedView {
             cpus: vm.cpus,
             memory_bytes: vm.memory_bytes,
             waiting_seconds: format::seconds_since(vm.since_unix_ms),
+            preempted: vm.preempted.as_ref().map(PreemptedView::from),
             reason: vm.reason,
         }
     }

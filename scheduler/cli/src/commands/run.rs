@@ -37,6 +37,9 @@ pub struct RunArgs {
     /// Wait if it fits nowhere, or others wait; `shoal queue` shows who waits and why.
     #[arg(long)]
     pub queue: bool,
+    /// It may be stopped for one of higher priority that fits nowhere; then it waits in the queue, and begins anew.
+    #[arg(long)]
+    pub preemptible: bool,
     #[command(flatten)]
     rules: RuleArgs,
     /// Return when it runs, instead of showing its console until it ends.
@@ -88,6 +91,7 @@ fn request(args: RunArgs) -> RunVmRequest {
         rules: Some(args.rules.rules()),
         priority: args.priority,
         queue: args.queue,
+        preemptible: args.preemptible,
         labels: args.rules.labels,
         args: args.args,
     }

@@ -29,6 +29,8 @@ pub(crate) struct Node<'a> {
     pub incoming: usize,
     /// VMs that are to start here.
     pub reserved: usize,
+    /// VMs are being stopped here for one that waits.
+    pub makes_room: bool,
     /// Memory used by anything but VMs, or reserved for it.
     pub other: f64,
     /// VMs that are here and those that arrive, as numbers.
@@ -61,6 +63,7 @@ impl<'a> Node<'a> {
             outgoing: 0,
             incoming: 0,
             reserved: 0,
+            makes_room: false,
             other: 0.0,
             vms: Vec::new(),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::HEADER;
 use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, SIZE, TERMS, cut, parse_from_str};
@@ -15,6 +16,7 @@ use crate::model::{
 };
 use crate::place::LaunchRequest;
 use crate::policy::Policy;
+use crate::preempt::Held;
 
 const MOST_NODES: usize = 100_000;
 const MOST_VMS: usize = 1_000_000;
@@ -118,8 +120,20 @@ fn parse_line(line: &str, scenario: &mut Scenario) -> Result<(), String> {
             scenario.launches.push((name, launch(&mut fields)?));
             fields.finish()
         }
+        Some("held") => {
+            let id = words
+                .next()
+                .and_then(parse_name)
+                .ok_or("held: the id of the VM that waits must follow")?;
+            if scenario.snapshot.held.len() == MOST_LAUNCHES {
+                return Err(format!("room is held for more than {MOST_LAUNCHES} VMs"));
+            }
+            let mut fields = Fields::new(&format!("held {}", cut(&id)), words)?;
+            scenario.snapshot.held.push(held(&id, &mut fields)?);
+            fields.finish()
+        }
         word => Err(format!(
-            "'{}' is none of policy, node, vm, launch",
+            "'{}' is none of policy, node, vm, held, launch",
             cut(word.unwrap_or_default())
         )),
     }
@@ -249,8 +263,12 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     vm.rules = rules(fields)?;
     let home = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
     fields.set("home", NAME, home, &mut vm.home)?;
-    let priority = |text: &str| text.parse().ok().filter(|priority| *priority <= 9);
-    fields.set("priority", "0 to 9", priority, &mut vm.priority)?;
+    priority(fields, &mut vm.priority)?;
+    fields.set("preemptible", "yes or no", parse_yes, &mut vm.preemptible)?;
+    let ran = |text: &str| parse_duration(text).map(Some);
+    fields.set("ran", DURATION, ran, &mut vm.ran)?;
+    let other = |text: &str| parse_name(text).map(|id| Some(VmId::new(&id)));
+    fields.set("gives_way_to", "the id of a VM", other, &mut vm.gives_way_to)?;
     Ok(vm)
 }
 
@@ -266,7 +284,25 @@ fn launch(fields: &mut Fields<'_>) -> Result<LaunchRequest, String> {
     fields.set("cpu_class", NAME, class, &mut request.cpu_class)?;
     fields.set("labels", LABELS, parse_from_str, &mut request.labels)?;
     request.rules = rules(fields)?;
+    priority(fields, &mut request.priority)?;
     Ok(request)
+}
+
+fn held(id: &str, fields: &mut Fields<'_>) -> Result<Held, String> {
+    let node = fields.required("on", NAME, parse_name)?;
+    let mut quiet = Duration::ZERO;
+    fields.set("quiet", DURATION, parse_duration, &mut quiet)?;
+    Ok(Held {
+        vm: VmId::new(id),
+        node: NodeName::new(&node),
+        request: launch(fields)?,
+        quiet,
+    })
+}
+
+fn priority(fields: &mut Fields<'_>, priority: &mut u32) -> Result<(), String> {
+    let parse = |text: &str| text.parse().ok().filter(|priority| *priority <= 9);
+    fields.set("priority", "0 to 9", parse, priority)
 }
 
 fn rules(fields: &mut Fields<'_>) -> Result<Option<Arc<Rules>>, String> {
@@ -329,7 +365,10 @@ mod tests {
         let node = "node n cpus=2 memory=1GiB";
         for (body, message) in [
             ("node", "line 2: node: a name must follow"),
-            ("host n", "line 2: 'host' is none of policy, node, vm, launch"),
+            (
+                "host n",
+                "line 2: 'host' is none of policy, node, vm, held, launch",
+            ),
             (
                 "node n cpus=2",
                 "line 2: node n: memory is missing: a size like 384MiB or bytes",

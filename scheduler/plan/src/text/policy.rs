@@ -69,6 +69,7 @@ pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result
     fields.number("cost_base", &mut policy.cost_base)?;
     fields.set("n_plus_one", SWITCH, parse_switch, &mut policy.n_plus_one)?;
     fields.set("suspend", SWITCH, parse_switch, &mut policy.suspend)?;
+    fields.set("preempt", SWITCH, parse_switch, &mut policy.preempt)?;
     fields.number("cost_of_downtime", &mut policy.cost_of_downtime)?;
     fields.set("max_downtime", DURATION, parse_duration, &mut policy.max_downtime)?;
     fields.set("payback", DURATION, parse_duration, &mut policy.payback)?;
@@ -142,6 +143,7 @@ pub(super) fn print_policy(policy: &Policy) -> String {
     line.number("cost_base", policy.cost_base, f64::NAN);
     line.field("n_plus_one", switch(policy.n_plus_one));
     line.field("suspend", switch(policy.suspend));
+    line.field("preempt", switch(policy.preempt));
     line.number("cost_of_downtime", policy.cost_of_downtime, f64::NAN);
     line.duration("max_downtime", policy.max_downtime);
     line.duration("payback", policy.payback);

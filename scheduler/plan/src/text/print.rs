@@ -9,9 +9,13 @@ use super::policy::print_policy;
 use super::value::{print_duration, print_name, print_size};
 use crate::action::Plan;
 use crate::labels::{Labels, Rules, print_terms};
-use crate::model::{CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmView};
+use crate::model::{
+    CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmId, VmView,
+};
 use crate::place::{LaunchRequest, PlaceError, Placement};
 use crate::policy::Policy;
+use crate::preempt::Held;
+use crate::queue::{Turn, Waiting, take_turns};
 
 /// One line of `KEY=VALUE`.
 pub(super) struct Line(pub(super) String);
@@ -52,6 +56,26 @@ impl Line {
         }
     }
 
+    fn priority(&mut self, priority: u32) {
+        if priority != DEFAULT_PRIORITY {
+            self.field("priority", &priority.to_string());
+        }
+    }
+
+    fn request(&mut self, request: &LaunchRequest) {
+        self.field("cpus", &request.cpus.to_string());
+        self.size("memory", request.memory.0);
+        if let Some(node) = &request.node {
+            self.field("node", &print_name(node.as_str()));
+        }
+        if let Some(class) = &request.cpu_class {
+            self.field("cpu_class", &print_name(class.as_str()));
+        }
+        self.labels("labels", &request.labels);
+        self.rules(request.rules.as_deref());
+        self.priority(request.priority);
+    }
+
     fn rules(&mut self, rules: Option<&Rules>) {
         let Some(rules) = rules else { return };
         for (key, terms) in [
@@ -67,8 +91,8 @@ impl Line {
     }
 }
 
-/// The snapshot and policy as text that [`super::parse`] reads back. VMs on nodes that the snapshot does not have are left
-/// out: they play no part in any decision.
+/// The snapshot and policy as text that [`super::parse`] reads back. VMs, and room, on nodes that the snapshot does not have are
+/// left out: they play no part in any decision.
 #[must_use]
 pub fn print(snapshot: &ClusterSnapshot, policy: &Policy) -> String {
     let mut text = format!("{HEADER}\n{}\n", print_policy(policy));
@@ -79,6 +103,10 @@ pub fn print(snapshot: &ClusterSnapshot, policy: &Policy) -> String {
     let known: HashSet<_> = snapshot.nodes.iter().map(|node| &node.name).collect();
     for vm in snapshot.vms.iter().filter(|vm| known.contains(&vm.node)) {
         text.push_str(&print_vm(vm));
+        text.push('\n');
+    }
+    for held in snapshot.held.iter().filter(|held| known.contains(&held.node)) {
+        text.push_str(&print_held(held));
         text.push('\n');
     }
     text
@@ -161,9 +189,24 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(growth) = vm.suspended_growth {
         line.size("suspended_growth", growth.0);
     }
-    if vm.priority != DEFAULT_PRIORITY {
-        line.field("priority", &vm.priority.to_string());
+    line.priority(vm.priority);
+    if vm.preemptible {
+        line.field("preemptible", "yes");
     }
+    if let Some(ran) = vm.ran {
+        line.duration("ran", ran);
+    }
+    if let Some(other) = &vm.gives_way_to {
+        line.field("gives_way_to", &print_name(other.as_str()));
+    }
+    line.0
+}
+
+fn print_held(held: &Held) -> String {
+    let mut line = Line(format!("held {}", print_name(held.vm.as_str())));
+    line.field("on", &print_name(held.node.as_str()));
+    line.duration("quiet", held.quiet);
+    line.request(&held.request);
     line.0
 }
 
@@ -173,16 +216,7 @@ pub fn print_launches(launches: &[(String, LaunchRequest)]) -> String {
     let mut text = String::new();
     for (name, request) in launches {
         let mut line = Line(format!("launch {}", print_name(name)));
-        line.field("cpus", &request.cpus.to_string());
-        line.size("memory", request.memory.0);
-        if let Some(node) = &request.node {
-            line.field("node", &print_name(node.as_str()));
-        }
-        if let Some(class) = &request.cpu_class {
-            line.field("cpu_class", &print_name(class.as_str()));
-        }
-        line.labels("labels", &request.labels);
-        line.rules(request.rules.as_deref());
+        line.request(request);
         text.push_str(&line.0);
         text.push('\n');
     }
@@ -243,6 +277,42 @@ pub fn print_placements(
         let _ = match placement {
             Ok(placement) => writeln!(text, "start {name} on {}: {}", placement.node, placement.reason),
             Err(error) => writeln!(text, "no place for {name}: {error}"),
+        };
+    }
+    text
+}
+
+/// Who would be stopped for VMs to start that fit nowhere, if all of them waited: one line each.
+#[must_use]
+pub fn print_preemptions(
+    snapshot: &ClusterSnapshot,
+    policy: &Policy,
+    launches: &[(String, LaunchRequest)],
+) -> String {
+    let waiting: Vec<Waiting> = launches
+        .iter()
+        .map(|(name, request)| Waiting {
+            id: VmId::new(name),
+            name: name.clone(),
+            request: request.clone(),
+            since: Duration::ZERO,
+        })
+        .collect();
+    let mut text = String::new();
+    for (number, turn) in take_turns(snapshot, policy, &waiting) {
+        let name = &waiting[number].name;
+        let _ = match turn {
+            Turn::Preempt(preemption) => {
+                let victims: Vec<&str> = preemption.victims.iter().map(VmId::as_str).collect();
+                let (victims, node) = (victims.join(" "), preemption.node);
+                writeln!(
+                    text,
+                    "preempt {victims} on {node} for {name}: {}",
+                    preemption.reason
+                )
+            }
+            Turn::Awaits { reason } => writeln!(text, "await {name}: {reason}"),
+            _ => continue,
         };
     }
     text

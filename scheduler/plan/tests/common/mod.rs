@@ -25,6 +25,7 @@ pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
             let mut snapshot = ClusterSnapshot {
                 nodes,
                 vms: Vec::new(),
+                held: Vec::new(),
             };
             for (number, (mut vm, on, to)) in vms.into_iter().enumerate() {
                 vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));
@@ -129,7 +130,13 @@ fn vm() -> impl Strategy<Value = VmView> {
         cannot_move,
         in_flight,
         moved,
-        (labels, rules(), prop_oneof![Just(5u32), 0u32..10]),
+        (
+            labels,
+            rules(),
+            prop_oneof![Just(5u32), 0u32..10],
+            any::<bool>(),
+            prop::option::of((0u64..1000).prop_map(Duration::from_secs)),
+        ),
     )
         .prop_map(
             |(
@@ -139,12 +146,14 @@ fn vm() -> impl Strategy<Value = VmView> {
                 cannot_move,
                 in_flight,
                 since_last_move,
-                (labels, rules, priority),
+                (labels, rules, priority, preemptible, ran),
             )| {
                 VmView {
                     labels: parse_labels(labels),
                     rules,
                     priority,
+                    preemptible,
+                    ran,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
                     // The nodes' loads are sums of these.
                     cpu_use: if suspended.is_some() {

@@ -66,7 +66,9 @@ pub fn launch(error: LaunchError) -> Status {
         LaunchError::Place(PlaceError::NothingFits { ref rejections }) => {
             nothing_fits(&error.to_string(), rejections)
         }
-        LaunchError::QueueFull => Status::failed_precondition(error.to_string()),
+        LaunchError::QueueFull | LaunchError::NotStarted { .. } => {
+            Status::failed_precondition(error.to_string())
+        }
         LaunchError::Failed {
             code: Code::Ok | Code::AlreadyExists,
             ..
@@ -99,7 +101,9 @@ pub fn begin(error: BeginError) -> Status {
 pub fn stop(error: StopError) -> Status {
     let text = error.to_string();
     match error {
-        StopError::InDoubt(_) | StopError::NotEnded(_) => Status::failed_precondition(text),
+        StopError::InDoubt(_) | StopError::NotEnded(_) | StopError::Waits(_) => {
+            Status::failed_precondition(text)
+        }
         StopError::Busy(_) | StopError::Migrating { .. } | StopError::NotConfirmed { .. } => {
             Status::unavailable(text)
         }

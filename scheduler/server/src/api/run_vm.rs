@@ -11,9 +11,10 @@ use super::{errors, labels};
 use crate::execute::launch::{self, LaunchError};
 use crate::limits;
 use crate::queue;
-use crate::record::{ImageRecord, Phase, VmRecord, VmWishes, now_unix_ms};
+use crate::record::{ImageRecord, Outcome, Phase, Runs, VmRecord, VmWishes, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
 use crate::view;
+use crate::vms::VmEntry;
 
 pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Status> {
     let pinned = match request.node.as_str() {
@@ -28,13 +29,39 @@ pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Statu
         return task.await.map_err(super::ended)?.map_err(errors::launch);
     }
     // On its own task: a start that has begun is brought to its end even if the caller goes away.
-    let task = tokio::spawn(async move {
-        let (entry, guard) = launch::submit(&shared, draft, pinned.as_ref()).await?;
-        launch::start(&shared, &entry, &guard).await?;
-        Ok::<_, LaunchError>(entry)
-    });
+    let task = tokio::spawn(async move { run_now(&shared, draft, pinned).await });
     let entry = task.await.map_err(super::ended)?.map_err(errors::launch)?;
     Ok(view::vm(scheduler, &entry))
+}
+
+/// Starts the VM at once, or as soon as those have ended that give way to it.
+pub(super) async fn run_now(
+    scheduler: &Shared,
+    draft: VmRecord,
+    pinned: Option<NodeName>,
+) -> Result<Arc<VmEntry>, LaunchError> {
+    let refused = match launch::submit(scheduler, draft.clone(), pinned.as_ref()).await {
+        Ok((entry, guard)) => {
+            launch::start(scheduler, &entry, &guard).await?;
+            return Ok(entry);
+        }
+        Err(error @ LaunchError::Place(PlaceError::NothingFits { .. })) => error,
+        Err(error) => return Err(error),
+    };
+    let Some(waiting) = queue::enqueue_with_room(scheduler, &draft, pinned.as_ref()).await? else {
+        return Err(refused);
+    };
+    let mut record = waiting.entry.subscribe();
+    let begun = |record: &Arc<VmRecord>| !matches!(record.phase, Phase::Queued | Phase::Starting);
+    // The entry in hand keeps the channel open.
+    let record = record.wait_for(begun).await.map(|record| Arc::clone(&record));
+    match record.map(|record| record.phase.clone()) {
+        Ok(Phase::Ended(Outcome::Failed { reason })) => Err(LaunchError::NotStarted {
+            vm: draft.name,
+            reason,
+        }),
+        _ => Ok(waiting.entry),
+    }
 }
 
 /// Starts the VM, or has it wait if it fits nowhere or others wait already.
@@ -87,6 +114,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         &request.labels,
         &request.rules.unwrap_or_default(),
         request.priority.unwrap_or(DEFAULT_PRIORITY),
+        request.preemptible,
     )?;
     Ok(VmRecord {
         id: VmId::new(),
@@ -113,11 +141,18 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         home: None,
         placement: String::new(),
         suspended: None,
+        giving_way: None,
+        runs: Runs::default(),
     })
 }
 
 /// What the owner wishes, checked.
-fn wishes(labels: &[String], rules: &cluster::Rules, priority: u32) -> Result<VmWishes, Status> {
+fn wishes(
+    labels: &[String],
+    rules: &cluster::Rules,
+    priority: u32,
+    preemptible: bool,
+) -> Result<VmWishes, Status> {
     limits::priority(priority).map_err(|error| errors::field(&error))?;
     let rules = Rules {
         selector: labels::terms("selector", &rules.selector)?,
@@ -130,6 +165,7 @@ fn wishes(labels: &[String], rules: &cluster::Rules, priority: u32) -> Result<Vm
         rules: (!rules.is_empty()).then(|| Arc::new(rules)),
         locked: false,
         priority,
+        preemptible,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Backoff;
+use super::{Backoff, preempt};
 use crate::events::{Kind, NewEvent};
 use crate::record::{Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
@@ -30,6 +30,7 @@ pub async fn end_vm(scheduler: &Scheduler, entry: &VmEntry, outcome: Outcome, gu
         return clean_up(scheduler, entry, guard).await;
     }
     let message = match &outcome {
+        _ if preempt::comes_back(&record, &outcome) => record.message.clone(),
         Outcome::Exited { .. } => String::new(),
         Outcome::Failed { reason } => reason.clone(),
     };
@@ -60,6 +61,9 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     if let Some(node) = scheduler.nodes.get(&record.node) {
         node.forget_vm(record.id, record.epoch);
     }
+    if preempt::comes_back(&record, outcome) {
+        return preempt::requeue(scheduler, entry, &record).await;
+    }
     let event = match outcome {
         Outcome::Exited { status: Some(status) } => {
             NewEvent::new(Kind::VmExited, format!("ended with status {status}"))
@@ -69,6 +73,7 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     };
     let ended = VmRecord {
         phase: Phase::Ended(outcome.clone()),
+        giving_way: None,
         ..record.as_ref().clone()
     };
     let ended = save_at_last(scheduler, ended, Vec::new()).await;

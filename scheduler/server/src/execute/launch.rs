@@ -13,7 +13,7 @@ use crate::agent::{Agent, AgentError};
 use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::observe;
-use crate::record::{Outcome, Phase, VmRecord};
+use crate::record::{Outcome, Phase, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::Scheduler;
 use crate::store::{StoreError, Write};
 use crate::vms::{NameTaken, VmEntry, VmGuard};
@@ -45,6 +45,14 @@ pub enum LaunchError {
         /// Its code, to be passed on.
         code: tonic::Code,
     },
+    /// Others were to be stopped for it, and it was not started all the same.
+    #[error("VM {vm} waited for room and was not started: {reason}")]
+    NotStarted {
+        /// The VM's name.
+        vm: VmName,
+        /// Why not.
+        reason: String,
+    },
     /// It is not known what became of it.
     #[error(
         "{error} while VM {vm} was started; it is brought to an end when the node answers: `shoal inspect {vm}`"
@@ -69,6 +77,7 @@ pub fn request(scheduler: &Scheduler, draft: &VmRecord, pinned: Option<&NodeName
         cpu_class: scheduler.cpus.baseline().as_ref().map(CpuDigest::class),
         labels: draft.wishes.labels.clone(),
         rules: draft.wishes.rules.clone(),
+        priority: draft.wishes.priority,
     }
 }
 
@@ -83,22 +92,34 @@ pub async fn submit(
     scheduler.queue.check_name(&draft.name)?;
     let request = request(scheduler, &draft, pinned);
     let place = plan::place_launch(&observe::snapshot(scheduler), &scheduler.policy.get(), &request)?;
-    submit_at(scheduler, draft, place, Vec::new()).await
+    let entry = VmEntry::waiting(&draft);
+    let guard = entry.lock().await;
+    submit_at(scheduler, draft, pinned, place, Vec::new(), &entry).await?;
+    Ok((entry, guard))
 }
 
-/// Stores the VM as starting on the node chosen, together with other writes. The caller holds the planning lock since the
-/// snapshot was taken, and the name is free.
+/// Stores the VM as starting on the node chosen, together with other writes. The caller holds the entry's guard, and the
+/// planning lock since the snapshot was taken; the name is free.
 pub async fn submit_at(
     scheduler: &Scheduler,
     draft: VmRecord,
+    pinned: Option<&NodeName>,
     place: plan::Placement,
     others: Vec<Write>,
-) -> Result<(Arc<VmEntry>, VmGuard), LaunchError> {
+    entry: &Arc<VmEntry>,
+) -> Result<(), LaunchError> {
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
     let node: NodeName = place.node.as_str().parse().map_err(unknown)?;
     let baseline = scheduler.cpus.baseline();
     let of_node = || scheduler.nodes.get(&node).and_then(|entry| entry.record().cpu);
+    let runs = Runs {
+        started_unix_ms: now_unix_ms(),
+        pinned: pinned.cloned(),
+        console_offset: console_offset(scheduler, &draft).await,
+        ..draft.runs
+    };
     let record = Arc::new(VmRecord {
+        runs,
         cpu_baseline: baseline.is_some(),
         cpu: baseline.or_else(of_node),
         home: Some(node.clone()),
@@ -110,7 +131,23 @@ pub async fn submit_at(
     let mut writes = others;
     writes.push(Write::PutVm(Arc::clone(&record)));
     scheduler.store.apply(writes).await?;
-    Ok(scheduler.vms.insert(&record))
+    scheduler.vms.insert(entry, &record);
+    Ok(())
+}
+
+/// Where the console goes on. Another scheduler may have what was written before: then it is more than what is here.
+async fn console_offset(scheduler: &Scheduler, draft: &VmRecord) -> u64 {
+    let known = draft.runs.console_offset;
+    if draft.runs.preempted == 0 {
+        return known;
+    }
+    match scheduler.logs.settle(draft.id).await {
+        Ok(end) => known.max(end),
+        Err(error) => {
+            tracing::error!(vm = %draft.id, %error, "console log cannot be read");
+            known
+        }
+    }
 }
 
 /// Starts a submitted VM and waits until it runs. If it does not, nothing is left of it.
@@ -125,6 +162,19 @@ pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> R
             vm: record.name.clone(),
             error,
         }),
+        Told::Failed { reason, code } if record.runs.preempted > 0 => {
+            // What it did before is not forgotten.
+            let outcome = Outcome::Failed {
+                reason: format!("node {} could not start it again: {reason}", record.node),
+            };
+            finish::end_vm(scheduler, entry, outcome, guard).await;
+            Err(LaunchError::Failed {
+                vm: record.name.clone(),
+                node: record.node.clone(),
+                reason,
+                code,
+            })
+        }
         Told::Failed { reason, code } => {
             scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await?;
             // Whoever waits for the VM hears of its end before it is forgotten.

@@ -124,6 +124,7 @@ fn movable(entry: &VmEntry) -> Result<Arc<VmRecord>, BeginError> {
     let why = match record.phase {
         Phase::Running => return Ok(record),
         Phase::Starting => "it is starting",
+        Phase::Queued => "it waits for room",
         Phase::Stopping => "it is stopping",
         Phase::Ending(_) | Phase::Ended(_) => "it has ended",
     };

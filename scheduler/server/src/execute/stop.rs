@@ -37,6 +37,9 @@ pub enum StopError {
     /// It has not ended.
     #[error("VM {0} has not ended; stop it first, or remove it with --force")]
     NotEnded(String),
+    /// It was stopped for another meanwhile.
+    #[error("VM {0} waits for room: `shoal queue` shows it, `shoal rm {0}` takes it out")]
+    Waits(String),
     /// Its node says no, or nothing.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -66,7 +69,8 @@ pub async fn stop(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), StopEr
 
 /// Removes a VM that has ended; with `force` stops it first.
 pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Result<(), StopError> {
-    if !force && !entry.record().phase.is_over() {
+    let record = entry.record();
+    if !force && (!record.phase.is_over() || record.giving_way.is_some()) {
         return Err(StopError::NotEnded(entry.record().name.to_string()));
     }
     let guard = lock(scheduler, entry).await?;
@@ -108,7 +112,19 @@ async fn lock(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<VmGuard, StopE
 }
 
 async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard) -> Result<(), StopError> {
-    let record = entry.record();
+    let mut record = entry.record();
+    if record.phase == Phase::Queued {
+        return Err(StopError::Waits(record.name.to_string()));
+    }
+    if record.giving_way.is_some() {
+        // It is not to come back.
+        let ends = VmRecord {
+            giving_way: None,
+            message: String::new(),
+            ..record.as_ref().clone()
+        };
+        record = scheduler.save_vm(ends, Vec::new()).await?;
+    }
     if record.phase.is_over() {
         finish::clean_up(scheduler, entry, guard).await;
     } else {

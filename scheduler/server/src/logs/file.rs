@@ -169,6 +169,14 @@ impl LogFile {
         self.early_since.get_or_insert(now);
     }
 
+    /// Gives up waiting for whatever has not come.
+    pub fn accept_gaps(&mut self) -> io::Result<()> {
+        while self.has_early() {
+            self.accept_gap()?;
+        }
+        Ok(())
+    }
+
     /// What is before the first early byte is lost: goes on after it.
     fn accept_gap(&mut self) -> io::Result<()> {
         if let Some((&offset, _)) = self.early.first_key_value() {

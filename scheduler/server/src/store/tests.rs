@@ -2,7 +2,9 @@ use super::file::{Bytes, META, definition};
 use super::*;
 use crate::history;
 use crate::moves::Direction;
-use crate::record::{BlobRef, Cordon, NodeWishes, Outcome, Phase, QueuedRecord, VmWishes, now_unix_ms};
+use crate::record::{
+    BlobRef, Cordon, GivingWay, NodeWishes, Outcome, Phase, QueuedRecord, Runs, VmWishes, now_unix_ms,
+};
 use redb::Database;
 use shoal_plan::labels::parse_terms;
 use shoal_proto::{Epoch, MigrationId, vm};
@@ -108,10 +110,24 @@ fn vm_record(name: &str) -> VmRecord {
             })),
             locked: true,
             priority: 9,
+            preemptible: true,
         },
         home: Some("node7".parse().expect("a node")),
         placement: "asked for".to_owned(),
         suspended: None,
+        giving_way: Some(GivingWay {
+            to: VmId::new(),
+            name: "other".to_owned(),
+            priority: 8,
+            since_unix_ms: 4,
+        }),
+        runs: Runs {
+            started_unix_ms: 3,
+            pinned: Some("node7".parse().expect("a node")),
+            console_offset: 77,
+            preempted: 2,
+            last_preempted: None,
+        },
     }
 }
 
@@ -237,6 +253,8 @@ async fn everything_comes_back(place: &impl Place) {
         sequence,
         vm: waits.clone(),
         pinned: None,
+        since_unix_ms: 5,
+        room: Some("node2".parse().expect("a node")),
     };
     let order = |direction| MoveOrder {
         node: "node1".parse().expect("a node"),

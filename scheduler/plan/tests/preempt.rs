@@ -77,7 +77,7 @@ fn nobody_is_stopped_who_could_not_give_room_at_once() {
         ));
         assert_eq!(victims(&s, 512, 9), None, "{why}");
     }
-    for change in ["cannot_move=suspended", "cannot_move=locked", ""] {
+    for change in ["suspended=yes", "cannot_move=locked", ""] {
         let s = scenario(&format!(
             "node node1 cpus=4 memory=1GiB available=24MiB
              vm a node=node1 cpus=1 memory=1GiB resident=1000MiB priority=0 preemptible=yes {change}"

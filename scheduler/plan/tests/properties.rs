@@ -189,9 +189,10 @@ proptest! {
     #[test]
     fn a_plan_obeys_filters_and_limits(snapshot in clusters(), policy in policies()) {
         let plan = round(&snapshot, &policy);
+        // What ushering puts on a node as a last resort is no reproach to what was planned to go there before.
         let mut after = snapshot.clone();
-        start(&mut after, &plan);
         for action in &plan.actions {
+            start(&mut after, &shoal_plan::Plan { actions: vec![action.clone()], ..Default::default() });
             let vm = snapshot.vms.iter().find(|vm| vm.id == action.vm).expect("a VM of the snapshot");
             let to = node(&snapshot, &action.to);
             prop_assert_eq!(&vm.node, &action.from);

@@ -78,6 +78,28 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
 /// For a node that runs out while nothing fits anywhere: the VM to suspend now, if it cannot wait. That takes no time, so it
 /// waits until the node would hold more than is left to wait with by the time that a change takes effect.
 pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
+    suspend_because(cluster, node, "nothing fits elsewhere")
+}
+
+/// The same for a node whose moves under way would end when it has run out of memory, or that the limits let send none.
+pub(crate) fn suspend_outrun(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
+    let leaving = cluster.leaving_seconds(node);
+    let (at, why) = if leaving > 0.0 {
+        let then = cluster.memory_at(node, leaving.next_down());
+        let why = format!(
+            "the moves under way end in {leaving:.1} s, when it would hold {}",
+            bytes(then)
+        );
+        (then, why)
+    } else {
+        let soon = cluster.memory_at(node, cluster.policy.detect.as_secs_f64());
+        (soon, "the limits let no move begin".to_owned())
+    };
+    let outrun = at > cluster.nodes[node].memory;
+    outrun.then(|| suspend_because(cluster, node, &why)).flatten()
+}
+
+fn suspend_because(cluster: &Cluster<'_>, node: usize, why: &str) -> Option<Hold> {
     let policy = cluster.policy;
     let seconds = policy.detect.as_secs_f64();
     let (soon, memory) = (cluster.memory_at(node, seconds), cluster.nodes[node].memory);
@@ -92,7 +114,7 @@ pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
         node: name.clone(),
         growth: vm.view.growth,
         reason: format!(
-            "{name} would hold {} in {seconds:.1} s, over {} ({:.0} % of {}), and nothing fits elsewhere; '{}' (priority {}) grows \
+            "{name} would hold {} in {seconds:.1} s, over {} ({:.0} % of {}), and {why}; '{}' (priority {}) grows \
              {}/s and gives way first: it keeps its memory, and runs on where there is room for its growth",
             bytes(soon),
             bytes(limit),

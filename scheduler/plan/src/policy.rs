@@ -118,7 +118,7 @@ pub struct Policy {
     pub cost_base: f64,
     /// New VMs start, and VMs move for balance, only where the cluster still fits if any one node dies afterwards.
     pub n_plus_one: bool,
-    /// A VM is suspended when its node runs out of memory and nothing fits anywhere, and resumed when there is room.
+    /// A VM is suspended when its node runs out of memory and nothing fits anywhere or leaves in time, and resumed when there is room.
     pub suspend: bool,
     /// VMs that are marked so are stopped for one of higher priority that fits nowhere.
     pub preempt: bool,

@@ -47,7 +47,11 @@ pub(crate) fn usher(cluster: &mut Cluster<'_>, plan: &mut Plan) {
         .collect();
     nodes.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     for (node, _) in nodes {
+        let suspended = plan.suspend.len();
         while relieve(cluster, node, plan) {}
+        if plan.suspend.len() == suspended {
+            plan.suspend.extend(last_resort::suspend_outrun(cluster, node));
+        }
     }
 }
 

@@ -437,6 +437,8 @@ proptest! {
         policy in policies(),
     ) {
         let plan = round(&snapshot, &policy);
+        let mut after = snapshot.clone();
+        start(&mut after, &plan);
         let vm = |id: &VmId| snapshot.vms.iter().find(|vm| vm.id == *id).expect("a VM of the snapshot");
         let leaves = |vm: &VmView| {
             vm.in_flight.is_some() || plan.actions.iter().any(|action| action.vm == vm.id)
@@ -454,7 +456,13 @@ proptest! {
                 prop_assert!(other.priority >= victim.priority, "{}: {}", other.id, hold.reason);
             }
             let stuck = |note: &Note| note.kind == NoteKind::UsherStuck && note.node == hold.node;
-            prop_assert!(plan.notes.iter().any(stuck));
+            let sends = snapshot.vms.iter().any(|vm| vm.node == hold.node && leaves(vm));
+            let under_way = after.vms.iter().filter(|vm| vm.in_flight.is_some()).count();
+            let busy = snapshot.nodes.iter().any(|node| {
+                after.vms.iter().filter(|vm| arrives_at(vm, &node.name)).count() >= policy.max_in_per_node
+            });
+            let limited = under_way >= policy.max_migrations || busy;
+            prop_assert!(plan.notes.iter().any(stuck) || sends || limited, "{}", hold.reason);
         }
         for hold in &plan.resume {
             let waits = vm(&hold.vm);

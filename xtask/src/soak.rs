@@ -4,8 +4,8 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::build::{cargo, program, programs};
-use crate::context::{Context, run, step};
+use crate::build::{program, programs};
+use crate::context::{Context, run};
 use crate::images::{self, Image};
 
 /// Builds what it needs and runs it. `options` are those of the soaking program.
@@ -15,9 +15,5 @@ use crate::images::{self, Image};
 pub fn run_soak(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
     images::build(context, Image::Probe)?;
-    step("building shoal-soak", || {
-        let package = ["--package", "shoal-tests", "--bin", "shoal-soak"];
-        run(cargo(context).args(["build", "--release"]).args(package))
-    })?;
     run(Command::new(program(context, "shoal-soak")).args(options))
 }

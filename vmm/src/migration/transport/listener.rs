@@ -213,7 +213,7 @@ impl Accepted {
             }
             return finished(socket, None);
         }
-        let first = tls::within(&socket, deadline, Socket::peek)?
+        let first = socket::within(&socket, deadline, Socket::peek)?
             .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
         match (first, identity) {
             (TLS_HANDSHAKE, Some(identity)) => {
@@ -221,9 +221,9 @@ impl Accepted {
                 finished(socket, Some(Box::new(session)))
             }
             (TLS_HANDSHAKE, None) => {
-                let told = tls::within(&socket, deadline, |socket| socket.write_all(&NO_TLS_HERE));
+                let told = socket::within(&socket, deadline, |socket| socket.write_all(&NO_TLS_HERE));
                 tracing::debug!(?told, "turned TLS away");
-                tls::linger(&socket, deadline);
+                socket::linger(&socket, deadline);
                 Err(TransportError::TlsSource)
             }
             (_, None) if first == MAGIC[0] => finished(socket, None),
@@ -246,6 +246,6 @@ fn turn_plaintext_away(socket: Socket, deadline: Instant) -> TransportError {
     let mut connection = Connection::new(transport);
     let told = connection.send(FrameKind::Abort, &Abort::because(&refusal.to_string()));
     tracing::debug!(?told, "turned a plaintext source away");
-    tls::linger(&connection.stream().socket, deadline);
+    socket::linger(&connection.stream().socket, deadline);
     refusal
 }

@@ -8,10 +8,16 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 
+use super::{TlsError, TransportError};
+
 /// `UIO_MAXIOV`: what one call takes.
 const MAX_PARTS: usize = 1024;
 /// Goes beside a descriptor: a stream carries none without a byte.
 const DESCRIPTOR_BYTE: u8 = b'D';
+/// How long a peer that was turned away may take to read why.
+const LINGER: Duration = Duration::from_millis(500);
+/// What it may still send meanwhile.
+const LINGER_BYTES: usize = 1 << 20;
 
 /// A socket of either family.
 #[derive(Debug)]
@@ -316,4 +322,40 @@ pub fn advance(mut parts: &mut [libc::iovec], mut count: usize) -> &mut [libc::i
         parts = &mut parts[1..];
     }
     parts
+}
+
+/// One operation on a socket, with the time left until `deadline`.
+pub fn within<T>(
+    socket: &Socket,
+    deadline: Instant,
+    operation: impl FnOnce(&Socket) -> io::Result<T>,
+) -> Result<T, TransportError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(TransportError::Silent);
+    }
+    socket.set_read_timeout(Some(left))?;
+    socket.set_write_timeout(Some(left))?;
+    operation(socket).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => TransportError::Silent,
+        // The reason is inside.
+        _ => match error.downcast::<TlsError>() {
+            Ok(error) => error.into(),
+            Err(error) => error.into(),
+        },
+    })
+}
+
+/// Ends a connection so that the peer can read what was sent last: closing with something unread would take it away.
+pub fn linger(socket: &Socket, deadline: Instant) {
+    let deadline = deadline.min(Instant::now() + LINGER);
+    socket.shutdown_write();
+    let mut scrap = [0; 4096];
+    let mut left = LINGER_BYTES;
+    while left > 0 && matches!(poll_readable(socket.as_fd(), deadline), Ok(true)) {
+        match socket.read(&mut scrap) {
+            Ok(0) | Err(_) => return,
+            Ok(count) => left = left.saturating_sub(count),
+        }
+    }
 }

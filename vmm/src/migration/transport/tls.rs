@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
@@ -11,7 +11,7 @@ use rustls::unbuffered::{
     ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus,
 };
 
-use super::socket::{self, Socket, advance};
+use super::socket::{Socket, advance, linger, within};
 use super::{Identity, TlsError, TransportError};
 use rustls::CommonState;
 
@@ -25,10 +25,6 @@ const OUTGOING: usize = STAGING + 4096;
 const WELCOME: u8 = 1;
 /// The server's word that it is not; a length of one byte and the reason follow.
 const UNWELCOME: u8 = 0;
-/// How long a peer that was turned away may take to read why.
-const LINGER: Duration = Duration::from_millis(500);
-/// What it may still send meanwhile.
-const LINGER_BYTES: usize = 1 << 20;
 
 /// The TLS half of a connection.
 pub struct Session {
@@ -564,46 +560,5 @@ impl Session {
             }
         }
         self.engine.transmit(socket).inspect_err(|_| self.broken = true)
-    }
-}
-
-/// One operation on a socket, with the time left until `deadline`.
-pub fn within<T>(
-    socket: &Socket,
-    deadline: Instant,
-    operation: impl FnOnce(&Socket) -> io::Result<T>,
-) -> Result<T, TransportError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(TransportError::Silent);
-    }
-    socket.set_read_timeout(Some(left))?;
-    socket.set_write_timeout(Some(left))?;
-    operation(socket).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => TransportError::Silent,
-        // The reason is inside.
-        _ => match error.downcast::<TlsError>() {
-            Ok(error) => error.into(),
-            Err(error) => error.into(),
-        },
-    })
-}
-
-/// Ends a connection so that the peer can read what was sent last: closing with something unread would take it away.
-pub fn linger(socket: &Socket, deadline: Instant) {
-    let deadline = deadline.min(Instant::now() + LINGER);
-    socket.shutdown_write();
-    let mut scrap = [0; 4096];
-    let mut left = LINGER_BYTES;
-    while left > 0
-        && matches!(
-            socket::poll_readable(std::os::fd::AsFd::as_fd(socket), deadline),
-            Ok(true)
-        )
-    {
-        match socket.read(&mut scrap) {
-            Ok(0) | Err(_) => return,
-            Ok(count) => left = left.saturating_sub(count),
-        }
     }
 }

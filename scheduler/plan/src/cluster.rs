@@ -330,19 +330,13 @@ impl<'a> Cluster<'a> {
 
     /// Counts a VM that is to start on a node, so that the next one finds less room.
     pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
-        let number = usize::MAX - self.reserved;
-        self.reserved += 1;
-        self.together.add_vm(number, newcomer.marks.clone());
-        self.together.add(number, on);
-        let node = &mut self.nodes[on];
-        node.reserved += 1;
+        let node = self.expect(newcomer, on);
         node.committed += newcomer.declared;
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
         node.projected += newcomer.at_horizon();
         node.load_local += newcomer.usage.cpu;
         node.load_exported += newcomer.usage.cpu;
-        self.largest_room = None;
         if let Some(failover) = &mut self.failover {
             failover.apply(newcomer.change(self.policy, on));
         }
@@ -358,23 +352,29 @@ impl<'a> Cluster<'a> {
         let projected = newcomer.at_horizon() - sum(&|vm| vm.memory_at(horizon));
         let change = newcomer.change(self.policy, on);
         let missing = change.need - sum(&|vm| need(self.policy, vm.declared, vm.resident));
-        let number = usize::MAX - self.reserved;
-        self.reserved += 1;
-        self.together.add_vm(number, newcomer.marks.clone());
-        self.together.add(number, on);
-        let node = &mut self.nodes[on];
-        node.reserved += 1;
+        let node = self.expect(newcomer, on);
         node.makes_room = true;
         node.committed += declared.max(0.0);
         node.occupied += memory.max(0.0);
         node.projected += projected.max(0.0);
-        self.largest_room = None;
         if let Some(failover) = self.failover.as_mut().filter(|_| missing > 0.0) {
             failover.apply(Change {
                 need: missing,
                 ..change
             });
         }
+    }
+
+    /// A VM that is not there yet will be on a node; what it takes of it is for the caller to add.
+    fn expect(&mut self, newcomer: &Newcomer<'_>, on: usize) -> &mut Node<'a> {
+        let number = usize::MAX - self.reserved;
+        self.reserved += 1;
+        self.together.add_vm(number, newcomer.marks.clone());
+        self.together.add(number, on);
+        self.largest_room = None;
+        let node = &mut self.nodes[on];
+        node.reserved += 1;
+        node
     }
 
     /// Whether one that stays or arrives would miss a VM that leaves, by its affinity.

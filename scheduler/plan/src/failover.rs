@@ -33,7 +33,7 @@ pub(crate) struct Shortfall {
 }
 
 /// Room on every ready node, and what the VMs of every node need.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Failover {
     /// By node.
     rooms: Vec<f64>,
@@ -93,11 +93,7 @@ impl Failover {
     /// Makes a change.
     pub fn apply(&mut self, change: Change) {
         if let Some(from) = change.from {
-            self.rooms[from] += change.need;
-            let found = self.needs[from].iter().position(|need| *need == change.need);
-            if let Some(index) = found {
-                self.needs[from].remove(index);
-            }
+            self.leave(from, change.need);
         }
         self.rooms[change.to] -= change.need;
         let needs = &mut self.needs[change.to];
@@ -121,22 +117,20 @@ impl Failover {
 
     /// The same, with VMs of a node ended that need so much.
     pub fn shortfall_without(&self, node: usize, ended: &[f64], change: Change) -> Option<Shortfall> {
-        let mut without = Self {
-            rooms: self.rooms.clone(),
-            order: self.order.clone(),
-            needs: self.needs.clone(),
-            safe: self.safe,
-            likely: self.likely.clone(),
-        };
-        for need in ended {
-            without.rooms[node] += need;
-            let needs = &mut without.needs[node];
-            if let Some(index) = needs.iter().position(|other| other == need) {
-                needs.remove(index);
-            }
+        let mut without = self.clone();
+        for &need in ended {
+            without.leave(node, need);
         }
         without.settle();
         without.shortfall(Some(change))
+    }
+
+    fn leave(&mut self, node: usize, need: f64) {
+        self.rooms[node] += need;
+        let needs = &mut self.needs[node];
+        if let Some(index) = needs.iter().position(|other| *other == need) {
+            needs.remove(index);
+        }
     }
 
     fn shortfall_of(&self, dead: usize, change: Option<Change>) -> Option<Shortfall> {

@@ -166,10 +166,9 @@ pub(crate) fn place<'a>(
             rejections: rejections(cluster, &newcomer, asked),
         });
     };
-    let why = asked.map_or_else(|| cluster.why_best(), |_| ASKED_FOR);
     let placement = Placement {
         node: cluster.nodes[node].view.name.clone(),
-        reason: explain(cluster, &newcomer, node, why),
+        reason: explain(cluster, &newcomer, node, why(cluster, asked)),
     };
     cluster.reserve(&newcomer, node);
     Ok(placement)
@@ -250,12 +249,7 @@ pub fn place_migration(
     match best_node(&cluster, &newcomer, asked) {
         Some(node) => Ok(Placement {
             node: cluster.nodes[node].view.name.clone(),
-            reason: explain(
-                &cluster,
-                &newcomer,
-                node,
-                asked.map_or_else(|| cluster.why_best(), |_| ASKED_FOR),
-            ),
+            reason: explain(&cluster, &newcomer, node, why(&cluster, asked)),
         }),
         None => Err(MigrateError::NothingFits {
             rejections: rejections(&cluster, &newcomer, asked),
@@ -381,7 +375,10 @@ pub(crate) fn rejections(
         .collect()
 }
 
-const ASKED_FOR: &str = "asked for";
+/// By what a node was chosen.
+fn why(cluster: &Cluster<'_>, asked: Option<usize>) -> &'static str {
+    asked.map_or_else(|| cluster.why_best(), |_| "asked for")
+}
 
 fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, why: &str) -> String {
     let node = &cluster.nodes[number];

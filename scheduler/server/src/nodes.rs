@@ -148,6 +148,11 @@ impl NodeEntry {
         })
     }
 
+    /// Its name.
+    pub fn name(&self) -> NodeName {
+        self.lock().record.name.clone()
+    }
+
     /// The record as it is stored.
     pub fn record(&self) -> NodeRecord {
         self.lock().record.clone()

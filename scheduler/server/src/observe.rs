@@ -14,7 +14,7 @@ use crate::events::{Kind, NewEvent};
 use crate::nodes::{LOST, Liveness, NodeEntry, ObservedVm, SILENCE};
 use crate::queue;
 use crate::reconcile::Subject;
-use crate::record::{Cordon, Intent, Phase};
+use crate::record::{Cordon, Intent, NodeRecord, Phase};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
@@ -110,7 +110,7 @@ struct Hosts(HashMap<NodeName, (Arc<NodeEntry>, shoal_plan::NodeName)>);
 impl Hosts {
     fn new(nodes: &[Arc<NodeEntry>]) -> Self {
         let named = |entry: &Arc<NodeEntry>| {
-            let name = entry.record().name;
+            let name = entry.name();
             let plan_name = shoal_plan::NodeName::new(name.as_str());
             (name, (Arc::clone(entry), plan_name))
         };
@@ -134,7 +134,13 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     let all = scheduler.nodes.list();
     let hosts = Hosts::new(&all);
     let entries = scheduler.vms.list();
-    let vms = vm_views(scheduler, &hosts, &entries);
+    let threads = match entries.len() {
+        ..WORTH_THREADS => 1,
+        _ => std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(MOST_THREADS),
+    };
+    let vms = vm_views(scheduler, &hosts, &entries, threads);
     let mut kinds: BTreeSet<CpuDigest> = scheduler.cpus.baseline().into_iter().collect();
     for entry in &entries {
         if let Some(cpu) = entry.record().cpu.as_ref().filter(|cpu| !kinds.contains(*cpu)) {
@@ -145,9 +151,11 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     let mut nodes: Vec<NodeView> = vec![];
     let typical = typical_speed(&all);
     for entry in all {
-        let mut view = node_view(&entry);
+        let record = entry.record();
+        let cpu = record.cpu.clone();
+        let mut view = node_view(&entry, record);
         view.speed = relative_speed(&entry, typical);
-        if let Some(cpu) = entry.record().cpu {
+        if let Some(cpu) = cpu {
             let of_kind = lacks
                 .entry(cpu.clone())
                 .or_insert_with(|| scheduler.cpus.lacks(&kinds, &cpu));
@@ -224,8 +232,7 @@ fn disagreement(
     if agrees { None } else { Some(Subject::Vm(vm)) }
 }
 
-fn node_view(entry: &NodeEntry) -> NodeView {
-    let record = entry.record();
+fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
     let (observed, reachable) = entry.observed();
     let state = match record.cordon {
         _ if !reachable => NodeState::Unreachable,
@@ -264,8 +271,8 @@ fn dirty_rate(entry: &VmEntry, seen: Option<&ObservedVm>, migrates: bool) -> Opt
 }
 
 /// All VMs, in the order of the entries. In a large cluster that is mostly waiting for memory, which threads do at once. They
-/// allocate nothing: what each thread's allocator keeps would add up.
-fn vm_views(scheduler: &Scheduler, hosts: &Hosts, entries: &[Arc<VmEntry>]) -> Vec<VmView> {
+/// allocate next to nothing: what each thread's allocator keeps would add up.
+fn vm_views(scheduler: &Scheduler, hosts: &Hosts, entries: &[Arc<VmEntry>], threads: usize) -> Vec<VmView> {
     let look = |entries: &[Arc<VmEntry>], views: &mut [Option<VmView>]| {
         for (entry, view) in entries.iter().zip(views) {
             *view = vm_view(scheduler, hosts, entry);
@@ -273,12 +280,6 @@ fn vm_views(scheduler: &Scheduler, hosts: &Hosts, entries: &[Arc<VmEntry>]) -> V
     };
     let mut views: Vec<Option<VmView>> = Vec::new();
     views.resize_with(entries.len(), || None);
-    let threads = match entries.len() {
-        ..WORTH_THREADS => 1,
-        _ => std::thread::available_parallelism()
-            .map_or(1, usize::from)
-            .min(MOST_THREADS),
-    };
     let part = entries.len().div_ceil(threads).max(1);
     std::thread::scope(|scope| {
         let mut parts = entries.chunks(part).zip(views.chunks_mut(part));
@@ -365,4 +366,30 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
             .and_then(|suspension| suspension.planned_growth.map(BytesPerSecond)),
         home: record.home.as_ref().map(|home| hosts.name(home)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::execute::launch;
+    use crate::testing::Cluster;
+
+    #[tokio::test]
+    async fn several_threads_see_what_one_sees_in_the_same_order() {
+        let cluster = Cluster::start(2, 1 << 30).await;
+        for number in 0..5 {
+            let draft = cluster.draft(&format!("vm{number}"), 64 << 20);
+            let submitted = launch::submit(&cluster.scheduler, draft, None).await;
+            submitted.expect("placed");
+        }
+        let scheduler = &cluster.scheduler;
+        let hosts = Hosts::new(&scheduler.nodes.list());
+        let entries = scheduler.vms.list();
+        let one = vm_views(scheduler, &hosts, &entries, 1);
+        assert_eq!(one.len(), 5);
+        for threads in [2, 3, 4, 7] {
+            assert_eq!(vm_views(scheduler, &hosts, &entries, threads), one, "{threads}");
+        }
+        assert!(vm_views(scheduler, &hosts, &[], 4).is_empty());
+    }
 }

@@ -21,7 +21,7 @@ const COMMANDS: [(&str, &str); 3] = [
 /// If something cannot be built, a migration fails or a guest is harmed.
 pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
-    images::build(context, Image::Probe)?;
+    images::build(context, Image::Probe, &[])?;
     let asked = |(word, _): &&(&str, &str)| options.first().is_some_and(|first| first == word);
     let name = COMMANDS.iter().find(asked).map(|(_, name)| *name);
     let (command, options) = options.split_at(usize::from(name.is_some()));

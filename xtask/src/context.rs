@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ const LOG_TAIL: usize = 15;
 pub struct Context {
     root: PathBuf,
     target: PathBuf,
+    given_up: AtomicBool,
 }
 
 impl Context {
@@ -38,7 +40,11 @@ impl Context {
         }
         let target =
             std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path));
-        Ok(Self { root, target })
+        Ok(Self {
+            root,
+            target,
+            given_up: AtomicBool::new(false),
+        })
     }
 
     /// The repository.
@@ -51,6 +57,11 @@ impl Context {
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// Ends commands that run with their output in a log, now and later.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
     }
 
     /// A directory below the target directory, made if it is not there.
@@ -79,8 +90,8 @@ pub fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 /// Runs a command with its output in a log file. Shows that it goes on, and the end of the log if it fails.
 ///
 /// # Errors
-/// If the command cannot be run or fails.
-pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
+/// If the command cannot be run or fails, or if another step has failed meanwhile.
+pub fn run_logged(context: &Context, command: &mut Command, log: &Path) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command
         .stdin(Stdio::null())
@@ -95,6 +106,11 @@ pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
+        }
+        if context.given_up.load(Ordering::Relaxed) {
+            child.kill()?;
+            child.wait()?;
+            bail!("ended, as another step failed");
         }
         if start.elapsed() >= next_sign {
             println!("    ... {}, {} lines of output", elapsed(start), line_count(log));

@@ -27,8 +27,7 @@ const REST: Duration = Duration::from_secs(10);
 /// If anything that it claims did not hold.
 pub fn run_demo(context: &Context, keep: bool) -> Result<()> {
     packages::ensure_all()?;
-    build::programs(context)?;
-    images::build_all(context)?;
+    images::build_all_beside(context, || build::programs(context))?;
     let state_dir = context.target_dir("demo")?.join("state");
     let mut cluster = step("starting a cluster of three nodes of 1 GiB", || {
         let program = build::program(context, "shoal");

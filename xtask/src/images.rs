@@ -2,14 +2,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::panic::resume_unwind;
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::context::{Context, run, step};
 use crate::cpio::Archive;
-use crate::{kernel, packages};
+use crate::kernel::{self, Kernel};
+use crate::packages;
 
 /// The program that is most of the Linux image's root: Debian's `busybox-static`.
 pub const BUSYBOX: &str = "/bin/busybox";
@@ -96,41 +99,59 @@ pub fn directory(context: &Context, image: Image) -> PathBuf {
     context.target().join("images").join(image.name())
 }
 
-/// Builds every image.
+/// Builds every image, with these kernels for Linux.
 ///
 /// # Errors
 /// As [`build`].
-pub fn build_all(context: &Context) -> Result<()> {
+pub fn build_all(context: &Context, kernels: &[Kernel]) -> Result<()> {
     [Image::Probe, Image::Linux]
         .into_iter()
-        .try_for_each(|image| build(context, image))
+        .try_for_each(|image| build(context, image, kernels))
+}
+
+/// Builds every image for this host, and `others` beside the kernel, which takes the longest.
+///
+/// # Errors
+/// As [`build`] and `others`.
+pub fn build_all_beside(context: &Context, others: impl FnOnce() -> Result<()>) -> Result<()> {
+    packages::ensure(&[packages::BASIC, packages::LINUX].concat())?;
+    let host = Kernel::of_this_host();
+    thread::scope(|scope| {
+        let kernel = scope.spawn(|| kernel::build(context, host));
+        let others = others();
+        if others.is_err() {
+            context.give_up();
+        }
+        let kernel = kernel.join().unwrap_or_else(|panic| resume_unwind(panic));
+        others.and(kernel)
+    })?;
+    build_all(context, &[host])
 }
 
 /// Builds one image. What has not changed is not built again.
 ///
 /// # Errors
 /// If a package is missing or a step fails.
-pub fn build(context: &Context, image: Image) -> Result<()> {
+pub fn build(context: &Context, image: Image, kernels: &[Kernel]) -> Result<()> {
     packages::ensure(packages::BASIC)?;
     match image {
         Image::Probe => {
             let program = guest_program(context, "probe", "probe")?;
-            assemble(context, image, &[("probe", fs::read(program)?)])
+            assemble(context, image, None, &[("probe", fs::read(program)?)])
         }
         Image::Linux => {
             packages::ensure(packages::LINUX)?;
-            let kernel = kernel::build(context)?;
+            let mut files = Vec::new();
+            for &kernel in kernels {
+                files.push((kernel.file(), fs::read(kernel::build(context, kernel)?)?));
+            }
             let init = guest_program(context, "guest-init", "init")?;
             let busybox = fs::read(BUSYBOX).with_context(|| format!("cannot read {BUSYBOX}"))?;
             if !is_static_elf(&busybox) {
                 bail!("{BUSYBOX} is not statically linked; install the package busybox-static");
             }
-            let initramfs = initramfs(&fs::read(init)?, &busybox);
-            assemble(
-                context,
-                image,
-                &[("vmlinux", fs::read(kernel)?), ("initramfs.cpio", initramfs)],
-            )
+            files.push(("initramfs.cpio", initramfs(&fs::read(init)?, &busybox)));
+            assemble(context, image, Some(kernels), &files)
         }
     }
 }
@@ -172,8 +193,13 @@ fn guest_cargo(context: &Context, command: &str) -> Command {
     cargo
 }
 
-/// Writes the image's directory: the manifest from the source tree and the files.
-fn assemble(context: &Context, image: Image, files: &[(&str, Vec<u8>)]) -> Result<()> {
+/// Writes the image's directory: the manifest from the source tree, with no kernel but `kernels` if they are given, and the files.
+fn assemble(
+    context: &Context,
+    image: Image,
+    kernels: Option<&[Kernel]>,
+    files: &[(&str, Vec<u8>)],
+) -> Result<()> {
     let directory = directory(context, image);
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let manifest = context
@@ -181,7 +207,13 @@ fn assemble(context: &Context, image: Image, files: &[(&str, Vec<u8>)]) -> Resul
         .join("images")
         .join(image.name())
         .join("image.toml");
-    let manifest = fs::read(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+    let manifest =
+        fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+    let manifest = match kernels {
+        Some(kernels) => with_kernels(&manifest, kernels)?,
+        None => manifest,
+    }
+    .into_bytes();
     for (name, content) in files
         .iter()
         .map(|(name, content)| (*name, content))
@@ -191,6 +223,18 @@ fn assemble(context: &Context, image: Image, files: &[(&str, Vec<u8>)]) -> Resul
     }
     println!("    image {}: {}", image.name(), directory.display());
     Ok(())
+}
+
+/// The manifest of an image that has only these kernels.
+fn with_kernels(manifest: &str, kernels: &[Kernel]) -> Result<String> {
+    let mut manifest: toml::Table = manifest.parse().context("image.toml")?;
+    if !kernels.contains(&Kernel::Plain) {
+        manifest.remove("kernel");
+    }
+    if !kernels.contains(&Kernel::Ring3) {
+        manifest.remove("software_kvm");
+    }
+    Ok(toml::to_string(&manifest)?)
 }
 
 /// Writes a file so that who opens it meanwhile finds the old or the new one, whole.
@@ -263,6 +307,19 @@ mod tests {
         assert!(!is_static_elf(&elf(3)));
         assert!(!is_static_elf(&elf(1)[..64]));
         assert!(!is_static_elf(b"#!/bin/sh"));
+    }
+
+    #[test]
+    fn a_manifest_names_the_kernels_that_were_built() {
+        let both = "name = 'linux'\nkernel = 'vmlinux'\n[software_kvm]\nkernel = 'vmlinux-ring3'\n";
+        let keys = |kernels: &[Kernel]| {
+            let manifest = with_kernels(both, kernels).expect("a manifest");
+            let table: toml::Table = manifest.parse().expect("TOML");
+            table.keys().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(keys(&[Kernel::Plain]), ["kernel", "name"]);
+        assert_eq!(keys(&[Kernel::Ring3]), ["name", "software_kvm"]);
+        assert_eq!(keys(&Kernel::ALL), ["kernel", "name", "software_kvm"]);
     }
 
     #[test]

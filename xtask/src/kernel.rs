@@ -1,5 +1,5 @@
-//! The Linux image's kernel, from Debian's source package, our configuration and our patches. Built once: what it was built from
-//! is kept beside it, and compared.
+//! The kernels of the Linux image, from Debian's source package, our configuration and our patches. Each is built once: what it
+//! was built from is kept beside it, and compared.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,48 @@ pub const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// The directory in that archive.
 const SOURCE_DIRECTORY: &str = "linux-source-6.12";
 
-/// All that the kernel depends on.
+/// One of the two kernels (docs/linux-guest.md).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// For hosts with hardware virtualization
+    Plain,
+    /// For hosts without: the kernel itself runs at CPL 3
+    Ring3,
+}
+
+impl Kernel {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Plain, Self::Ring3];
+
+    /// The one that guests get on this host. The module that brings hardware virtualization shows in sysfs, also when it is built in.
+    #[must_use]
+    pub fn of_this_host() -> Self {
+        let has = |module: &str| Path::new("/sys/module").join(module).exists();
+        if has("kvm_intel") || has("kvm_amd") {
+            Self::Plain
+        } else {
+            Self::Ring3
+        }
+    }
+
+    /// What it is called in the image.
+    #[must_use]
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Plain => "vmlinux",
+            Self::Ring3 => "vmlinux-ring3",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Ring3 => "ring3",
+        }
+    }
+}
+
+/// All that a kernel depends on.
 struct Recipe {
     package_version: String,
     config: String,
@@ -23,7 +64,7 @@ struct Recipe {
 }
 
 impl Recipe {
-    fn read(context: &Context) -> Result<Self> {
+    fn read(context: &Context, kernel: Kernel) -> Result<Self> {
         let directory = context.root().join("images/linux");
         let mut patches = Vec::new();
         let patch_directory = directory.join("patches");
@@ -39,7 +80,8 @@ impl Recipe {
         patches.sort();
         Ok(Self {
             package_version: package_version()?,
-            config: read(&directory.join("config"))?,
+            config: read(&directory.join("config"))?
+                + &read(&directory.join(format!("config.{}", kernel.name())))?,
             patches,
         })
     }
@@ -56,32 +98,39 @@ impl Recipe {
     }
 }
 
-/// Builds the kernel unless it is there, and gives the path of the stripped ELF `vmlinux`.
+/// Builds a kernel unless it is there, and gives the path of its stripped ELF.
 ///
 /// # Errors
 /// If a step fails; its log is named.
-pub fn build(context: &Context) -> Result<PathBuf> {
-    let recipe = Recipe::read(context)?;
+pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
+    let recipe = Recipe::read(context, kernel)?;
     let directory = context.target_dir("linux-build")?;
-    let (kernel, stamp) = (directory.join("vmlinux"), directory.join("stamp"));
+    let (name, stamp) = (
+        kernel.name(),
+        directory.join(format!("stamp-{}", kernel.name())),
+    );
+    let kernel = directory.join(kernel.file());
     if kernel.is_file() && is_current(&stamp, &recipe.stamp()) {
-        println!("    kernel: up to date");
+        println!("    {name} kernel: up to date");
         return Ok(kernel);
     }
-    let source = prepare_source(&recipe, &directory)?;
-    let output = configure(&recipe, &directory, &source)?;
+    let source = prepare_source(context, &recipe, &directory)?;
+    let output = directory.join(name);
+    configure(context, &recipe, &output, &source)?;
     fs::write(&stamp, "")?;
-    step("building the kernel (takes minutes, once)", || {
+    step(&format!("building the {name} kernel (takes minutes, once)"), || {
         let jobs = thread::available_parallelism().map_or(1, usize::from);
         let mut make = make(&source, &output);
         run_logged(
+            context,
             make.arg(format!("-j{jobs}")).arg("vmlinux"),
-            &directory.join("build.log"),
+            &output.join("build.log"),
         )?;
         let mut strip = Command::new("strip");
         run_logged(
+            context,
             strip.arg("-o").arg(&kernel).arg(output.join("vmlinux")),
-            &directory.join("strip.log"),
+            &output.join("strip.log"),
         )
     })?;
     fs::write(&stamp, recipe.stamp())?;
@@ -89,7 +138,7 @@ pub fn build(context: &Context) -> Result<PathBuf> {
 }
 
 /// Unpacks and patches the sources, unless that has been done.
-fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
+fn prepare_source(context: &Context, recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
     let (source, stamp) = (directory.join(SOURCE_DIRECTORY), directory.join("source-stamp"));
     if source.is_dir() && is_current(&stamp, &recipe.source_stamp()) {
         return Ok(source);
@@ -98,13 +147,15 @@ fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
         // No stamp until all is done: whatever interrupts this, the next run starts afresh.
         fs::write(&stamp, "")?;
         // Objects too: a file that is no longer patched is older than what was built from it, and make would keep that.
-        for old in [&source, &build_directory(directory)] {
+        let outputs = Kernel::ALL.map(|kernel| directory.join(kernel.name()));
+        for old in outputs.iter().chain([&source]) {
             if old.exists() {
                 fs::remove_dir_all(old).with_context(|| format!("cannot remove {}", old.display()))?;
             }
         }
         let mut tar = Command::new("tar");
         run_logged(
+            context,
             tar.args(["-xJf", SOURCE, "-C"]).arg(directory),
             &directory.join("unpack.log"),
         )?;
@@ -115,7 +166,7 @@ fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
                 .arg(&source)
                 .arg("--input")
                 .arg(path);
-            run_logged(&mut patch, &directory.join("patch.log"))?;
+            run_logged(context, &mut patch, &directory.join("patch.log"))?;
         }
         fs::write(&stamp, recipe.source_stamp())?;
         Ok(source)
@@ -124,15 +175,15 @@ fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
 
 /// Writes the configuration and lets the kernel complete it. What we ask for must survive: it does not if the kernel no longer has
 /// an option, or wants another one for it.
-fn configure(recipe: &Recipe, directory: &Path, source: &Path) -> Result<PathBuf> {
+fn configure(context: &Context, recipe: &Recipe, output: &Path, source: &Path) -> Result<()> {
     step("configuring the kernel", || {
-        let output = build_directory(directory);
-        fs::create_dir_all(&output)?;
+        fs::create_dir_all(output)?;
         let config = output.join(".config");
         fs::write(&config, &recipe.config)?;
         run_logged(
-            make(source, &output).arg("olddefconfig"),
-            &directory.join("config.log"),
+            context,
+            make(source, output).arg("olddefconfig"),
+            &output.join("config.log"),
         )?;
         let completed = read(&config)?;
         let lost: Vec<_> = recipe
@@ -142,16 +193,12 @@ fn configure(recipe: &Recipe, directory: &Path, source: &Path) -> Result<PathBuf
             .collect();
         if !lost.is_empty() {
             bail!(
-                "this kernel does not take these lines of images/linux/config: {}",
+                "this kernel does not take these lines of its configuration in images/linux: {}",
                 lost.join(", ")
             );
         }
-        Ok(output)
+        Ok(())
     })
-}
-
-fn build_directory(directory: &Path) -> PathBuf {
-    directory.join("build")
 }
 
 fn make(source: &Path, output: &Path) -> Command {

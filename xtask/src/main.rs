@@ -72,6 +72,9 @@ enum Command {
     Images {
         /// Only this one
         only: Option<images::Image>,
+        /// Both kernels of Linux, not only the one that guests get on this host
+        #[arg(long)]
+        all: bool,
     },
     /// Install the system packages that building and testing need, or say which
     Packages,
@@ -87,8 +90,14 @@ fn main() -> anyhow::Result<()> {
         Command::Bench { options } => bench::run_benchmarks(&context, &options),
         Command::Soak { options } => soak::run_soak(&context, &options),
         Command::Simulate { options } => simulate::run_simulations(&context, &options),
-        Command::Images { only: None } => images::build_all(&context),
-        Command::Images { only: Some(image) } => images::build(&context, image),
+        Command::Images { only, all } => {
+            let host = [kernel::Kernel::of_this_host()];
+            let kernels: &[_] = if all { &kernel::Kernel::ALL } else { &host };
+            match only {
+                None => images::build_all(&context, kernels),
+                Some(image) => images::build(&context, image, kernels),
+            }
+        }
         Command::Packages => packages::ensure_all(),
     }
 }

@@ -14,6 +14,6 @@ use crate::images::{self, Image};
 /// If something cannot be built, a guest is harmed or something is left behind.
 pub fn run_soak(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
-    images::build(context, Image::Probe)?;
+    images::build(context, Image::Probe, &[])?;
     run(Command::new(program(context, "shoal-soak")).args(options))
 }

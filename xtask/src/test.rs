@@ -12,8 +12,7 @@ use crate::{images, packages};
 /// If something cannot be built or a test fails.
 pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
     packages::ensure_all()?;
-    programs_and_tests(context)?;
-    images::build_all(context)?;
+    images::build_all_beside(context, || programs_and_tests(context))?;
     step("unit tests", || {
         let mut command = cargo(context);
         command.args(["test", "--release", "--workspace"]);

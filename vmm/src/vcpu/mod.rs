@@ -3,9 +3,11 @@
 //! The thread holds the vCPU's descriptor only while it runs guest code. Once parked, the owner of the VM may lock the
 //! descriptor to save or restore its state.
 
+mod alone;
 mod emulate;
 mod paging;
 mod state;
+mod unemulated;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +20,9 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+pub use alone::run_at_most;
 pub use state::{VcpuStateError, read_tsc_khz, restore, save};
+pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};
 use crate::memory::GuestMemory;
@@ -109,6 +113,9 @@ pub enum VcpuError {
         /// The reason.
         source: std::io::Error,
     },
+    /// KVM runs no guest code.
+    #[error("KVM_RUN: {0}")]
+    Run(kvm_ioctls::Error),
     /// No signal handler.
     #[error("cannot install the signal handler that stops vCPUs: {0}")]
     Signal(vmm_sys_util::errno::Error),

@@ -236,11 +236,10 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
                 if failed {
                     tracing::error!(reason = %last.status_message, "the VM failed");
                 }
-                let code = last
+                let status = last
                     .exit_status
-                    .and_then(|code| u8::try_from(code).ok())
-                    .unwrap_or(if failed { FAILED } else { 0 });
-                Ok(ExitCode::from(code))
+                    .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX));
+                Ok(ExitCode::from(if failed { FAILED } else { status }))
             };
             tokio::select! {
                 result = serve => result,

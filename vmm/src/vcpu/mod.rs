@@ -50,6 +50,18 @@ pub struct VcpuContext {
     pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
 }
 
+impl VcpuContext {
+    /// A guest that had begun to say why it fails has failed, however it ended then.
+    fn with_last_words(&self, end: GuestEnd) -> GuestEnd {
+        match end {
+            GuestEnd::Failed(_) => end,
+            GuestEnd::PowerOff | GuestEnd::Reset => {
+                self.devices.unfinished_last_words().map_or(end, GuestEnd::Failed)
+            }
+        }
+    }
+}
+
 impl std::fmt::Debug for VcpuContext {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VcpuContext").finish_non_exhaustive()
@@ -376,7 +388,8 @@ fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
         }
         // A fault of this VMM must not leave the owner waiting for a thread that never parks.
         let end = catch_unwind(AssertUnwindSafe(|| {
-            run_until_kicked(&mut lock(&shared.fd), context)
+            let end = run_until_kicked(&mut lock(&shared.fd), context)?;
+            Some(context.with_last_words(end))
         }))
         .unwrap_or_else(|_| {
             Some(GuestEnd::Failed(
@@ -420,6 +433,7 @@ fn run_until_kicked(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> 
                     return Some(match request {
                         PowerRequest::Off => GuestEnd::PowerOff,
                         PowerRequest::Reset => GuestEnd::Reset,
+                        PowerRequest::Failed(why) => GuestEnd::Failed(why),
                     });
                 }
             }

@@ -75,6 +75,41 @@ fn scripts_find_the_keys_that_they_rely_on() {
 }
 
 #[test]
+fn a_guest_that_says_why_it_fails_is_quoted() {
+    let Some(machine) = Machine::with_kvm("last words of a guest") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    // The status that it never wrote, or wrote before, does not make it a success.
+    let run = [
+        "run",
+        "probe",
+        "--name",
+        "broken",
+        "--",
+        "panic=no_root",
+        "status=0",
+    ];
+    let output = cluster.shoal.output(&run);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("broken is failed: the guest says: no_root"),
+        "{said}"
+    );
+
+    let failed = cluster.vm("broken");
+    assert_eq!(failed["state"], "failed");
+    assert_eq!(failed["message"], "the guest says: no_root");
+    assert!(
+        cluster
+            .shoal
+            .ok(&["inspect", "broken"])
+            .contains("the guest says: no_root")
+    );
+}
+
+#[test]
 fn run_streams_the_console_and_exits_with_the_workloads_status() {
     let Some(machine) = Machine::with_kvm("exit status of a workload") else {
         return;

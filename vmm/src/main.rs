@@ -12,6 +12,7 @@ use shoal_proto::vm::vmm_server::VmmServer;
 use shoal_proto::vm::{MemoryBacking, VmState};
 use shoal_proto::{Epoch, VmId};
 use shoal_vmm::api::{self, Api};
+use shoal_vmm::arch::selftest::{self, KvmKind};
 use shoal_vmm::arch::{boot, cpuid};
 use shoal_vmm::build::open_kvm;
 use shoal_vmm::control::{self, ControlConfig};
@@ -30,6 +31,9 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
                                                 status that the workload reports
        shoal-vmm check-image --kernel PATH [--initrd PATH]
                                                 say whether an image can be booted; needs no KVM
+       shoal-vmm --self-test                    say, as one line of JSON, how this host's KVM runs guests: kvm is
+                                                software or hardware, ring3_kernel whether kernels that run in
+                                                ring 3 can run here, reason why
        shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
@@ -42,6 +46,7 @@ const USAGE_ERROR: u8 = 2;
 struct Options {
     check_image: bool,
     print_cpuid: bool,
+    self_test: bool,
     api_fd: Option<i32>,
     api_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
@@ -63,6 +68,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
         match argument {
             Value(word) if word == "check-image" => options.check_image = true,
             Value(word) if word == "print-cpuid" => options.print_cpuid = true,
+            Long("self-test") => options.self_test = true,
             Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
             Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
@@ -106,6 +112,8 @@ fn main() -> ExitCode {
         check_image(&options)
     } else if options.print_cpuid {
         print_cpuid()
+    } else if options.self_test {
+        self_test()
     } else {
         run(options)
     };
@@ -136,6 +144,24 @@ fn print_cpuid() -> Result<ExitCode, AnyError> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     println!("{hex}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn self_test() -> Result<ExitCode, AnyError> {
+    let found = selftest::run(&open_kvm()?)?;
+    let reason = match (&found.ring3_kernel, found.syscall_ring) {
+        (Ok(()), ring) => format!("all checks passed; SYSCALL arrives in ring {}", ring.unwrap_or(0)),
+        (Err(reason), _) => reason.clone(),
+    };
+    let answer = serde_json::json!({
+        "kvm": match found.kind {
+            KvmKind::Hardware => "hardware",
+            KvmKind::Software => "software",
+        },
+        "ring3_kernel": found.ring3_kernel.is_ok(),
+        "reason": reason,
+    });
+    println!("{answer}");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -210,11 +236,10 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
                 if failed {
                     tracing::error!(reason = %last.status_message, "the VM failed");
                 }
-                let code = last
+                let status = last
                     .exit_status
-                    .and_then(|code| u8::try_from(code).ok())
-                    .unwrap_or(if failed { FAILED } else { 0 });
-                Ok(ExitCode::from(code))
+                    .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX));
+                Ok(ExitCode::from(if failed { FAILED } else { status }))
             };
             tokio::select! {
                 result = serve => result,

@@ -9,7 +9,7 @@ mod start_info;
 
 use guest_rt as _;
 
-use probe::options::Options;
+use probe::options::{self, Options};
 use probe::pace::Frequency;
 use probe::text::Lines;
 use probe::worker::Worker;
@@ -55,6 +55,11 @@ extern "C" fn probe_main(start_info: u64) -> ! {
         memory.pages()
     ));
 
+    let last_words = options::last_words(info.command_line());
+    if let Some(text) = last_words.filter(|_| options.seconds == 0) {
+        machine::fail(text);
+    }
+
     let mut worker = Worker::new(memory, options, frequency, start);
     let mut lines = Lines::default();
     let mut console = Console::default();
@@ -68,7 +73,10 @@ extern "C" fn probe_main(start_info: u64) -> ! {
         }
         console.pump(&mut lines);
         if let Some(status) = worker.exit_status().filter(|_| lines.is_empty()) {
-            machine::power_off(status);
+            match last_words {
+                Some(text) => machine::fail(text),
+                None => machine::power_off(status),
+            }
         }
     }
 }

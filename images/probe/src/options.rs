@@ -95,10 +95,22 @@ impl Options {
             "seconds" => self.seconds = value.parse::<u32>().map_err(|_| "a number of seconds")?.into(),
             "tsc_khz" => self.tsc_khz = value.parse().map_err(|_| "a frequency in kHz")?,
             "status" => self.status = Some(value.parse().map_err(|_| "an exit status of 0 to 255")?),
-            _ => return Err("wss=, rate=, fill=, fill_rate=, pattern=, seconds=, tsc_khz= or status="),
+            "panic" if !value.is_empty() => {} // see `last_words`
+            _ => {
+                return Err(
+                    "wss=, rate=, fill=, fill_rate=, pattern=, seconds=, tsc_khz=, status= or panic=TEXT",
+                );
+            }
         }
         Ok(())
     }
+}
+
+/// What the probe is to say of its failure, if it is asked to fail: when it is time to stop, or at once if there is no such
+/// time. Of a command line that [`Options::parse`] takes.
+pub fn last_words(command_line: &str) -> Option<&str> {
+    let mut words = command_line.split_ascii_whitespace();
+    words.find_map(|word| word.strip_prefix("panic="))
 }
 
 /// Reads a size with an optional unit (`4096`, `64K`, `64KiB`, and so on up to `T`), as pages.
@@ -161,6 +173,14 @@ mod tests {
     }
 
     #[test]
+    fn last_words_are_found_beside_the_options() {
+        let line = "seconds=3 panic=no_root=/dev/vda";
+        assert_eq!(Options::parse(line).expect("valid").seconds, 3);
+        assert_eq!(last_words(line), Some("no_root=/dev/vda"));
+        assert_eq!(last_words("seconds=3"), None);
+    }
+
+    #[test]
     fn bad_words_are_named() {
         for bad in [
             "wss=1",
@@ -171,6 +191,7 @@ mod tests {
             "rate=10000001",
             "pattern=ones",
             "status=256",
+            "panic=",
             "fil=1M",
             "=",
         ] {

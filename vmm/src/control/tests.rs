@@ -102,6 +102,13 @@ fn until(what: &str, mut happened: impl FnMut() -> bool) {
 
 /// A VM at epoch 1 that talks, and the directory of its kernel. `None` where a test may do without KVM.
 fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> {
+    let booted = boot(&TALKER, backing)?;
+    booted.0.until_it_runs();
+    Some(booted)
+}
+
+/// The same with a guest that is no more than `code`, in ring 0.
+fn boot(code: &[u8], backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> {
     if let Err(error) = build::open_kvm() {
         assert!(std::env::var_os("SHOAL_SKIP_KVM").is_some(), "{error}");
         eprintln!("skipped without KVM: {error}");
@@ -109,7 +116,7 @@ fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> 
     }
     let directory = tempfile::tempdir().expect("a temporary directory");
     let kernel = directory.path().join("talker");
-    std::fs::write(&kernel, elf(&TALKER)).expect("written");
+    std::fs::write(&kernel, elf(code)).expect("written");
     let spec = VmSpec {
         vm_id: VmId::new(),
         name: "talker".to_owned(),
@@ -127,7 +134,6 @@ fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> 
     let owner = Owner::start();
     let booted = owner.ask(|reply| Command::Boot(Box::new(spec.clone()), reply));
     assert_eq!(booted.expect("booted").state(), VmState::Running);
-    owner.until_it_runs();
     Some((owner, spec, directory))
 }
 
@@ -149,6 +155,42 @@ fn migrate(from: &Owner, id: MigrationId, to: Address, policy: Policy) -> Result
 
 fn anywhere() -> Address {
     Address::Tcp(([127, 0, 0, 1], 0).into())
+}
+
+/// `mov dx, 0x6f8; mov esi, text; mov ecx, length; rep outsb`, then `then`, then the text.
+fn last_words(text: &str, then: &[u8]) -> Vec<u8> {
+    const BEFORE: u64 = 16;
+    let length = u32::try_from(text.len()).expect("short");
+    let at = u32::try_from(CODE_AT + BEFORE + then.len() as u64).expect("low");
+    let mut code = vec![0x66, 0xba, 0xf8, 0x06, 0xbe];
+    code.extend(at.to_le_bytes());
+    code.push(0xb9);
+    code.extend(length.to_le_bytes());
+    code.extend([0xf3, 0x6e]);
+    assert_eq!(code.len() as u64, BEFORE);
+    code.extend(then);
+    code.extend(text.as_bytes());
+    code
+}
+
+/// How a guest that is `code` has failed. `None` where a test may do without KVM.
+fn failure(code: &[u8]) -> Option<String> {
+    let (owner, ..) = boot(code, MemoryBacking::Anonymous)?;
+    until("the guest to end", || owner.state() != VmState::Running);
+    assert_eq!(owner.state(), VmState::Failed);
+    Some(owner.handle.status().borrow().status_message.clone())
+}
+
+#[test]
+fn a_guest_that_says_why_it_fails_has_failed() {
+    const JUMP_TO_ITSELF: [u8; 2] = [0xeb, 0xfe];
+    const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
+    let Some(failed) = failure(&last_words("no\x1broot\nand more", &JUMP_TO_ITSELF)) else {
+        return;
+    };
+    assert_eq!(failed, "the guest says: no\\x1broot");
+    let failed = failure(&last_words("it begins", &TRIPLE_FAULT)).expect("KVM is here");
+    assert_eq!(failed, "the guest says: it begins");
 }
 
 #[test]

@@ -1,7 +1,8 @@
-//! Devices the guest sees: a serial console, the keyboard controller's reset line, ACPI power registers, the exit status
-//! port and the port where it may tell what time it missed. All are reached by port I/O; there is no MMIO device yet.
+//! Devices the guest sees: a serial console, the keyboard controller's reset line, ACPI power registers, and ports where it
+//! may tell its exit status, why it fails, and what time it missed. All are reached by port I/O; there is no MMIO device yet.
 
 mod guest_gap;
+mod last_words;
 mod serial;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -14,17 +15,20 @@ use vmm_sys_util::eventfd::EventFd;
 pub use guest_gap::GuestGap;
 pub use serial::SerialDevice;
 
+use self::last_words::LastWords;
 use crate::arch::{acpi, layout};
 use crate::console::Console;
 use crate::state::{self, StateError};
 
 /// The guest asked the machine to stop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PowerRequest {
     /// ACPI S5.
     Off,
     /// Keyboard controller or ACPI reset. A VM is not rebooted in place: the workload has ended.
     Reset,
+    /// It can go no further, and says why.
+    Failed(String),
 }
 
 const NO_STATUS: u32 = u32::MAX;
@@ -38,6 +42,7 @@ pub struct Devices {
     reset: Arc<AtomicBool>,
     exit_status: AtomicU32,
     guest_gap: Arc<GuestGap>,
+    last_words: LastWords,
 }
 
 #[derive(Debug)]
@@ -78,20 +83,17 @@ impl Devices {
             reset,
             exit_status: AtomicU32::new(NO_STATUS),
             guest_gap,
+            last_words: LastWords::default(),
         })
     }
 
-    /// The guest wrote `data` to `port`, one byte after another.
+    /// The guest wrote `data` to `port`, one byte after another; those after a request to stop are lost with the guest.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
         if port == layout::GUEST_GAP_PORT {
             self.guest_gap.write(data);
             return None;
         }
-        let mut request = None;
-        for &byte in data {
-            request = self.port_write_byte(port, byte).or(request);
-        }
-        request
+        data.iter().find_map(|&byte| self.port_write_byte(port, byte))
     }
 
     fn port_write_byte(&self, port: u16, byte: u8) -> Option<PowerRequest> {
@@ -112,8 +114,15 @@ impl Devices {
                 self.exit_status.store(u32::from(byte), Ordering::SeqCst);
                 None
             }
+            layout::LAST_WORDS_PORT => self.last_words.write(byte).map(PowerRequest::Failed),
             _ => None,
         }
+    }
+
+    /// Why the guest fails, if it had begun to say so when it ended.
+    #[must_use]
+    pub fn unfinished_last_words(&self) -> Option<String> {
+        self.last_words.unfinished()
     }
 
     /// The guest reads `data.len()` bytes from `port`. Ports without a device read as an open bus.
@@ -147,6 +156,7 @@ impl Devices {
             &state::PowerState {
                 exit_status: self.exit_status().map(u32::from),
                 guest_gap_us: self.guest_gap.longest_us(),
+                last_words: self.last_words.save(),
             },
         );
     }
@@ -161,6 +171,7 @@ impl Devices {
         self.exit_status
             .store(power.exit_status.unwrap_or(NO_STATUS), Ordering::SeqCst);
         self.guest_gap.restore(power.guest_gap_us);
+        self.last_words.restore(power.last_words);
         Ok(())
     }
 }

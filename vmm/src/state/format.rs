@@ -259,6 +259,7 @@ mod tests {
             &PowerState {
                 exit_status: Some(3),
                 guest_gap_us: None,
+                last_words: vec![],
             },
         );
         writer.section(Kind::Pit, 0, &PitState { pit: vec![1, 2, 3] });

@@ -100,7 +100,7 @@ pub struct ConsoleState {
 }
 
 /// What the guest has told the machine about itself.
-#[derive(Clone, Copy, PartialEq, prost::Message)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct PowerState {
     /// Last byte written to the exit status port.
     #[prost(uint32, optional, tag = "1")]
@@ -108,6 +108,9 @@ pub struct PowerState {
     /// Longest time it says it has missed since its latest migration began, µs. Absent in state of protocol 1.
     #[prost(uint32, optional, tag = "2")]
     pub guest_gap_us: Option<u32>,
+    /// A line that it has begun on the port for last words.
+    #[prost(bytes = "vec", tag = "3")]
+    pub last_words: Vec<u8>,
 }
 
 /// The bytes of a KVM structure.

@@ -3,9 +3,11 @@
 //! The thread holds the vCPU's descriptor only while it runs guest code. Once parked, the owner of the VM may lock the
 //! descriptor to save or restore its state.
 
+mod alone;
 mod emulate;
 mod paging;
 mod state;
+mod unemulated;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +20,9 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+pub use alone::run_at_most;
 pub use state::{VcpuStateError, read_tsc_khz, restore, save};
+pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};
 use crate::memory::GuestMemory;
@@ -44,6 +48,18 @@ pub struct VcpuContext {
     pub emulated: Arc<AtomicU64>,
     /// Told once by each vCPU that ends.
     pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
+}
+
+impl VcpuContext {
+    /// A guest that had begun to say why it fails has failed, however it ended then.
+    fn with_last_words(&self, end: GuestEnd) -> GuestEnd {
+        match end {
+            GuestEnd::Failed(_) => end,
+            GuestEnd::PowerOff | GuestEnd::Reset => {
+                self.devices.unfinished_last_words().map_or(end, GuestEnd::Failed)
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for VcpuContext {
@@ -109,6 +125,9 @@ pub enum VcpuError {
         /// The reason.
         source: std::io::Error,
     },
+    /// KVM runs no guest code.
+    #[error("KVM_RUN: {0}")]
+    Run(kvm_ioctls::Error),
     /// No signal handler.
     #[error("cannot install the signal handler that stops vCPUs: {0}")]
     Signal(vmm_sys_util::errno::Error),
@@ -369,7 +388,8 @@ fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
         }
         // A fault of this VMM must not leave the owner waiting for a thread that never parks.
         let end = catch_unwind(AssertUnwindSafe(|| {
-            run_until_kicked(&mut lock(&shared.fd), context)
+            let end = run_until_kicked(&mut lock(&shared.fd), context)?;
+            Some(context.with_last_words(end))
         }))
         .unwrap_or_else(|_| {
             Some(GuestEnd::Failed(
@@ -413,6 +433,7 @@ fn run_until_kicked(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> 
                     return Some(match request {
                         PowerRequest::Off => GuestEnd::PowerOff,
                         PowerRequest::Reset => GuestEnd::Reset,
+                        PowerRequest::Failed(why) => GuestEnd::Failed(why),
                     });
                 }
             }

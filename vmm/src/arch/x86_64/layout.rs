@@ -59,3 +59,5 @@ pub const ACPI_RESET_PORT: u16 = 0x601;
 pub const EXIT_STATUS_PORT: u16 = 0x6f0;
 /// Four bytes written here are microseconds in which the guest saw no time pass.
 pub const GUEST_GAP_PORT: u16 = 0x6f4;
+/// ASCII bytes written here say why the guest fails; a newline ends the VM.
+pub const LAST_WORDS_PORT: u16 = 0x6f8;

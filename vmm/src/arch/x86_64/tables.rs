@@ -61,19 +61,6 @@ pub fn boot_registers(
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
 
-    let long = u8::from(mode == BootMode::Linux64);
-    let code = segment(CODE, 11, long, 1 - long);
-    let data = segment(DATA, 3, 0, 1);
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        limit: 0x67,
-        selector: TSS,
-        type_: 11,
-        present: 1,
-        ..Default::default()
-    };
-
     let mut regs = kvm_regs {
         rflags: RFLAGS_RESERVED,
         rip: entry.raw_value(),
@@ -82,15 +69,13 @@ pub fn boot_registers(
     match mode {
         BootMode::Linux64 => {
             write_identity_map(memory)?;
-            sregs.cr3 = layout::PML4.raw_value();
-            sregs.cr4 = CR4_PAE;
-            sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
-            sregs.efer = EFER_LME | EFER_LMA;
+            enter_long_mode(&mut sregs, layout::PML4);
             regs.rsp = layout::BOOT_STACK;
             regs.rbp = layout::BOOT_STACK;
             regs.rsi = layout::ZERO_PAGE.raw_value();
         }
         BootMode::Pvh => {
+            set_flat_segments(&mut sregs, 0);
             sregs.cr4 = 0;
             sregs.cr0 = CR0_PE | CR0_ET;
             sregs.efer = 0;
@@ -98,6 +83,28 @@ pub fn boot_registers(
         }
     }
     Ok((regs, sregs))
+}
+
+/// Ring 0 in long mode with the page tables at `pml4`; its flat segments have the selectors 0x10 and 0x18.
+pub fn enter_long_mode(sregs: &mut kvm_sregs, pml4: GuestAddress) {
+    set_flat_segments(sregs, 1);
+    sregs.cr3 = pml4.raw_value();
+    sregs.cr4 = CR4_PAE;
+    sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
+    sregs.efer = EFER_LME | EFER_LMA;
+}
+
+fn set_flat_segments(sregs: &mut kvm_sregs, long: u8) {
+    let data = segment(DATA, 3, 0, 1);
+    sregs.cs = segment(CODE, 11, long, 1 - long);
+    (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        selector: TSS,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
 }
 
 fn segment(selector: u16, kind: u8, long: u8, default_big: u8) -> kvm_segment {

@@ -1,0 +1,82 @@
+use super::*;
+
+/// A test's KVM. `None` where a test may do without.
+fn kvm() -> Option<Kvm> {
+    match crate::build::open_kvm() {
+        Ok(kvm) => Some(kvm),
+        Err(error) if std::env::var_os("SHOAL_SKIP_KVM").is_some() => {
+            eprintln!("skipped without KVM: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+type Change = fn(&GuestMemory) -> Result<(), GuestMemoryError>;
+
+/// What the self-test says of a KVM that it finds with `change` as it is without.
+fn found(change: Change) -> Option<SelfTest> {
+    Some(run_changed(&kvm()?, change).expect("a VM"))
+}
+
+fn overwrite_stub(memory: &GuestMemory, vector: u64, code: &[u8]) -> Result<(), GuestMemoryError> {
+    let stub = read_header(memory)?.stubs + vector * STUB_SIZE;
+    memory.mmap().write_slice(code, GuestAddress(LOAD + stub))
+}
+
+#[test]
+fn this_kvm_has_what_a_kernel_in_ring_3_needs() {
+    let Some(kvm) = kvm() else { return };
+    let found = run(&kvm).expect("a VM");
+    assert_eq!(found.ring3_kernel, Ok(()));
+    let arrives = match found.kind {
+        KvmKind::Software => 3,
+        KvmKind::Hardware => 0,
+    };
+    assert_eq!(found.syscall_ring, Some(arrives));
+    assert_eq!(is_software_kvm(&kvm), found.kind == KvmKind::Software);
+}
+
+/// Each takes from the guest what its KVM is to give, and the self-test says which check that fails.
+#[test]
+fn what_fails_is_named() {
+    let cases: [(&str, &str, Change); 4] = [
+        ("CPUID in ring 0", "another result than expected", |memory| {
+            let mut header = read_header(memory)?;
+            header.brand[15] ^= 1;
+            memory.mmap().write_slice(header.as_bytes(), GuestAddress(LOAD))
+        }),
+        ("INT 4 to a service", "a triple fault", |memory| {
+            // Neither a gate for it nor one for what follows of that.
+            memory.mmap().write_slice(&[0; 16 * 32], GuestAddress(IDT))
+        }),
+        (
+            "an interrupt in ring 3, from",
+            "exception 14 at 0xffffffff800",
+            |memory| memory.mmap().write_obj(0u64, GuestAddress(PAGE_DIRECTORY + 16)),
+        ),
+        ("an interrupt in ring 3, from", "no end after 2s", |memory| {
+            overwrite_stub(memory, 0x30, &[0xeb, 0xfe]) // jmp to itself
+        }),
+    ];
+    for (check, how, change) in cases {
+        let Some(found) = found(change) else { return };
+        let said = found.ring3_kernel.expect_err(check);
+        assert!(said.starts_with(check) && said.contains(how), "{said}");
+    }
+}
+
+#[test]
+fn what_software_kvm_cannot_emulate_is_named() {
+    let Some(found) = found(|memory| overwrite_stub(memory, 0x30, &[0xf3, 0x0f, 0xb8, 0xc3])) else {
+        return;
+    };
+    let said = found.ring3_kernel.expect_err("popcnt in place of a stub");
+    if found.kind == KvmKind::Software {
+        assert!(
+            said.contains("KVM could not emulate popcnt ([f3, 0f, b8, c3]) at"),
+            "{said}"
+        );
+        assert!(said.contains("in ring 0"), "{said}");
+    }
+}

@@ -1,9 +1,10 @@
 //! Builds the programs: always in release, because guests and clusters are measured.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Deserializer, Value};
 
 use crate::context::{Context, run, step};
 
@@ -47,6 +48,31 @@ pub fn programs_and_tests(context: &Context) -> Result<()> {
         // Not among all targets, as it is run by name only.
         run(cargo(context).args(["build", "--release", "--workspace", "--test", "e2e"]))
     })
+}
+
+/// The program of the tests of one target, built as all of the workspace. `kind` chooses its like, such as `--lib`.
+///
+/// # Errors
+/// If it does not build.
+pub fn test_program(context: &Context, kind: &[&str], target: &str) -> Result<PathBuf> {
+    let output = cargo(context)
+        .args(["test", "--release", "--workspace", "--no-run", "--quiet"])
+        .arg("--message-format=json-render-diagnostics")
+        .args(kind)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo")?;
+    ensure!(
+        output.status.success(),
+        "cargo test --no-run ended with {}",
+        output.status
+    );
+    Deserializer::from_slice(&output.stdout)
+        .into_iter::<Value>()
+        .map_while(Result::ok)
+        .filter(|message| message["target"]["name"] == target && message["profile"]["test"] == true)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo builds no tests of {target}"))
 }
 
 /// A program that was built.

@@ -11,6 +11,7 @@ mod demo;
 #[allow(dead_code, reason = "what the tests assert, the demo checks")]
 #[path = "../../tests/src/guest.rs"]
 mod guest;
+mod hardware_kvm;
 mod images;
 mod kernel;
 mod packages;
@@ -22,6 +23,7 @@ mod test;
 use clap::{Parser, Subcommand};
 
 use context::Context;
+use hardware_kvm::Selection;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Build, demo, test, check and measure Shoal")]
@@ -42,6 +44,13 @@ enum Command {
     Test {
         /// Part of a test's name
         filter: Option<String>,
+        /// Run tests on KVM with hardware virtualization, which QEMU emulates: slow, and needs no /dev/kvm. Without FILTER those that
+        /// fit (docs/testing.md)
+        #[arg(long)]
+        hardware_kvm: bool,
+        /// With --hardware-kvm: only a few, in about three minutes
+        #[arg(long, requires = "hardware_kvm", conflicts_with = "filter")]
+        quick: bool,
     },
     /// Check formatting and lints and run the unit tests; needs no KVM
     Check {
@@ -85,7 +94,15 @@ fn main() -> anyhow::Result<()> {
     let context = Context::new()?;
     match arguments.command {
         Command::Demo { keep } => demo::run_demo(&context, keep),
-        Command::Test { filter } => test::run_tests(&context, filter.as_deref()),
+        Command::Test {
+            filter,
+            hardware_kvm: false,
+            ..
+        } => test::run_tests(&context, filter.as_deref()),
+        Command::Test { filter, quick, .. } => {
+            let selection = if quick { Selection::Quick } else { Selection::Whole };
+            hardware_kvm::run_tests(&context, selection, filter.as_deref())
+        }
         Command::Check { lints } => check::run_checks(&context, lints),
         Command::Bench { options } => bench::run_benchmarks(&context, &options),
         Command::Soak { options } => soak::run_soak(&context, &options),

@@ -10,6 +10,9 @@
 
 .set CR4_PAE_OSFXSR_OSXMMEXCPT, 0x620
 .set CR0_PG_ET_MP_PE, 0x80000013
+# Interrupts off, I/O privilege for ring 3. The task state's bitmap gives it, too: KVM that emulates ring 0 heeds the bitmap only, and
+# QEMU that emulates AMD-V heeds the bitmap until a task register is restored (as "busy", which a CPU takes), the privilege always.
+.set FLAGS_IOPL_3, 0x3002
 .set MSR_EFER, 0xc0000080
 .set EFER_LME, 0x100
 .set MSR_KVM_SYSTEM_TIME_NEW, 0x4b564d01
@@ -161,7 +164,7 @@ enter_ring3:
     pushq $USER_DATA
     movl $(user_stack_end - 8), %eax       # as if called: RSP is 8 below a multiple of 16
     pushq %rax
-    pushq $2                               # RFLAGS: interrupts off
+    pushq $FLAGS_IOPL_3
     pushq $USER_CODE
     pushq %rdx
     iretq

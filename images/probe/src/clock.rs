@@ -31,11 +31,16 @@ pub struct Reading {
     pub nanoseconds: u64,
     /// Whoever runs the VM has stopped it since the flag was cleared.
     pub was_stopped: bool,
+    /// KVM promises that it never goes back.
+    pub is_steady: bool,
 }
 
 impl KvmClock {
     /// The flag by which the host tells that it stopped the VM.
     pub const STOPPED: u8 = 2;
+    /// The flag (PVCLOCK_TSC_STABLE_BIT) by which the host promises a clock that never goes back. Without it the host's own clock is
+    /// not the TSC; the two drift apart, and a guest has to hide steps back itself.
+    pub const STEADY: u8 = 1;
 
     /// The time at `now`.
     #[must_use]
@@ -53,33 +58,46 @@ impl KvmClock {
                 .system_time
                 .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)),
             was_stopped: self.flags & Self::STOPPED != 0,
+            is_steady: self.flags & Self::STEADY != 0,
         }
     }
 }
 
-/// Looks that the clock never goes back, and counts stops.
+/// Looks that the clock never goes back where that is promised, and counts stops.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ClockWatch {
-    last: u64,
+    latest: u64,
+    was_steady: bool,
     backwards: u64,
     stops: u64,
 }
 
 impl ClockWatch {
     /// To be told every reading.
-    pub fn reading(&mut self, nanoseconds: u64, was_stopped: bool) {
-        self.backwards += u64::from(nanoseconds < self.last);
-        self.stops += u64::from(was_stopped);
-        self.last = nanoseconds;
+    pub fn reading(&mut self, reading: Reading) {
+        let goes_back = reading.nanoseconds < self.latest;
+        self.backwards += u64::from(goes_back && self.was_steady && reading.is_steady);
+        self.stops += u64::from(reading.was_stopped);
+        // A step back that nobody promised not to make is hidden, as kernels do it.
+        if !goes_back || reading.is_steady {
+            self.latest = reading.nanoseconds;
+        }
+        self.was_steady = reading.is_steady;
     }
 
-    /// The last one, in milliseconds.
+    /// What it shows, in milliseconds.
     #[must_use]
     pub fn milliseconds(&self) -> u64 {
-        self.last / 1_000_000
+        self.latest / 1_000_000
     }
 
-    /// How often it went back.
+    /// Whether KVM promises now that it never goes back.
+    #[must_use]
+    pub fn is_steady(&self) -> bool {
+        self.was_steady
+    }
+
+    /// How often it went back though it was steady.
     #[must_use]
     pub fn backwards(&self) -> u64 {
         self.backwards
@@ -118,15 +136,43 @@ mod tests {
         assert!(clock.at(Ticks(u64::MAX)).nanoseconds >= 5_000_000);
     }
 
+    fn watch(readings: &[(u64, u8)]) -> ClockWatch {
+        let mut watch = ClockWatch::default();
+        for &(system_time, flags) in readings {
+            let clock = KvmClock {
+                system_time,
+                flags,
+                ..KvmClock::default()
+            };
+            watch.reading(clock.at(Ticks(0)));
+        }
+        watch
+    }
+
     #[test]
     fn time_going_back_and_stops_are_counted() {
-        let mut watch = ClockWatch::default();
-        for (time, stopped) in [(5, false), (9, true), (8, false), (2_000_000, true)] {
-            watch.reading(time, stopped);
-        }
+        let (running, stopped) = (KvmClock::STEADY, KvmClock::STEADY | KvmClock::STOPPED);
+        let watch = watch(&[(5, running), (9, stopped), (8, running), (2_000_000, stopped)]);
         assert_eq!(
             (watch.backwards(), watch.stops(), watch.milliseconds()),
             (1, 2, 2)
         );
+        assert!(watch.is_steady());
+    }
+
+    #[test]
+    fn steps_back_are_hidden_where_nobody_promised_not_to_make_them() {
+        let steady = KvmClock::STEADY;
+        let drifts = watch(&[(5_000_000, 0), (3_000_000, 0)]);
+        assert_eq!((drifts.backwards(), drifts.milliseconds()), (0, 5));
+        assert!(!drifts.is_steady());
+        // Moved from a host that promises it to one that does not, and back.
+        let moved = watch(&[
+            (5_000_000, steady),
+            (3_000_000, 0),
+            (4_000_000, steady),
+            (3_000_000, steady),
+        ]);
+        assert_eq!((moved.backwards(), moved.milliseconds()), (1, 3));
     }
 }

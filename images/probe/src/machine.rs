@@ -48,8 +48,8 @@ pub fn now() -> Ticks {
     Ticks(unsafe { _rdtsc() })
 }
 
-/// KVM's clock, if it is there; and whether it says that the VM was stopped since it was last asked.
-pub fn kvm_clock() -> Option<(u64, bool)> {
+/// What KVM's clock says, if it is there; whether the VM was stopped is told once.
+pub fn kvm_clock() -> Option<Reading> {
     // SAFETY: boot.s wrote it before this function could run, and nothing writes it again.
     if unsafe { addr_of!(boot_facts.kvm_clock).read() } == 0 {
         return None;
@@ -66,15 +66,12 @@ pub fn kvm_clock() -> Option<(u64, bool)> {
         if before != after || before & 1 != 0 {
             continue;
         }
-        let Reading {
-            nanoseconds,
-            was_stopped,
-        } = clock.at(Ticks(ticks));
-        if was_stopped {
+        let reading = clock.at(Ticks(ticks));
+        if reading.was_stopped {
             // SAFETY: as above; the guest is to clear the flag (msr.rst, bit 1).
             unsafe { addr_of_mut!(pvclock.flags).write_volatile(clock.flags & !KvmClock::STOPPED) };
         }
-        return Some((nanoseconds, was_stopped));
+        return Some(reading);
     }
 }
 

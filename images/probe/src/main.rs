@@ -64,8 +64,8 @@ extern "C" fn probe_main(start_info: u64) -> ! {
     let mut lines = Lines::default();
     let mut console = Console::default();
     loop {
-        if let Some((nanoseconds, was_stopped)) = machine::kvm_clock() {
-            worker.clock(nanoseconds, was_stopped);
+        if let Some(reading) = machine::kvm_clock() {
+            worker.clock(reading);
         }
         worker.step(now(), &mut lines);
         if let Some(microseconds) = worker.gap_to_tell() {

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::clock::ClockWatch;
+use crate::clock::{ClockWatch, Reading};
 use crate::options::Options;
 use crate::pace::{Frequency, Gap, GapMeter, Pacer, Ticks};
 use crate::page::{self, Identity, Mismatch, Page};
@@ -131,10 +131,8 @@ impl<M: Memory> Worker<M> {
     }
 
     /// To be told what KVM's clock says, where there is one.
-    pub fn clock(&mut self, nanoseconds: u64, was_stopped: bool) {
-        self.clock
-            .get_or_insert_default()
-            .reading(nanoseconds, was_stopped);
+    pub fn clock(&mut self, reading: Reading) {
+        self.clock.get_or_insert_default().reading(reading);
     }
 
     /// Microseconds of a gap that the VMM is to hear of: at once if it is the longest since the last heartbeat and of 200 µs
@@ -262,7 +260,11 @@ impl fmt::Display for ClockWords {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(clock) = &self.0 else { return Ok(()) };
         let (time, backwards, stops) = (clock.milliseconds(), clock.backwards(), clock.stops());
-        write!(f, " clock_ms={time} clock_backwards={backwards} stops={stops}")
+        let steady = u8::from(clock.is_steady());
+        write!(
+            f,
+            " clock_ms={time} clock_steady={steady} clock_backwards={backwards} stops={stops}"
+        )
     }
 }
 

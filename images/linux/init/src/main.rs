@@ -75,7 +75,11 @@ fn mount_all() {
         (c"proc", c"/proc"),
         (c"sysfs", c"/sys"),
         (c"tmpfs", c"/tmp"),
+        (c"devpts", c"/dev/pts"),
+        (c"tmpfs", c"/dev/shm"),
     ] {
+        // Those below /dev are not there yet.
+        let _ = system::make_directory(target);
         if let Err(error) = system::mount(kind, target) {
             system::complain(&[c"cannot mount ", target, c": ", error.as_text()]);
         }

@@ -16,6 +16,7 @@ const SYS_FORK: usize = 57;
 const SYS_EXECVE: usize = 59;
 const SYS_EXIT: usize = 60;
 const SYS_WAIT4: usize = 61;
+const SYS_MKDIR: usize = 83;
 const SYS_SETSID: usize = 112;
 const SYS_SYNC: usize = 162;
 const SYS_MOUNT: usize = 165;
@@ -127,6 +128,13 @@ fn write(file: usize, bytes: &[u8]) -> Result<usize, Error> {
 pub fn process_id() -> usize {
     // SAFETY: no pointers.
     unsafe { call(SYS_GETPID, []) }.unwrap_or(0)
+}
+
+/// mkdir(2).
+pub fn make_directory(path: &CStr) -> Result<(), Error> {
+    const MODE: usize = 0o755;
+    // SAFETY: a string, for as long as the call takes.
+    unsafe { call(SYS_MKDIR, [address(path), MODE]) }.map(drop)
 }
 
 /// mount(2), without a device and without options.

@@ -1,8 +1,8 @@
 //! The guest images: directories with an `image.toml` and the files it names (docs/images.md).
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 

@@ -105,10 +105,7 @@ impl Recipe {
 pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
     let recipe = Recipe::read(context, kernel)?;
     let directory = context.target_dir("linux-build")?;
-    let (name, stamp) = (
-        kernel.name(),
-        directory.join(format!("stamp-{}", kernel.name())),
-    );
+    let (name, stamp) = (kernel.name(), directory.join(format!("stamp-{}", kernel.name())));
     let kernel = directory.join(kernel.file());
     if kernel.is_file() && is_current(&stamp, &recipe.stamp()) {
         println!("    {name} kernel: up to date");
@@ -118,21 +115,24 @@ pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
     let output = directory.join(name);
     configure(context, &recipe, &output, &source)?;
     fs::write(&stamp, "")?;
-    step(&format!("building the {name} kernel (takes minutes, once)"), || {
-        let jobs = thread::available_parallelism().map_or(1, usize::from);
-        let mut make = make(&source, &output);
-        run_logged(
-            context,
-            make.arg(format!("-j{jobs}")).arg("vmlinux"),
-            &output.join("build.log"),
-        )?;
-        let mut strip = Command::new("strip");
-        run_logged(
-            context,
-            strip.arg("-o").arg(&kernel).arg(output.join("vmlinux")),
-            &output.join("strip.log"),
-        )
-    })?;
+    step(
+        &format!("building the {name} kernel (takes minutes, once)"),
+        || {
+            let jobs = thread::available_parallelism().map_or(1, usize::from);
+            let mut make = make(&source, &output);
+            run_logged(
+                context,
+                make.arg(format!("-j{jobs}")).arg("vmlinux"),
+                &output.join("build.log"),
+            )?;
+            let mut strip = Command::new("strip");
+            run_logged(
+                context,
+                strip.arg("-o").arg(&kernel).arg(output.join("vmlinux")),
+                &output.join("strip.log"),
+            )
+        },
+    )?;
     fs::write(&stamp, recipe.stamp())?;
     Ok(kernel)
 }

@@ -12,7 +12,7 @@ use shoal_proto::vm::vmm_server::VmmServer;
 use shoal_proto::vm::{MemoryBacking, VmState};
 use shoal_proto::{Epoch, VmId};
 use shoal_vmm::api::{self, Api};
-use shoal_vmm::arch::{boot, cpuid};
+use shoal_vmm::arch::{boot, cpuid, selftest};
 use shoal_vmm::build::open_kvm;
 use shoal_vmm::control::{self, ControlConfig};
 use shoal_vmm::fault;
@@ -24,12 +24,15 @@ use tokio_stream::wrappers::UnixListenerStream;
 const USAGE: &str = "\
 usage: shoal-vmm --api-fd N                     serve the VMM API on an inherited listening Unix socket
        shoal-vmm --api-socket PATH              serve it on a new one
-       shoal-vmm --kernel PATH [--initrd PATH] [--cmdline TEXT] [--cmdline-software-kvm TEXT]
-                 [--memory SIZE] [--cpus N] [--api-socket PATH]
+       shoal-vmm --kernel PATH [--initrd PATH] [--cmdline TEXT] [--memory SIZE] [--cpus N]
+                 [--api-socket PATH]
                                                 boot a VM with its console on standard output; exits with the
                                                 status that the workload reports
        shoal-vmm check-image --kernel PATH [--initrd PATH]
                                                 say whether an image can be booted; needs no KVM
+       shoal-vmm --self-test                    say, as one line of JSON, how this host's KVM runs guests: kvm is
+                                                software or hardware, ring3_kernel whether kernels that run in
+                                                ring 3 can run here, reason why
        shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
@@ -42,12 +45,12 @@ const USAGE_ERROR: u8 = 2;
 struct Options {
     check_image: bool,
     print_cpuid: bool,
+    self_test: bool,
     api_fd: Option<i32>,
     api_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: String,
-    cmdline_software_kvm: String,
     memory_bytes: u64,
     cpus: u32,
 }
@@ -63,12 +66,12 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
         match argument {
             Value(word) if word == "check-image" => options.check_image = true,
             Value(word) if word == "print-cpuid" => options.print_cpuid = true,
+            Long("self-test") => options.self_test = true,
             Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
             Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
             Long("initrd") => options.initrd = Some(parser.value()?.into()),
             Long("cmdline") => options.cmdline = parser.value()?.string()?,
-            Long("cmdline-software-kvm") => options.cmdline_software_kvm = parser.value()?.string()?,
             Long("memory") => options.memory_bytes = parser.value()?.parse::<bytesize::ByteSize>()?.as_u64(),
             Long("cpus") => options.cpus = parser.value()?.parse()?,
             Short('h') | Long("help") => return Ok(None),
@@ -106,6 +109,8 @@ fn main() -> ExitCode {
         check_image(&options)
     } else if options.print_cpuid {
         print_cpuid()
+    } else if options.self_test {
+        self_test()
     } else {
         run(options)
     };
@@ -139,6 +144,16 @@ fn print_cpuid() -> Result<ExitCode, AnyError> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn self_test() -> Result<ExitCode, AnyError> {
+    let (kind, ring3, reason) = if selftest::is_software_kvm(&open_kvm()?) {
+        ("software", true, "KVM emulates ring 0")
+    } else {
+        ("hardware", false, "kernels run in ring 0 here")
+    };
+    println!(r#"{{"kvm":"{kind}","ring3_kernel":{ring3},"reason":"{reason}"}}"#);
+    Ok(ExitCode::SUCCESS)
+}
+
 fn listener(options: &Options) -> Result<Option<UnixListener>, AnyError> {
     let listener = match (options.api_fd, &options.api_socket) {
         // SAFETY: whoever started this process says that it passed an open listening socket under this number and has
@@ -164,7 +179,6 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         kernel,
         initrd: options.initrd,
         cmdline: options.cmdline,
-        cmdline_software_kvm: options.cmdline_software_kvm,
         memory_backing: MemoryBacking::Auto,
         cpu_baseline: Table::default(),
         console_offset: 0,

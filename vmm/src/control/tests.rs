@@ -119,7 +119,6 @@ fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> 
         kernel,
         initrd: None,
         cmdline: String::new(),
-        cmdline_software_kvm: String::new(),
         memory_backing: backing,
         cpu_baseline: shoal_cpuid::Table::default(),
         console_offset: 0,

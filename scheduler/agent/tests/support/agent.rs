@@ -172,7 +172,6 @@ fn spec(vm: &VmRef, kernel: Option<Blob>, cmdline: &str) -> WorkloadSpec {
         kernel,
         initrd: None,
         cmdline: cmdline.into(),
-        cmdline_software_kvm: String::new(),
         ..WorkloadSpec::default()
     }
 }

@@ -6,6 +6,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_regs};
@@ -13,6 +14,8 @@ use kvm_ioctls::Kvm;
 use prost::Message;
 use uuid::Uuid;
 use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use crate::paths;
 
 const PREAMBLE_LEN: usize = 16;
 const HEADER_LEN: usize = 16;
@@ -74,6 +77,16 @@ pub struct Hello {
     /// The source's KVM emulated ring 0.
     #[prost(bool, tag = "11")]
     pub software_kvm: bool,
+}
+
+/// By the self-test of the VMM under test. The probe runs on both kinds.
+fn is_software_kvm() -> bool {
+    let tested = Command::new(paths::program("shoal-vmm"))
+        .arg("--self-test")
+        .output();
+    let line = tested.expect("shoal-vmm starts").stdout;
+    let answer: serde_json::Value = serde_json::from_slice(&line).expect("a line of JSON");
+    answer["kvm"] == "software"
 }
 
 impl Hello {
@@ -194,6 +207,7 @@ impl Recorded {
         let kvm = Kvm::new().expect("/dev/kvm");
         let mut hello = self.hello();
         hello.cpuid = common_cpuid(&hello.cpuid, &kvm);
+        hello.software_kvm = is_software_kvm();
         let vm = kvm.create_vm().expect("a VM");
         let vcpu = vm.create_vcpu(0).expect("a vCPU");
         hello.tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);

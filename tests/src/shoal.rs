@@ -66,6 +66,8 @@ impl Shoal {
             .args(args)
             .env("SHOAL_ENDPOINT", &self.endpoint)
             .env_remove("SHOAL_VMM")
+            // It keeps nothing for the user who runs the tests: what is said once to a user is said each time.
+            .env("XDG_STATE_HOME", "/dev/null")
             .stdin(Stdio::null());
         command
     }

@@ -3,7 +3,7 @@
 use kvm_bindings::Msrs;
 use kvm_ioctls::Kvm;
 
-use crate::arch::{acpi, boot, cpuid, msr, selftest, tables};
+use crate::arch::{acpi, boot, cpuid, msr, tables};
 use crate::fault;
 use crate::memory::{Backing, GuestMemory};
 use crate::spec::VmSpec;
@@ -65,10 +65,8 @@ fn guest_memory(spec: &VmSpec) -> Result<GuestMemory, VmError> {
 pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildError> {
     let platform = baseline_platform(kvm, spec)?;
     let memory = guest_memory(spec)?;
-    let software_kvm = !spec.cmdline_software_kvm.is_empty() && selftest::is_software_kvm(kvm);
-    let cmdline = spec.effective_cmdline(software_kvm);
     let rsdp = acpi::write_tables(&memory, spec.cpus)?;
-    let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &cmdline, rsdp)?;
+    let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &spec.cmdline, rsdp)?;
     let vm = Vm::new(kvm, memory, spec.cpus, platform, hooks)?;
     start_boot_cpu(&vm, kernel)?;
     Ok(vm)

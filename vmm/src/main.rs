@@ -25,8 +25,8 @@ use tokio_stream::wrappers::UnixListenerStream;
 const USAGE: &str = "\
 usage: shoal-vmm --api-fd N                     serve the VMM API on an inherited listening Unix socket
        shoal-vmm --api-socket PATH              serve it on a new one
-       shoal-vmm --kernel PATH [--initrd PATH] [--cmdline TEXT] [--cmdline-software-kvm TEXT]
-                 [--memory SIZE] [--cpus N] [--api-socket PATH]
+       shoal-vmm --kernel PATH [--initrd PATH] [--cmdline TEXT] [--memory SIZE] [--cpus N]
+                 [--api-socket PATH]
                                                 boot a VM with its console on standard output; exits with the
                                                 status that the workload reports
        shoal-vmm check-image --kernel PATH [--initrd PATH]
@@ -52,7 +52,6 @@ struct Options {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: String,
-    cmdline_software_kvm: String,
     memory_bytes: u64,
     cpus: u32,
 }
@@ -74,7 +73,6 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
             Long("initrd") => options.initrd = Some(parser.value()?.into()),
             Long("cmdline") => options.cmdline = parser.value()?.string()?,
-            Long("cmdline-software-kvm") => options.cmdline_software_kvm = parser.value()?.string()?,
             Long("memory") => options.memory_bytes = parser.value()?.parse::<bytesize::ByteSize>()?.as_u64(),
             Long("cpus") => options.cpus = parser.value()?.parse()?,
             Short('h') | Long("help") => return Ok(None),
@@ -190,7 +188,6 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
         kernel,
         initrd: options.initrd,
         cmdline: options.cmdline,
-        cmdline_software_kvm: options.cmdline_software_kvm,
         memory_backing: MemoryBacking::Auto,
         cpu_baseline: Table::default(),
         console_offset: 0,

@@ -38,8 +38,6 @@ pub struct VmSpec {
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
-    /// Appended where KVM emulates ring 0 instead of using hardware virtualization.
-    pub cmdline_software_kvm: String,
     /// What guest RAM is to be made of.
     pub memory_backing: MemoryBacking,
     /// The only CPU features the guest may see; empty: all that the host has.
@@ -97,7 +95,6 @@ impl TryFrom<Option<WireSpec>> for VmSpec {
             kernel: wire.kernel_path.into(),
             initrd: (!wire.initrd_path.is_empty()).then(|| wire.initrd_path.into()),
             cmdline: wire.cmdline,
-            cmdline_software_kvm: wire.cmdline_software_kvm,
             memory_backing: MemoryBacking::try_from(wire.memory_backing)
                 .map_err(|_| SpecError::MemoryBacking(wire.memory_backing))?,
             cpu_baseline: Table::from_bytes(&wire.cpu_baseline)?,
@@ -126,28 +123,13 @@ impl VmSpec {
         if self.console_offset > MAX_CONSOLE_OFFSET {
             return Err(SpecError::ConsoleOffset(self.console_offset));
         }
-        let cmdline_len = self.cmdline.len() + 1 + self.cmdline_software_kvm.len();
-        if cmdline_len > MAX_CMDLINE {
-            return Err(SpecError::CmdlineLength(cmdline_len));
+        if self.cmdline.len() > MAX_CMDLINE {
+            return Err(SpecError::CmdlineLength(self.cmdline.len()));
         }
-        let printable = |s: &str| s.bytes().all(|b| b.is_ascii() && b != 0);
-        if !printable(&self.cmdline) || !printable(&self.cmdline_software_kvm) {
+        if !self.cmdline.bytes().all(|b| b.is_ascii() && b != 0) {
             return Err(SpecError::CmdlineBytes);
         }
         Ok(())
-    }
-
-    /// The command line for this host. What follows ` -- ` belongs to init, so host options go before it.
-    #[must_use]
-    pub fn effective_cmdline(&self, software_kvm: bool) -> String {
-        let extra = self.cmdline_software_kvm.trim();
-        if !software_kvm || extra.is_empty() {
-            return self.cmdline.clone();
-        }
-        match self.cmdline.split_once(" -- ") {
-            Some((kernel, init)) => format!("{kernel} {extra} -- {init}"),
-            None => format!("{} {extra}", self.cmdline),
-        }
     }
 }
 
@@ -187,14 +169,5 @@ mod tests {
             let error = VmSpec::try_from(Some(spec)).expect_err(field).to_string();
             assert!(error.starts_with(field), "{error}");
         }
-    }
-
-    #[test]
-    fn host_options_go_before_the_arguments_of_init() {
-        let mut spec = VmSpec::try_from(Some(wire())).expect("valid");
-        spec.cmdline = "quiet -- sh".into();
-        spec.cmdline_software_kvm = "clearcpuid=smap".into();
-        assert_eq!(spec.effective_cmdline(true), "quiet clearcpuid=smap -- sh");
-        assert_eq!(spec.effective_cmdline(false), "quiet -- sh");
     }
 }

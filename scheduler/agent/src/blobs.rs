@@ -36,7 +36,7 @@ pub(crate) enum BlobError {
 }
 
 /// A blob that a message names, checked: the digest is also a file name.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BlobId {
     sha256: String,
     size: u64,

@@ -7,7 +7,7 @@
 //! - `certificates`: who this node is when VMs migrate
 //! - `service`: the calls of the scheduler, one file for each group; `node`: what they share
 //! - `epochs`, `blobs`: what must be there before a VM may start
-//! - `cpuid`: what CPU guests get here
+//! - `cpuid`, `kvm`: what CPU guests get here, and how KVM runs them
 //! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it
 //! - `supervise`, `console`: what goes on as long as it lives; `retire`: its end
 //! - `facts`, `node_load`, `procfs`, `sampling`, `speed`: what is measured; `report`, `uplink`: how the scheduler hears of it
@@ -27,6 +27,7 @@ mod epochs;
 mod facts;
 mod key;
 mod keyed_lock;
+mod kvm;
 mod node;
 mod node_load;
 mod process;
@@ -126,7 +127,10 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         .transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
     let mut node = node::Node::open(&config, certificates, &state_dir, schedulers).map_err(state_error)?;
-    node.cpuid = cpuid::of_host(&config.vmm_binary).await;
+    (node.cpuid, node.kvm) = tokio::join!(
+        cpuid::of_host(&config.vmm_binary),
+        kvm::HostKvm::test(&config.vmm_binary),
+    );
     // Nodes that share a host have the same CPUs, and start at the same time.
     if !node.capacity.budgeted {
         node.cpu_speed = tokio::task::spawn_blocking(speed::measure).await.unwrap_or(0.0);

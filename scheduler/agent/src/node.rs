@@ -18,6 +18,7 @@ use crate::config::AgentConfig;
 use crate::epochs::EpochStore;
 use crate::key::VmKey;
 use crate::keyed_lock::KeyedLocks;
+use crate::kvm::HostKvm;
 use crate::node_load::{Capacity, LoadMeter};
 use crate::runtime_dir::VmRecord;
 use crate::schedulers::Schedulers;
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     pub(crate) capacity: Capacity,
     /// What CPU guests get here; empty if that is not known.
     pub(crate) cpuid: Vec<u8>,
+    /// How KVM runs guests here.
+    pub(crate) kvm: HostKvm,
     /// Of one CPU; 0 if it was not measured.
     pub(crate) cpu_speed: f64,
     /// Between two samples of how a VM writes its memory; `None`: it is not sampled.
@@ -76,6 +79,7 @@ impl Node {
             name: config.node.clone(),
             capacity,
             cpuid: Vec::new(),
+            kvm: HostKvm::default(),
             cpu_speed: 0.0,
             memory_sampling: config.memory_sampling,
             migration_ip: config.listen.ip(),

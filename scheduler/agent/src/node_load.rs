@@ -187,13 +187,6 @@ fn numa_nodes(directory: &Path) -> Vec<NumaNode> {
     nodes
 }
 
-/// Whether KVM has no hardware virtualization here. Both hardware modules show parameters in sysfs, also when built in.
-pub(crate) fn is_software_kvm() -> bool {
-    !["kvm_intel", "kvm_amd"]
-        .iter()
-        .any(|module| std::path::Path::new("/sys/module").join(module).exists())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

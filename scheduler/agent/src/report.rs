@@ -18,8 +18,8 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use crate::kvm::KvmKind;
 use crate::node::Node;
-use crate::node_load::is_software_kvm;
 use crate::term::TermError;
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -111,10 +111,11 @@ fn registration(node: &Node, address: SocketAddr) -> Register {
         cpus: node.capacity.cpus,
         memory_bytes: node.capacity.memory_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        software_kvm: is_software_kvm(),
+        software_kvm: node.kvm.kind.map(|kind| kind == KvmKind::Software),
         cpuid: node.cpuid.clone(),
         migration_tls: node.certificates.is_some(),
         cpu_speed: node.cpu_speed,
+        kvm_trouble: node.kvm.trouble.clone(),
     }
 }
 

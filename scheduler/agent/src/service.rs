@@ -31,6 +31,7 @@ use crate::node::Node;
 use crate::retire::{Console, retire};
 use crate::spawn::SpawnError;
 use crate::vm::Vm;
+use workload::KernelError;
 
 /// Serves a node.
 #[derive(Debug)]
@@ -158,6 +159,8 @@ enum Refusal {
     #[error(transparent)]
     Blob(#[from] BlobError),
     #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
     Spawn(#[from] SpawnError),
     #[error("VM {} at epoch {} is already on this node", .0.id, .0.epoch)]
     AlreadyHere(VmKey),
@@ -192,7 +195,7 @@ impl From<Refusal> for Status {
             Refusal::Epoch(EpochError::Stale { .. }) => Self::aborted(words),
             Refusal::Epoch(EpochError::File { .. }) => Self::internal(words),
             Refusal::Blob(BlobError::BadDigest { .. }) => Self::invalid_argument(words),
-            Refusal::Blob(_) | Refusal::Spawn(_) => Self::failed_precondition(words),
+            Refusal::Blob(_) | Refusal::Kernel(_) | Refusal::Spawn(_) => Self::failed_precondition(words),
             Refusal::AlreadyHere(_) => Self::already_exists(words),
             Refusal::Rival { .. } | Refusal::NoSourceHere(_) | Refusal::NotStarted(_) => {
                 Self::failed_precondition(words)

@@ -6,7 +6,8 @@ mod support;
 use shoal_agent::{AgentError, serve};
 use shoal_proto::MigrationId;
 use shoal_proto::node::{
-    AbortIncomingRequest, PrepareIncomingRequest, StartMigrationRequest, VmRef, WatchMigrationRequest,
+    AbortIncomingRequest, LaunchVmRequest, PrepareIncomingRequest, SoftwareKvm, StartMigrationRequest, VmRef,
+    WatchMigrationRequest,
 };
 use shoal_proto::vm::{self, VmState};
 use tonic::Code;
@@ -181,6 +182,72 @@ async fn an_image_is_fetched_once_for_all_who_want_it() {
     assert_eq!(scheduler.told(|told| told.fetches), 1);
     for vm in vms {
         agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+    }
+}
+
+/// Of an image with a kernel for each kind of KVM.
+fn launch_with_two_kernels(vm: &VmRef, scheduler: &Scheduler) -> LaunchVmRequest {
+    let mut request = launch(vm, &scheduler.add_blob(b"a plain kernel"), "quiet -- sh");
+    let spec = request.spec.as_mut().expect("a spec");
+    spec.software_kvm = Some(SoftwareKvm {
+        kernel: Some(scheduler.add_blob(b"a kernel in ring 3")),
+        cmdline: "noapic".into(),
+        max_cpus: 1,
+    });
+    request
+}
+
+#[tokio::test]
+async fn the_kernel_for_the_hosts_kind_of_kvm_is_fetched_and_booted_and_no_other() {
+    let software = r#"echo '{"kvm":"software","ring3_kernel":true,"reason":""}'"#;
+    let cases = [
+        (Disk::new(), Some(false), "quiet -- sh", "a plain kernel"),
+        (
+            Disk::with_self_test(software),
+            Some(true),
+            "quiet noapic -- sh",
+            "a kernel in ring 3",
+        ),
+    ];
+    for (disk, software, cmdline, kernel) in cases {
+        let scheduler = Scheduler::start();
+        let agent = Agent::start(&disk, &scheduler).await;
+        assert_eq!(scheduler.told(|told| told.registered[0].software_kvm), software);
+        let vm = new_vm(1);
+        let request = launch_with_two_kernels(&vm, &scheduler);
+        agent.client.clone().launch_vm(request).await.expect("launched");
+        eventually("its command line is on its console", || {
+            scheduler.told(|told| told.console_text(&vm.vm_id).starts_with(cmdline))
+        })
+        .await;
+        let blobs = std::fs::read_dir(disk.state().join("blobs")).expect("the cache");
+        let blobs = blobs.map(|blob| std::fs::read(blob.expect("an entry").path()).expect("a blob"));
+        assert_eq!(blobs.collect::<Vec<_>>(), [kernel.as_bytes()]);
+        agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+    }
+}
+
+#[tokio::test]
+async fn what_the_self_test_found_is_told_and_keeps_from_starting_what_cannot_run() {
+    let stuck = r#"echo '{"kvm":"software","ring3_kernel":false,"reason":"interrupts do not arrive"}'"#;
+    let broken = "echo 'shoal-vmm: /dev/kvm: permission denied' >&2; exit 1";
+    for (self_test, software, trouble) in [
+        (stuck, Some(true), "interrupts do not arrive"),
+        (broken, None, "/dev/kvm: permission denied"),
+    ] {
+        let (scheduler, disk) = (Scheduler::start(), Disk::with_self_test(self_test));
+        let agent = Agent::start(&disk, &scheduler).await;
+        let registered = scheduler.told(|told| told.registered[0].clone());
+        assert_eq!(
+            (registered.software_kvm, registered.kvm_trouble.as_str()),
+            (software, trouble)
+        );
+        let mut client = agent.client.clone();
+        let request = launch_with_two_kernels(&new_vm(1), &scheduler);
+        let refused = client.launch_vm(request).await.expect_err("it cannot run");
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().ends_with(trouble), "{refused}");
+        assert!(disk.vmms().is_empty() && scheduler.told(|told| told.fetches) == 0);
     }
 }
 

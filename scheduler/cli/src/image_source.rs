@@ -11,7 +11,7 @@ use crate::error::CliError;
 const MANIFEST: &str = "image.toml";
 /// A manifest is a few lines; more is not one.
 const MANIFEST_LIMIT: u64 = 64 << 10;
-/// An image has three files; a tar with more entries than this was not made of an image directory.
+/// An image has a few files; a tar with more entries than this was not made of an image directory.
 const ENTRY_LIMIT: usize = 10_000;
 
 /// The files that a manifest may name. The scheduler checks the rest of it.
@@ -19,6 +19,13 @@ const ENTRY_LIMIT: usize = 10_000;
 struct Names {
     kernel: Option<String>,
     initrd: Option<String>,
+    #[serde(default)]
+    software_kvm: SoftwareNames,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SoftwareNames {
+    kernel: Option<String>,
 }
 
 /// An image on disk: the text of its manifest and where its files are.
@@ -219,14 +226,18 @@ fn named_files(
 ) -> Result<Vec<ImageFile>, CliError> {
     let names: Names = toml::from_str(manifest)
         .map_err(|error| CliError::Failed(format!("{}: {MANIFEST}: {error}", path.display())))?;
-    let kernel = names.kernel.ok_or_else(|| {
-        CliError::Failed(format!(
+    if names.kernel.is_none() && names.software_kvm.kernel.is_none() {
+        return Err(CliError::Failed(format!(
             "{}: {MANIFEST}: 'kernel' is missing; it names the guest kernel's file",
             path.display()
-        ))
-    })?;
+        )));
+    }
     let mut files = Vec::new();
-    for (key, name) in [("kernel", Some(kernel)), ("initrd", names.initrd)] {
+    for (key, name) in [
+        ("kernel", names.kernel),
+        ("initrd", names.initrd),
+        ("software_kvm.kernel", names.software_kvm.kernel),
+    ] {
         let Some(name) = name else { continue };
         if name.is_empty()
             || !Path::new(&name)
@@ -255,12 +266,13 @@ fn file_error(path: &Path, what: &str, source: io::Error) -> CliError {
 mod tests {
     use super::*;
 
-    const TEXT: &str = "name = \"x\"\nkernel = \"k\"\ninitrd = \"sub/i\"\n";
+    const TEXT: &str = "name = \"x\"\nkernel = \"k\"\ninitrd = \"sub/i\"\n[software_kvm]\nkernel = \"s\"\n";
 
     fn directory(manifest: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().expect("a temporary directory");
         fs::write(dir.path().join(MANIFEST), manifest).expect("written");
         fs::write(dir.path().join("k"), b"kernel bytes").expect("written");
+        fs::write(dir.path().join("s"), b"another kernel").expect("written");
         fs::create_dir(dir.path().join("sub")).expect("made");
         fs::write(dir.path().join("sub/i"), b"initrd").expect("written");
         dir
@@ -297,6 +309,7 @@ mod tests {
                 assert_eq!(source.files()[1].name, "sub/i");
                 assert_eq!(content(&mut source, 0), b"kernel bytes");
                 assert_eq!(content(&mut source, 1), b"initrd");
+                assert_eq!(content(&mut source, 2), b"another kernel");
             }
         }
     }
@@ -309,6 +322,14 @@ mod tests {
             "{}",
             error(dir.path())
         );
+        let dir = directory("[software_kvm]\nkernel = \"gone\"");
+        let text = error(dir.path());
+        assert!(
+            text.contains("gone: named by 'software_kvm.kernel' in image.toml"),
+            "{text}"
+        );
+        let dir = directory("[software_kvm]\nkernel = \"s\"");
+        assert_eq!(ImageSource::open(dir.path()).expect("an image").files().len(), 1);
         let dir = directory("initrd = \"k\"");
         assert!(error(dir.path()).contains("'kernel' is missing"));
         let dir = directory("kernel = [");

@@ -7,6 +7,7 @@
 //! - [`output`], [`view`], [`format`]: tables for people, JSON for scripts
 //! - [`certificates`]: an authority and what it issues, for migrations
 //! - [`image_source`]: reads an image directory or tar
+//! - [`ring3`]: what is said of guests whose kernel runs in ring 3
 //! - [`local`]: a whole cluster on this machine (`up` and `down`)
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 cluster unreachable. `run` without `--detach` exits with
@@ -25,6 +26,7 @@ mod image_source;
 mod local;
 mod output;
 mod policy_args;
+mod ring3;
 mod rule_args;
 mod view;
 

@@ -66,6 +66,21 @@ pub struct VmView {
     pub preemptible: bool,
     /// How often that was done; null if never.
     pub preempted: Option<PreemptedView>,
+    /// The kind of KVM that it was started on, hardware or software; null while that is not known, as are the next two.
+    pub kvm: Option<&'static str>,
+    /// plain or ring3.
+    pub kernel: Option<&'static str>,
+    /// A wall is between its kernel and its programs.
+    pub guest_kernel_isolation: Option<bool>,
+}
+
+/// A kind of KVM in one word, where known.
+fn kvm_kind(kind: cluster::KvmKind) -> Option<&'static str> {
+    match kind {
+        cluster::KvmKind::Hardware => Some("hardware"),
+        cluster::KvmKind::Software => Some("software"),
+        cluster::KvmKind::Unspecified => None,
+    }
 }
 
 /// How often a VM was stopped for others.
@@ -127,6 +142,7 @@ impl From<&cluster::Rules> for RulesView {
 
 impl From<&cluster::Vm> for VmView {
     fn from(vm: &cluster::Vm) -> Self {
+        let kvm = kvm_kind(vm.kvm());
         Self {
             id: vm.id.clone(),
             name: vm.name.clone(),
@@ -158,6 +174,9 @@ impl From<&cluster::Vm> for VmView {
             }),
             preemptible: vm.preemptible,
             preempted: vm.preempted.as_ref().map(PreemptedView::from),
+            kvm,
+            kernel: kvm.map(|_| if vm.ring3_kernel { "ring3" } else { "plain" }),
+            guest_kernel_isolation: kvm.map(|_| !vm.ring3_kernel),
         }
     }
 }
@@ -239,6 +258,10 @@ pub struct NodeView {
     pub network_transmit_bytes_per_second: Option<u64>,
     /// Its NUMA nodes.
     pub numa: Vec<NumaView>,
+    /// How its KVM runs guests, hardware or software; null where that is not known.
+    pub kvm: Option<&'static str>,
+    /// Why KVM cannot be used there, if `kvm` is null, or why kernels in ring 3 cannot run, if it is software; empty: they can.
+    pub kvm_trouble: String,
 }
 
 /// A NUMA node.
@@ -313,6 +336,8 @@ impl From<&cluster::Node> for NodeView {
             network_receive_bytes_per_second: node.network_receive_bytes_per_second,
             network_transmit_bytes_per_second: node.network_transmit_bytes_per_second,
             numa: node.numa.iter().map(NumaView::from).collect(),
+            kvm: kvm_kind(node.kvm()),
+            kvm_trouble: node.kvm_trouble.clone(),
         }
     }
 }
@@ -324,7 +349,7 @@ pub struct ImageView {
     pub name: String,
     /// SHA-256 over the canonical manifest.
     pub digest: String,
-    /// Kernel and initrd together.
+    /// Kernels and initrd together.
     pub size_bytes: u64,
     /// Default number of vCPUs.
     pub cpus: u32,
@@ -334,6 +359,10 @@ pub struct ImageView {
     pub cmdline: String,
     /// Since it was imported.
     pub age_seconds: u64,
+    /// The kinds of KVM that it has a kernel for: hardware, software.
+    pub kvm: Vec<&'static str>,
+    /// The kernel for software KVM runs in ring 3.
+    pub ring3_kernel: bool,
 }
 
 impl From<&cluster::Image> for ImageView {
@@ -346,6 +375,8 @@ impl From<&cluster::Image> for ImageView {
             memory_bytes: image.memory_bytes,
             cmdline: image.cmdline.clone(),
             age_seconds: format::seconds_since(image.created_unix_ms),
+            kvm: image.kvm().filter_map(kvm_kind).collect(),
+            ring3_kernel: image.ring3_kernel,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::failover::{Change, Failover, need};
+use crate::kvm::KvmNeed;
 use crate::labels::Rules;
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::newcomer::Newcomer;
@@ -459,6 +460,16 @@ impl<'a> Cluster<'a> {
     pub fn move_seconds_at(&self, number: usize, seconds: f64) -> f64 {
         let vm = &self.vms[number];
         move_seconds(self.policy, vm.memory_at(seconds), vm.headway)
+    }
+
+    /// What a VM asks of the KVM of a node that it moves to.
+    pub fn kvm_need(&self, number: usize) -> KvmNeed {
+        let vm = &self.vms[number];
+        let kvm = vm.view.kvm.or(self.nodes[vm.node].view.kvm);
+        kvm.map_or(KvmNeed::Unknown, |kvm| KvmNeed::Same {
+            kvm,
+            ring3: vm.view.ring3,
+        })
     }
 
     /// Why a VM cannot be moved now; `rest` is how long it is to be left alone after its last move.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use crate::cluster::Cluster;
+use crate::kvm::KvmNeed;
 use crate::labels::{Rules, Term};
 use crate::model::{CpuClass, NodeState};
 use crate::score::Use;
@@ -13,7 +14,7 @@ use crate::score::Use;
 const FEWEST: usize = 64;
 
 /// What of a VM decides which nodes can ever take it.
-type Asked<'a> = (&'a [Term], &'a [Term], Option<&'a CpuClass>);
+type Asked<'a> = (&'a [Term], &'a [Term], Option<&'a CpuClass>, KvmNeed);
 
 /// The nodes to try, by what is asked.
 #[derive(Debug)]
@@ -58,6 +59,7 @@ impl<'a> Destinations<'a> {
             terms(|rules| &rules.selector),
             terms(|rules| &rules.tolerations),
             view.cpu_class.as_ref(),
+            cluster.kvm_need(vm),
         );
         let (by_cost, count) = (&self.by_cost, self.count);
         let found = self.found.entry(asked).or_insert_with(|| {
@@ -66,6 +68,7 @@ impl<'a> Destinations<'a> {
                 asked.0.iter().all(|term| term.matches(&node.labels))
                     && Rules::untolerated(rules, &node.taints).is_none()
                     && asked.2.is_none_or(|class| node.lacks(class).is_none())
+                    && asked.3.check(node).is_ok()
             };
             let mut nodes: Vec<usize> = by_cost.iter().filter(fits).take(count).copied().collect();
             nodes.sort_unstable();

@@ -2,6 +2,7 @@
 //!
 //! - [`model`]: what goes in; [`smooth`]: how reports become what goes in; [`policy`]: the constants
 //! - [`labels`]: what nodes and VMs are, and what VMs ask of nodes and of each other
+//! - [`kvm`]: on which hosts a VM can start, and go on
 //! - [`place`]: where one VM goes; [`score`]: what the cluster's state costs
 //! - [`queue`]: who waits, and starts when; [`preempt`]: who is stopped for whom
 //! - [`action`]: what comes out; [`text`]: all of it as plain text, for replay
@@ -15,6 +16,7 @@ mod destinations;
 mod drain;
 mod explain;
 mod failover;
+pub mod kvm;
 pub mod labels;
 mod last_resort;
 pub mod model;
@@ -38,6 +40,7 @@ pub use action::{Action, ActionKind, Hold, Note, NoteKind, Plan};
 pub use cluster::Immobile;
 pub use drain::{bring, expel};
 pub use explain::{Alternative, Explanation, explain};
+pub use kvm::{Kernels, KvmKind, SoftwareKernel};
 pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use last_resort::LastResort;
 pub use model::{

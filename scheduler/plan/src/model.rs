@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::kvm::KvmKind;
 use crate::labels::{Labels, Rules};
 use crate::preempt::Held;
 
@@ -156,6 +157,11 @@ pub struct NodeView {
     pub migration_tls: bool,
     /// Of which classes of VMs its CPU lacks features, and which, for people to read. Others can run here.
     pub cpu_lacks: CpuLacks,
+    /// How its KVM runs guests; none: not known.
+    pub kvm: Option<KvmKind>,
+    /// What is wrong with its KVM, in words: it cannot be used at all if its kind is not known, and cannot run kernels in ring
+    /// 3 otherwise.
+    pub kvm_trouble: Option<Arc<str>>,
     /// What selectors ask about.
     pub labels: Labels,
     /// VMs that do not tolerate each of these do not come here; those here stay.
@@ -186,6 +192,8 @@ impl NodeView {
             pressure_cpu: 0.0,
             migration_tls: false,
             cpu_lacks: Arc::from([]),
+            kvm: None,
+            kvm_trouble: None,
             labels: Labels::default(),
             taints: Labels::default(),
             reserved_memory: Bytes(0),
@@ -272,6 +280,10 @@ pub struct VmView {
     pub since_last_move: Option<Duration>,
     /// The CPU features it was given, where known.
     pub cpu_class: Option<CpuClass>,
+    /// The kind of KVM that it was started on; none: that of its node.
+    pub kvm: Option<KvmKind>,
+    /// Its kernel runs in ring 3.
+    pub ring3: bool,
     /// What affinity asks about.
     pub labels: Labels,
     /// What it asks of its node.
@@ -315,6 +327,8 @@ impl VmView {
             in_flight: None,
             since_last_move: None,
             cpu_class: None,
+            kvm: None,
+            ring3: false,
             labels: Labels::default(),
             rules: None,
             home: None,

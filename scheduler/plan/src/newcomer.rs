@@ -2,6 +2,7 @@
 
 use crate::cluster::{Cluster, Node, Vm, bytes, expected_resident};
 use crate::failover::{Change, Failover, need};
+use crate::kvm::{Kernels, KvmNeed};
 use crate::labels::Rules;
 use crate::model::{CpuClass, NodeState};
 use crate::place::LaunchRequest;
@@ -29,6 +30,10 @@ pub(crate) struct Newcomer<'a> {
     /// Expected at the policy's horizon.
     at_horizon: f64,
     cpu_class: Option<&'a CpuClass>,
+    /// What it can boot where it starts.
+    kernels: Option<&'a Kernels>,
+    /// Of the KVM where it goes on.
+    kvm: KvmNeed,
     rules: Option<&'a Rules>,
     pub marks: Marks,
     /// Where it is.
@@ -60,6 +65,8 @@ impl<'a> Newcomer<'a> {
             },
             at_horizon: expected,
             cpu_class: request.cpu_class.as_ref(),
+            kernels: request.kernels.as_deref(),
+            kvm: KvmNeed::Unknown,
             rules,
             marks: cluster.together.marks_of(&request.labels, rules),
             from: None,
@@ -81,6 +88,8 @@ impl<'a> Newcomer<'a> {
             usage: vm.usage(),
             at_horizon: vm.memory_there(cluster.policy.usher_horizon.as_secs_f64()),
             cpu_class: vm.view.cpu_class.as_ref(),
+            kernels: None,
+            kvm: cluster.kvm_need(number),
             rules: vm.view.rules.as_deref(),
             marks: cluster.together.marks(number).clone(),
             from: Some(vm.node),
@@ -180,6 +189,11 @@ impl<'a> Newcomer<'a> {
         let (policy, node) = (cluster.policy, &cluster.nodes[number]);
         if self.from == Some(number) {
             return Err(RejectReason::SameNode);
+        }
+        // First, since it lasts: see `PlaceError::is_final`.
+        self.kvm.check(node.view)?;
+        if let Some(kernels) = self.kernels {
+            kernels.check(self.cpus, node.view)?;
         }
         if node.view.state != NodeState::Ready {
             return Err(RejectReason::NotReady(node.view.state));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::cluster::{Cluster, Immobile, bytes};
+use crate::kvm::Kernels;
 use crate::labels::{Labels, Rules};
 use crate::model::{
     Bytes, CannotMove, ClusterSnapshot, CpuClass, DEFAULT_PRIORITY, NodeName, NodeState, VmId,
@@ -22,6 +23,8 @@ pub struct LaunchRequest {
     pub node: Option<NodeName>,
     /// The CPU features it is to have; none: those of the node it comes to.
     pub cpu_class: Option<CpuClass>,
+    /// What it can boot; none: whatever is asked of it.
+    pub kernels: Option<Arc<Kernels>>,
     /// What affinity asks about.
     pub labels: Labels,
     /// What it asks of its node.
@@ -37,6 +40,7 @@ impl Default for LaunchRequest {
             memory: Bytes(0),
             node: None,
             cpu_class: None,
+            kernels: None,
             labels: Labels::default(),
             rules: None,
             priority: DEFAULT_PRIORITY,
@@ -65,6 +69,20 @@ pub enum PlaceError {
         /// One per node, by name.
         rejections: Vec<Rejection>,
     },
+}
+
+impl PlaceError {
+    /// No node can ever take it as long as nodes and image are what they are: to wait for room is of no use.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        let Self::NothingFits { rejections } = self else {
+            return false;
+        };
+        let not_asked = |reason: &RejectReason| matches!(reason, RejectReason::NotAskedFor { .. });
+        let mut reasons = rejections.iter().map(|rejection| &rejection.reason);
+        rejections.iter().any(|rejection| !not_asked(&rejection.reason))
+            && reasons.all(|reason| not_asked(reason) || reason.is_of_kvm())
+    }
 }
 
 /// Why a migration is refused before it starts.

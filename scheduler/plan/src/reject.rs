@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::kvm::KvmKind;
 use crate::labels::{Label, Term};
 use crate::model::{Bytes, NodeName, NodeState};
 
@@ -16,6 +17,37 @@ pub enum RejectReason {
     },
     /// The VM is there already.
     SameNode,
+    /// Its KVM cannot be used.
+    NoKvm {
+        /// What its agent found.
+        why: Arc<str>,
+    },
+    /// The VM's image has no kernel for its kind of KVM.
+    NoKernel {
+        /// The kind.
+        kvm: KvmKind,
+        /// The image.
+        image: Arc<str>,
+    },
+    /// The VM's kernel runs in ring 3, which its KVM does not take.
+    NoRing3 {
+        /// What its agent found.
+        why: Arc<str>,
+    },
+    /// It has no hardware virtualization, and the kernel for that has fewer CPUs than the VM asks for.
+    KernelCpus {
+        /// The image.
+        image: Arc<str>,
+        /// CPUs of the VM.
+        needed: u32,
+        /// CPUs of that kernel.
+        has: u32,
+    },
+    /// The VM runs on the other kind of KVM.
+    OtherKvm {
+        /// That one.
+        started_on: KvmKind,
+    },
     /// It takes no VMs.
     NotReady(NodeState),
     /// Its labels are not as the VM asks.
@@ -117,6 +149,35 @@ impl fmt::Display for RejectReason {
         match self {
             Self::NotAskedFor { asked } => write!(f, "{asked} was asked for"),
             Self::SameNode => f.write_str("the VM is there already"),
+            Self::NoKvm { why } => write!(f, "its KVM cannot be used: {why}"),
+            Self::NoKernel {
+                kvm: KvmKind::Hardware,
+                image,
+            } => write!(
+                f,
+                "its KVM has hardware virtualization, and image {image} has no kernel for that (kernel in image.toml)"
+            ),
+            Self::NoKernel {
+                kvm: KvmKind::Software,
+                image,
+            } => write!(
+                f,
+                "its KVM has no hardware virtualization, and image {image} has no kernel for that ([software_kvm] kernel in image.toml)"
+            ),
+            Self::NoRing3 { why } => write!(f, "its KVM cannot run a kernel in ring 3: {why}"),
+            Self::KernelCpus { image, needed, has } => {
+                write!(f, "{}, as there, and the VM asks for {needed}", runs_with(image, *has))
+            }
+            Self::OtherKvm {
+                started_on: KvmKind::Hardware,
+            } => f.write_str(
+                "its KVM has no hardware virtualization, and the VM was started with it: only a new start can bring it there",
+            ),
+            Self::OtherKvm {
+                started_on: KvmKind::Software,
+            } => f.write_str(
+                "its KVM has hardware virtualization, and the VM was started without: only a new start can bring it there",
+            ),
             Self::NotReady(state) => write!(f, "it is {state}"),
             Self::Selector { term } => write!(f, "its labels are not '{term}', which the VM asks for"),
             Self::Taint { taint } => write!(f, "it has the taint '{taint}', which the VM does not tolerate"),
@@ -194,11 +255,50 @@ pub struct Rejection {
     pub reason: RejectReason,
 }
 
+impl RejectReason {
+    /// It is about the node's KVM and the VM's image, which stay as they are.
+    pub(crate) fn is_of_kvm(&self) -> bool {
+        matches!(
+            self,
+            Self::NoKernel { .. } | Self::NoRing3 { .. } | Self::KernelCpus { .. }
+        )
+    }
+}
+
+fn runs_with(image: &str, cpus: u32) -> String {
+    let word = if cpus == 1 { "CPU" } else { "CPUs" };
+    format!("image {image} runs with {cpus} {word} where KVM has no hardware virtualization")
+}
+
+/// In one sentence, if it is for its number of CPUs that no node takes a VM.
+fn all_short_of_kernel_cpus(rejections: &[&Rejection]) -> Option<String> {
+    let short = |rejection: &&Rejection| match &rejection.reason {
+        RejectReason::KernelCpus { image, has, .. } => Some(runs_with(image, *has)),
+        _ => None,
+    };
+    let words = rejections.first().and_then(short)?;
+    let names: Vec<&str> = rejections
+        .iter()
+        .map(|rejection| rejection.node.as_str())
+        .collect();
+    let such = match names.as_slice() {
+        [one] => format!("{one} is such"),
+        [before @ .., last] if names.len() <= FEW => format!("{} and {last} are such", before.join(", ")),
+        all => format!("all {} nodes are such", all.len()),
+    };
+    rejections
+        .iter()
+        .all(|rejection| short(rejection).is_some())
+        .then(|| format!("{words}; {such}"))
+}
+
+/// So many rejections are listed one by one.
+const FEW: usize = 5;
+
 /// Rejections in one line, but for the node where the VM is: each node's where there are few, otherwise how many for which
 /// reason, with one example each.
 #[must_use]
 pub fn summarise(rejections: &[Rejection]) -> String {
-    const FEW: usize = 5;
     if rejections.is_empty() {
         return "the cluster has no nodes".to_owned();
     }
@@ -208,6 +308,9 @@ pub fn summarise(rejections: &[Rejection]) -> String {
         .collect();
     if elsewhere.is_empty() {
         return "there is no other node".to_owned();
+    }
+    if let Some(text) = all_short_of_kernel_cpus(&elsewhere) {
+        return text;
     }
     if elsewhere.len() <= FEW {
         let each: Vec<String> = elsewhere

@@ -5,6 +5,8 @@
 //! or TiB ("384MiB"); durations are whole s, ms, us or ns; rates are sizes per second. Names are percent-encoded where
 //! they hold anything but visible ASCII, or one of `%=#`.
 
+use crate::kvm::SoftwareKernel;
+
 mod fields;
 mod parse;
 mod policy;
@@ -18,3 +20,13 @@ pub use value::{parse_duration, parse_number, parse_size};
 
 /// The first line.
 const HEADER: &str = "shoal-cluster 1";
+
+/// What kernels an image has: the one for hardware virtualization, and that for hosts without.
+const KERNELS: [((bool, Option<SoftwareKernel>), &str); 6] = [
+    ((false, None), "none"),
+    ((true, None), "hardware"),
+    ((false, Some(SoftwareKernel::Plain)), "software"),
+    ((false, Some(SoftwareKernel::Ring3)), "ring3"),
+    ((true, Some(SoftwareKernel::Plain)), "hardware,software"),
+    ((true, Some(SoftwareKernel::Ring3)), "hardware,ring3"),
+];

@@ -1,11 +1,12 @@
 //! What a user is told about a place for a VM.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, InFlight, LaunchRequest, NodeName,
-    NodeState, NodeView, PlaceError, Policy, VmId, VmView, place_handover, place_launch, place_migration,
-    text,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, Held, InFlight, Kernels, KvmKind,
+    LaunchRequest, NodeName, NodeState, NodeView, PlaceError, Policy, SoftwareKernel, VmId, VmView,
+    place_handover, place_launch, place_migration, text,
 };
 
 /// node1 is full, node2 has room, node3 is cordoned, node4 has one CPU.
@@ -250,6 +251,162 @@ fn a_vm_never_goes_where_its_cpu_features_are_not() {
     let text = text::print(&snapshot, &Policy::default());
     let read = text::parse(&text).expect("its own text").snapshot;
     assert_eq!((read.nodes, read.vms), (snapshot.nodes, snapshot.vms));
+}
+
+/// node1 and node3 have hardware virtualization, node2 and node4 have none.
+fn two_kinds() -> ClusterSnapshot {
+    let mut snapshot = cluster();
+    snapshot.nodes[2].state = NodeState::Ready;
+    for (number, node) in snapshot.nodes.iter_mut().enumerate() {
+        let software = number % 2 == 1;
+        node.kvm = Some(if software {
+            KvmKind::Software
+        } else {
+            KvmKind::Hardware
+        });
+    }
+    snapshot
+}
+
+fn place_image(
+    snapshot: &ClusterSnapshot,
+    kernels: &Kernels,
+    cpus: u32,
+    node: Option<&str>,
+) -> Result<String, PlaceError> {
+    let request = LaunchRequest {
+        cpus,
+        memory: Bytes::mib(64),
+        node: node.map(NodeName::new),
+        kernels: Some(Arc::new(kernels.clone())),
+        ..LaunchRequest::default()
+    };
+    place_launch(snapshot, &Policy::default(), &request).map(|placement| placement.node.to_string())
+}
+
+#[test]
+fn an_image_starts_where_it_has_a_kernel_for_the_kind_of_kvm() {
+    let mut snapshot = two_kinds();
+    let linux = Kernels {
+        image: Arc::from("linux"),
+        hardware: true,
+        software: None,
+        software_cpus: None,
+    };
+    let error = place_image(&snapshot, &linux, 1, Some("node2")).expect_err("no kernel for it");
+    assert!(error.is_final());
+    let words = "node2: its KVM has no hardware virtualization, and image linux has no kernel for that ([software_kvm] kernel in image.toml)";
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(
+        place_image(&snapshot, &linux, 1, None).expect("node3 is empty"),
+        "node3"
+    );
+
+    let only_software = Kernels {
+        hardware: false,
+        software: Some(SoftwareKernel::Ring3),
+        ..linux.clone()
+    };
+    let error = place_image(&snapshot, &only_software, 1, Some("node3")).expect_err("no kernel for it");
+    let words = "node3: its KVM has hardware virtualization, and image linux has no kernel for that (kernel in image.toml)";
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(
+        place_image(&snapshot, &only_software, 1, Some("node4")).expect("it has"),
+        "node4"
+    );
+
+    snapshot.nodes[3].kvm_trouble = Some(Arc::from("external interrupts do not arrive"));
+    let error = place_image(&snapshot, &only_software, 1, Some("node4")).expect_err("it cannot");
+    let words = "node4: its KVM cannot run a kernel in ring 3: external interrupts do not arrive";
+    assert!(error.is_final() && error.to_string().contains(words), "{error}");
+    // It takes other kernels all the same.
+    let plain = Kernels {
+        software: Some(SoftwareKernel::Plain),
+        ..linux
+    };
+    assert!(place_image(&snapshot, &plain, 1, Some("node4")).is_ok());
+
+    snapshot.nodes[3].kvm = None;
+    let error = place_image(&snapshot, &plain, 1, Some("node4")).expect_err("no KVM");
+    assert!(!error.is_final(), "it may be mended");
+    assert!(
+        error
+            .to_string()
+            .contains("node4: its KVM cannot be used: external"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_kernel_with_few_cpus_is_said_in_one_sentence_where_no_node_has_another() {
+    let mut snapshot = two_kinds();
+    let kernels = Kernels {
+        image: Arc::from("linux"),
+        hardware: true,
+        software: Some(SoftwareKernel::Ring3),
+        software_cpus: Some(1),
+    };
+    snapshot.held.push(Held {
+        vm: VmId::new("waits"),
+        node: NodeName::new("node2"),
+        request: LaunchRequest {
+            kernels: Some(Arc::new(kernels.clone())),
+            ..LaunchRequest::default()
+        },
+        quiet: Duration::ZERO,
+    });
+    let written = text::print(&snapshot, &Policy::default());
+    assert!(
+        written.contains(" image=linux kernels=hardware,ring3 software_cpus=1"),
+        "{written}"
+    );
+    assert_eq!(
+        text::parse(&written).expect("its own text").snapshot.held,
+        snapshot.held
+    );
+    snapshot.held.clear();
+    assert_eq!(
+        place_image(&snapshot, &kernels, 2, None).expect("hardware"),
+        "node3"
+    );
+    assert!(place_image(&snapshot, &kernels, 1, Some("node2")).is_ok());
+    let error = place_image(&snapshot, &kernels, 2, Some("node2")).expect_err("one CPU");
+    let words = "node2: image linux runs with 1 CPU where KVM has no hardware virtualization, as there, and the VM asks for 2";
+    assert!(error.is_final() && error.to_string().contains(words), "{error}");
+    snapshot.nodes.retain(|node| node.kvm == Some(KvmKind::Software));
+    snapshot.nodes[0].state = NodeState::Cordoned;
+    let error = place_image(&snapshot, &kernels, 2, None).expect_err("one CPU");
+    assert!(error.is_final());
+    assert_eq!(
+        error.to_string(),
+        "nothing fits: image linux runs with 1 CPU where KVM has no hardware virtualization; node2 and node4 are such"
+    );
+}
+
+#[test]
+fn a_vm_that_runs_keeps_to_its_kind_of_kvm() {
+    let mut snapshot = two_kinds();
+    let words = "its KVM has hardware virtualization, and the VM was started without: only a new start can bring it there";
+    // Nobody has said what `small` was started on: its node is what it is.
+    let error = migrate(&snapshot, "small", Some("node3")).expect_err("the other kind");
+    assert_eq!(error, format!("VM small does not fit on node3: {words}"));
+    assert_eq!(migrate(&snapshot, "small", None), Ok("node4".to_owned()));
+    let small = snapshot.vms.iter_mut().find(|vm| vm.name.as_ref() == "small");
+    small.expect("there").ring3 = true;
+    snapshot.nodes[3].kvm_trouble = Some(Arc::from("no luck"));
+    let error = migrate(&snapshot, "small", Some("node4")).expect_err("not in ring 3");
+    assert!(
+        error.ends_with("its KVM cannot run a kernel in ring 3: no luck"),
+        "{error}"
+    );
+
+    for vm in &mut snapshot.vms {
+        (vm.kvm, vm.ring3) = (Some(KvmKind::Hardware), false);
+    }
+    let error = migrate(&snapshot, "small", Some("node4")).expect_err("the other kind");
+    let words = "its KVM has no hardware virtualization, and the VM was started with it: only a new start can bring it there";
+    assert!(error.ends_with(words), "{error}");
+    assert_eq!(migrate(&snapshot, "small", None), Ok("node3".to_owned()));
 }
 
 #[test]

@@ -8,9 +8,9 @@ use common::{clusters, finish, start};
 use proptest::prelude::*;
 use shoal_plan::score::score;
 use shoal_plan::{
-    ActionKind, Bytes, CannotMove, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, Note,
-    NoteKind, PlaceError, Policy, RejectReason, Rules, VmId, VmView, place_launch, place_launches,
-    place_migration, round, text,
+    ActionKind, Bytes, CannotMove, ClusterSnapshot, Kernels, KvmKind, LaunchRequest, Mode, NodeName,
+    NodeState, NodeView, Note, NoteKind, PlaceError, Policy, RejectReason, Rules, SoftwareKernel, VmId,
+    VmView, bring, expel, place_launch, place_launches, place_migration, round, text,
 };
 
 fn policies() -> impl Strategy<Value = Policy> {
@@ -131,6 +131,44 @@ fn broken_rule(after: &ClusterSnapshot, vm: &VmView, to: &NodeView, group_moves:
     None
 }
 
+/// Whether a VM that runs can go on with the KVM of another node.
+fn goes_on_there(snapshot: &ClusterSnapshot, vm: &VmView, to: &NodeView) -> bool {
+    let kind = vm.kvm.or(node(snapshot, &vm.node).kvm);
+    let same = kind.is_none() || to.kvm.is_none() || kind == to.kvm;
+    let usable = to.kvm.is_some() || to.kvm_trouble.is_none();
+    let takes_kernel = !vm.ring3 || kind.is_none() || to.kvm_trouble.is_none();
+    same && usable && takes_kernel
+}
+
+/// Whether an image has a kernel for the KVM of a node, and that has enough CPUs.
+fn starts_there(kernels: &Kernels, cpus: u32, to: &NodeView) -> bool {
+    match (to.kvm, kernels.software) {
+        (None, _) => to.kvm_trouble.is_none(),
+        (Some(KvmKind::Hardware), _) => kernels.hardware,
+        (Some(KvmKind::Software), None) => false,
+        (Some(KvmKind::Software), Some(kernel)) => {
+            let takes_kernel = kernel == SoftwareKernel::Plain || to.kvm_trouble.is_none();
+            takes_kernel && kernels.software_cpus.is_none_or(|has| cpus <= has)
+        }
+    }
+}
+
+fn kernels() -> impl Strategy<Value = Kernels> {
+    let software = prop_oneof![
+        Just(None),
+        Just(Some(SoftwareKernel::Plain)),
+        Just(Some(SoftwareKernel::Ring3)),
+    ];
+    (any::<bool>(), software, prop::option::of(1u32..4)).prop_map(|(hardware, software, software_cpus)| {
+        Kernels {
+            image: "linux".into(),
+            hardware,
+            software,
+            software_cpus,
+        }
+    })
+}
+
 /// What does not fit if each node in turn dies, where every VM needs what it holds and what is expected of a new one.
 fn unfit_without_one(snapshot: &ClusterSnapshot, policy: &Policy) -> Option<NodeName> {
     let need = |vm: &VmView| expected(vm, policy).max(vm.declared.0 as f64 / policy.overcommit);
@@ -201,6 +239,7 @@ proptest! {
             prop_assert_eq!(to.state, NodeState::Ready);
             prop_assert!(to.pressure_memory < policy.pressure_threshold);
             prop_assert!(vm.cpus <= to.cpus);
+            prop_assert!(goes_on_there(&snapshot, vm, to), "{}", &action.reason);
             prop_assert_ne!(node(&snapshot, &action.from).state, NodeState::Unreachable);
             let balance = matches!(action.kind, ActionKind::Rebalance | ActionKind::Swap | ActionKind::Pack);
             let rest = if balance { policy.cool_down } else { policy.retry_after };
@@ -327,10 +366,12 @@ proptest! {
     #[test]
     fn a_launch_goes_where_it_fits_or_says_why_not(
         snapshot in clusters(), policy in policies(), cpus in 1u32..20, mib in 1u64..10_000, pin in 0usize..12,
+        kernels in kernels(),
     ) {
         let pinned = snapshot.nodes.get(pin).map(|node| node.name.clone());
         let request = LaunchRequest {
-            cpus, memory: Bytes::mib(mib), node: pinned.clone(), ..LaunchRequest::default()
+            cpus, memory: Bytes::mib(mib), node: pinned.clone(), kernels: Some(kernels.clone().into()),
+            ..LaunchRequest::default()
         };
         match place_launch(&snapshot, &policy, &request) {
             Ok(placement) => {
@@ -338,6 +379,7 @@ proptest! {
                 prop_assert_eq!(to.state, NodeState::Ready);
                 prop_assert!(pinned.is_none_or(|pinned| pinned == placement.node));
                 prop_assert!(cpus <= to.cpus);
+                prop_assert!(starts_there(&kernels, cpus, to));
                 let memory = to.memory.0 as f64;
                 let lends = to.memory.0.saturating_sub(to.reserved_memory.0) as f64;
                 let needed = request.memory.0 as f64;
@@ -346,10 +388,35 @@ proptest! {
                     + (needed / policy.overcommit).floor();
                 prop_assert!(used <= memory * policy.usher_threshold);
             }
-            Err(PlaceError::NothingFits { rejections }) => {
+            Err(error) => {
+                let asked = |node: &&NodeView| request.node.as_ref().is_none_or(|asked| *asked == node.name);
+                let mut nodes = snapshot.nodes.iter().filter(asked);
+                let final_error = nodes.all(|node| {
+                    let usable = node.kvm.is_some() || node.kvm_trouble.is_none();
+                    usable && !starts_there(&kernels, cpus, node)
+                });
+                prop_assert_eq!(error.is_final(), final_error);
+                let PlaceError::NothingFits { rejections } = error else { panic!("{error}") };
                 prop_assert_eq!(rejections.len(), snapshot.nodes.len());
             }
-            Err(error) => prop_assert!(false, "{error}"),
+        }
+    }
+
+    #[test]
+    fn a_move_that_is_asked_for_keeps_to_the_kind_of_kvm(
+        snapshot in clusters(), policy in policies(), vm in 0usize..40, to in 0usize..8,
+    ) {
+        let Some(vm) = snapshot.vms.get(vm) else { return Ok(()) };
+        let to = snapshot.nodes.get(to).map(|node| node.name.clone());
+        if let Ok(placement) = place_migration(&snapshot, &policy, &vm.id, to.as_ref()) {
+            prop_assert!(goes_on_there(&snapshot, vm, node(&snapshot, &placement.node)));
+        }
+        for name in snapshot.nodes.iter().map(|node| &node.name) {
+            let plans = [expel(&snapshot, &policy, name), bring(&snapshot, &policy, name)];
+            for action in plans.iter().flat_map(|plan| &plan.actions) {
+                let vm = snapshot.vms.iter().find(|vm| vm.id == action.vm).expect("a VM of the snapshot");
+                prop_assert!(goes_on_there(&snapshot, vm, node(&snapshot, &action.to)), "{}", &action.reason);
+            }
         }
     }
 

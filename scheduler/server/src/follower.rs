@@ -72,8 +72,7 @@ impl Follower {
         let of_vms = async || Ok::<_, ServerError>(store.load().await?.blobs());
         let mut blobs = self.of_vms.get_or_try_init(of_vms).await?.clone();
         for image in store.images().await? {
-            blobs.push(image.kernel.sha256);
-            blobs.extend(image.initrd.map(|initrd| initrd.sha256));
+            blobs.extend(image.blobs().map(|blob| blob.sha256.clone()));
         }
         blobs.sort();
         blobs.dedup();

@@ -29,8 +29,7 @@ impl ImageStore {
         std::fs::create_dir_all(&directory)?;
         let mut keep: HashSet<&str> = used.iter().map(String::as_str).collect();
         for image in &images {
-            keep.insert(&image.kernel.sha256);
-            keep.extend(image.initrd.as_ref().map(|initrd| initrd.sha256.as_str()));
+            keep.extend(image.blobs().map(|blob| blob.sha256.as_str()));
         }
         for entry in std::fs::read_dir(&directory)? {
             let entry = entry?;

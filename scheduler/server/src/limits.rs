@@ -40,11 +40,16 @@ pub fn shorten(text: &str) -> String {
 
 /// A number of vCPUs.
 pub fn cpus(cpus: u32) -> Result<(), FieldError> {
+    max_cpus("cpus", cpus)
+}
+
+/// The same, of another field.
+pub fn max_cpus(field: &'static str, cpus: u32) -> Result<(), FieldError> {
     if (1..=MAX_CPUS).contains(&cpus) {
         Ok(())
     } else {
         Err(FieldError::new(
-            "cpus",
+            field,
             &cpus.to_string(),
             &format!("1 to {MAX_CPUS}"),
         ))
@@ -109,6 +114,18 @@ pub fn cmdline(field: &'static str, text: &str) -> Result<(), FieldError> {
     } else {
         Err(FieldError::new(field, text, "printable ASCII on one line"))
     }
+}
+
+/// A command line together with what is added to it.
+pub fn cmdline_with(field: &'static str, line: &str, added: &str) -> Result<(), FieldError> {
+    let length = line.len() + 1 + added.len();
+    if length <= MAX_CMDLINE_BYTES {
+        return Ok(());
+    }
+    let length = format!("{length} bytes");
+    let expected =
+        format!("at most {MAX_CMDLINE_BYTES} bytes of command line, that of [software_kvm] included");
+    Err(FieldError::new(field, &length, &expected))
 }
 
 /// Name of an image.

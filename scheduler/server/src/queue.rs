@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use shoal_plan::{Held, Preemption, Turn, make_room, take_turns};
+use shoal_plan::{Held, PlaceError, Preemption, Turn, make_room, place_launch, take_turns};
 use shoal_proto::cluster::QueuedVm;
 use shoal_proto::{NodeName, VmId, VmName};
 
@@ -213,6 +213,12 @@ pub async fn enqueue(
         scheduler.queue.check_name(&draft.name)?;
         if scheduler.queue.list().len() >= MOST {
             return Err(LaunchError::QueueFull);
+        }
+        // To wait is of no use for one that no node can ever take.
+        let request = launch::request(scheduler, &draft, pinned.as_ref());
+        let placed = place_launch(&observe::snapshot(scheduler), &scheduler.policy.get(), &request);
+        if let Some(error) = placed.err().filter(PlaceError::is_final) {
+            return Err(error.into());
         }
         let record = Arc::new(QueuedRecord {
             sequence: scheduler.queue.next_sequence(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use shoal_plan::{Labels, Rules};
+use shoal_plan::{Kernels, KvmKind, Labels, Rules, SoftwareKernel};
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, VmName, node, vm};
 
 use crate::cpus::CpuDigest;
@@ -28,6 +28,27 @@ impl BlobRef {
     }
 }
 
+/// What an image has for hosts whose KVM has no hardware virtualization.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SoftwareKvm {
+    /// In place of the other kernel; none: that serves there, too.
+    pub kernel: Option<BlobRef>,
+    /// Added to the command line.
+    pub cmdline: String,
+    /// The most vCPUs, if that is a limit of its own.
+    pub max_cpus: Option<u32>,
+}
+
+impl SoftwareKvm {
+    fn to_wire(&self) -> node::SoftwareKvm {
+        node::SoftwareKvm {
+            kernel: self.kernel.as_ref().map(BlobRef::to_wire),
+            cmdline: self.cmdline.clone(),
+            max_cpus: self.max_cpus.unwrap_or(0),
+        }
+    }
+}
+
 /// An imported image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRecord {
@@ -35,20 +56,60 @@ pub struct ImageRecord {
     pub name: String,
     /// SHA-256 over everything below but the time.
     pub digest: String,
-    /// Guest kernel.
-    pub kernel: BlobRef,
+    /// Guest kernel; none: it has one for hosts without hardware virtualization only.
+    pub kernel: Option<BlobRef>,
     /// Initial RAM disk.
     pub initrd: Option<BlobRef>,
     /// Kernel command line.
     pub cmdline: String,
-    /// Appended on hosts whose KVM emulates ring 0.
-    pub cmdline_software_kvm: String,
+    /// For hosts without hardware virtualization.
+    #[serde(default)]
+    pub software_kvm: Option<SoftwareKvm>,
     /// Default number of vCPUs.
     pub cpus: u32,
     /// Default memory.
     pub memory_bytes: u64,
     /// Time of import.
     pub created_unix_ms: i64,
+}
+
+impl ImageRecord {
+    /// Its files.
+    pub fn blobs(&self) -> impl Iterator<Item = &BlobRef> {
+        blobs(&self.kernel, &self.initrd, &self.software_kvm)
+    }
+
+    /// On which hosts it can start.
+    pub fn kernels(&self) -> Kernels {
+        kernels(&self.name, &self.kernel, &self.software_kvm)
+    }
+}
+
+fn blobs<'a>(
+    kernel: &'a Option<BlobRef>,
+    initrd: &'a Option<BlobRef>,
+    software_kvm: &'a Option<SoftwareKvm>,
+) -> impl Iterator<Item = &'a BlobRef> {
+    let of_software = software_kvm
+        .as_ref()
+        .and_then(|software| software.kernel.as_ref());
+    kernel.iter().chain(initrd).chain(of_software)
+}
+
+fn kernels(image: &str, kernel: &Option<BlobRef>, software_kvm: &Option<SoftwareKvm>) -> Kernels {
+    let own = software_kvm
+        .as_ref()
+        .and_then(|software| software.kernel.as_ref());
+    Kernels {
+        image: image.into(),
+        hardware: kernel.is_some(),
+        software: match (own, kernel) {
+            (Some(_), _) => Some(SoftwareKernel::Ring3),
+            (None, Some(_)) => Some(SoftwareKernel::Plain),
+            (None, None) => None,
+        },
+        software_cpus: software_kvm.as_ref().and_then(|software| software.max_cpus),
+    }
 }
 
 /// How a VM ended.
@@ -104,14 +165,15 @@ pub struct VmRecord {
     pub image_digest: String,
     /// Arguments for the workload.
     pub args: Vec<String>,
-    /// Kernel blob.
-    pub kernel: BlobRef,
+    /// Kernel blob, as in its image.
+    pub kernel: Option<BlobRef>,
     /// Initrd blob.
     pub initrd: Option<BlobRef>,
     /// Complete command line, arguments included.
     pub cmdline: String,
-    /// Appended on hosts whose KVM emulates ring 0.
-    pub cmdline_software_kvm: String,
+    /// As in its image.
+    #[serde(default)]
+    pub software_kvm: Option<SoftwareKvm>,
     /// vCPUs.
     pub cpus: u32,
     /// Guest memory.
@@ -136,6 +198,9 @@ pub struct VmRecord {
     /// They were those of a baseline; otherwise all that its node had.
     #[serde(default)]
     pub cpu_baseline: bool,
+    /// The kind of KVM that this run of it was started on, where known.
+    #[serde(default, with = "texts::kvm")]
+    pub kvm: Option<KvmKind>,
     /// What its owner wishes.
     #[serde(default)]
     pub wishes: VmWishes,
@@ -266,6 +331,22 @@ impl VmRecord {
         (self.phase == Phase::Running).then(|| Duration::from_millis(u64::try_from(ran).unwrap_or(0)))
     }
 
+    /// Its files.
+    pub fn blobs(&self) -> impl Iterator<Item = &BlobRef> {
+        blobs(&self.kernel, &self.initrd, &self.software_kvm)
+    }
+
+    /// On which hosts it can start.
+    pub fn kernels(&self) -> Kernels {
+        kernels(&self.image, &self.kernel, &self.software_kvm)
+    }
+
+    /// Whether its kernel runs in ring 3 where KVM has no hardware virtualization.
+    pub fn has_ring3_kernel(&self) -> bool {
+        let software = self.software_kvm.as_ref();
+        software.is_some_and(|software| software.kernel.is_some())
+    }
+
     /// The VM as an agent is told to start or to receive it, at an epoch.
     pub fn to_spec(&self, epoch: Epoch) -> node::WorkloadSpec {
         node::WorkloadSpec {
@@ -274,10 +355,10 @@ impl VmRecord {
             epoch: epoch.0,
             cpus: self.cpus,
             memory_bytes: self.memory_bytes,
-            kernel: Some(self.kernel.to_wire()),
+            kernel: self.kernel.as_ref().map(BlobRef::to_wire),
             initrd: self.initrd.as_ref().map(BlobRef::to_wire),
             cmdline: self.cmdline.clone(),
-            cmdline_software_kvm: self.cmdline_software_kvm.clone(),
+            software_kvm: self.software_kvm.as_ref().map(SoftwareKvm::to_wire),
             ..node::WorkloadSpec::default()
         }
     }
@@ -358,6 +439,12 @@ pub struct NodeRecord {
     /// Its CPU's model.
     #[serde(default)]
     pub cpu_model: String,
+    /// How its KVM runs guests, where known.
+    #[serde(default, with = "texts::kvm")]
+    pub kvm: Option<KvmKind>,
+    /// What its agent found wrong with its KVM; see `node.proto`.
+    #[serde(default)]
+    pub kvm_trouble: String,
     /// More of its operator's will.
     #[serde(default)]
     pub wishes: NodeWishes,

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use shoal_cpuid::Table;
+use shoal_plan::KvmKind;
 use shoal_proto::node::registry_server::Registry;
 use shoal_proto::node::{
     AgentReport, BlobChunk, ConsoleData, FetchBlobRequest, Register, Registered, SchedulerMessage,
@@ -182,6 +183,14 @@ pub async fn begin(
         } else {
             cpuid.model()
         },
+        kvm: register.software_kvm.map(|software| {
+            if software {
+                KvmKind::Software
+            } else {
+                KvmKind::Hardware
+            }
+        }),
+        kvm_trouble: limits::shorten(&register.kvm_trouble),
         wishes: old
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),

@@ -69,6 +69,8 @@ fn node(seed: SeedNode) -> Write {
         cordon: Cordon::Open,
         cpu: None,
         cpu_model: String::new(),
+        kvm: None,
+        kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
     })
 }
@@ -81,13 +83,13 @@ fn vm(seed: SeedVm) -> Option<VmRecord> {
         image: "seed".to_owned(),
         image_digest: String::new(),
         args: Vec::new(),
-        kernel: BlobRef {
+        kernel: Some(BlobRef {
             sha256: "0".repeat(64),
             size_bytes: 1,
-        },
+        }),
         initrd: None,
         cmdline: String::new(),
-        cmdline_software_kvm: String::new(),
+        software_kvm: None,
         cpus: seed.cpus,
         memory_bytes: seed.memory_bytes,
         created_unix_ms: now_unix_ms(),
@@ -100,6 +102,7 @@ fn vm(seed: SeedVm) -> Option<VmRecord> {
         message: String::new(),
         cpu: None,
         cpu_baseline: false,
+        kvm: None,
         wishes: VmWishes::default(),
         placement: String::new(),
         suspended: None,

@@ -304,7 +304,8 @@ impl Contents {
     /// Blobs that VMs need, whatever became of their images.
     pub fn blobs(&self) -> Vec<String> {
         let waiting = self.queue.iter().map(|waiting| &waiting.vm);
-        blobs(self.vms.iter().chain(waiting))
+        let blobs = self.vms.iter().chain(waiting).flat_map(VmRecord::blobs);
+        blobs.map(|blob| blob.sha256.clone()).collect()
     }
 }
 
@@ -313,24 +314,15 @@ impl Scheduler {
     fn blobs(&self) -> Vec<String> {
         let mut needed: Vec<String> = Vec::new();
         for image in self.images.list() {
-            needed.push(image.kernel.sha256.clone());
-            needed.extend(image.initrd.as_ref().map(|initrd| initrd.sha256.clone()));
+            needed.extend(image.blobs().map(|blob| blob.sha256.clone()));
         }
         for vm in self.vms.list() {
-            needed.extend(blobs(std::iter::once(vm.record().as_ref())));
+            needed.extend(vm.record().blobs().map(|blob| blob.sha256.clone()));
         }
         needed.sort();
         needed.dedup();
         needed
     }
-}
-
-fn blobs<'a>(vms: impl Iterator<Item = &'a VmRecord> + Clone) -> Vec<String> {
-    let kernels = vms.clone().map(|vm| vm.kernel.sha256.clone());
-    let initrds = vms
-        .filter_map(|vm| vm.initrd.as_ref())
-        .map(|initrd| initrd.sha256.clone());
-    kernels.chain(initrds).collect()
 }
 
 /// Serves until the shutdown.

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use shoal_plan::KvmKind;
 use shoal_proto::node::agent_server::{Agent, AgentServer};
 use shoal_proto::node::{
     AbortIncomingRequest, AbortIncomingResponse, CancelMigrationRequest, CancelMigrationResponse,
@@ -90,6 +91,19 @@ impl FakeNode {
             migration_tls,
             ..self.record.clone()
         };
+        self.register_as(scheduler, record);
+    }
+
+    /// Registers again, with KVM of this kind.
+    pub fn set_kvm(&self, scheduler: &Shared, kvm: KvmKind) {
+        let record = NodeRecord {
+            kvm: Some(kvm),
+            ..self.record.clone()
+        };
+        self.register_as(scheduler, record);
+    }
+
+    fn register_as(&self, scheduler: &Shared, record: NodeRecord) {
         let entry = scheduler.nodes.get(&record.name).expect("registered");
         let (sender, _) = mpsc::channel(1);
         entry.begin_session(record, 2, sender).expect("an address");
@@ -575,13 +589,13 @@ impl Cluster {
             image: "probe".to_owned(),
             image_digest: String::new(),
             args: Vec::new(),
-            kernel: BlobRef {
+            kernel: Some(BlobRef {
                 sha256: "0".repeat(64),
                 size_bytes: 1,
-            },
+            }),
             initrd: None,
             cmdline: String::new(),
-            cmdline_software_kvm: String::new(),
+            software_kvm: None,
             cpus: 1,
             memory_bytes,
             created_unix_ms: now_unix_ms(),
@@ -593,6 +607,7 @@ impl Cluster {
             message: String::new(),
             cpu: None,
             cpu_baseline: false,
+            kvm: None,
             wishes: Default::default(),
             home: None,
             placement: String::new(),
@@ -660,6 +675,8 @@ async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>
         cordon: Cordon::Open,
         cpu: None,
         cpu_model: String::new(),
+        kvm: None,
+        kvm_trouble: String::new(),
         wishes: Default::default(),
     };
     let node = FakeNode {

@@ -1,6 +1,6 @@
 //! Records and reports as users see them.
 
-use shoal_plan::{Peak, Rules, Term};
+use shoal_plan::{KvmKind, Peak, Rules, SoftwareKernel, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
 use crate::nodes::{Liveness, NodeEntry};
@@ -17,6 +17,9 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
     let seen = node
         .as_ref()
         .and_then(|node| node.observed_vm(record.id, record.epoch));
+    // An older record does not say it. Its node does, which is of the same kind.
+    let of_node = || node.as_ref().and_then(|node| node.record().kvm);
+    let runs_on = record.kvm.or_else(of_node);
     let (phase, message) = phase(scheduler, entry);
     let exit_status = match &record.phase {
         Phase::Ending(Outcome::Exited { status }) | Phase::Ended(Outcome::Exited { status }) => *status,
@@ -59,6 +62,16 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
             }),
         preemptible: record.wishes.preemptible,
         preempted: preempted(&record),
+        kvm: kvm(runs_on).into(),
+        ring3_kernel: runs_on == Some(KvmKind::Software) && record.has_ring3_kernel(),
+    }
+}
+
+fn kvm(kind: Option<KvmKind>) -> cluster::KvmKind {
+    match kind {
+        None => cluster::KvmKind::Unspecified,
+        Some(KvmKind::Hardware) => cluster::KvmKind::Hardware,
+        Some(KvmKind::Software) => cluster::KvmKind::Software,
     }
 }
 
@@ -216,6 +229,8 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
         network_receive_bytes_per_second: figures.network_receive_bytes_per_second,
         network_transmit_bytes_per_second: figures.network_transmit_bytes_per_second,
         numa: figures.numa.iter().map(numa).collect(),
+        kvm: kvm(record.kvm).into(),
+        kvm_trouble: record.kvm_trouble,
     }
 }
 
@@ -238,14 +253,18 @@ fn numa(node: &shoal_proto::node::NumaNode) -> cluster::NumaNode {
 
 /// An image.
 pub fn image(record: &ImageRecord) -> cluster::Image {
-    let initrd = record.initrd.as_ref().map_or(0, |initrd| initrd.size_bytes);
+    let kernels = record.kernels();
+    let hardware = kernels.hardware.then_some(cluster::KvmKind::Hardware);
+    let software = kernels.software.map(|_| cluster::KvmKind::Software);
     cluster::Image {
         name: record.name.clone(),
         digest: record.digest.clone(),
-        size_bytes: record.kernel.size_bytes + initrd,
+        size_bytes: record.blobs().map(|blob| blob.size_bytes).sum(),
         cpus: record.cpus,
         memory_bytes: record.memory_bytes,
         cmdline: record.cmdline.clone(),
         created_unix_ms: record.created_unix_ms,
+        kvm: hardware.into_iter().chain(software).map(i32::from).collect(),
+        ring3_kernel: kernels.software == Some(SoftwareKernel::Ring3),
     }
 }

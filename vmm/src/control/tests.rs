@@ -126,7 +126,6 @@ fn boot(code: &[u8], backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile:
         kernel,
         initrd: None,
         cmdline: String::new(),
-        cmdline_software_kvm: String::new(),
         memory_backing: backing,
         cpu_baseline: shoal_cpuid::Table::default(),
         console_offset: 0,

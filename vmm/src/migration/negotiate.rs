@@ -75,9 +75,12 @@ pub enum Refusal {
     /// MSRs KVM does not have here.
     #[error("MSRs: this host's KVM does not know {0:x?}")]
     Msrs(Vec<u32>),
-    /// From hardware to software virtualization.
-    #[error("KVM: the VM was started with hardware virtualization, and this host's KVM emulates ring 0")]
+    /// From hardware virtualization to none.
+    #[error("KVM: the VM was started with hardware virtualization, and this host's KVM has none")]
     SoftwareKvm,
+    /// From no hardware virtualization to it.
+    #[error("KVM: the VM was started without hardware virtualization, and this host's KVM has it")]
+    HardwareKvm,
     /// A malformed CPUID table.
     #[error("cpuid: {0}")]
     CpuidTable(#[from] TableError),
@@ -208,6 +211,8 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
     agree("cpus", hello.cpus.to_string(), spec.cpus.to_string())?;
     agree("devices", hello.devices.join(" "), DEVICES.join(" "))?;
 
+    same_kind(hello.software_kvm, selftest::is_software_kvm(kvm))?;
+
     let host = Platform::of_host(kvm, spec.cpus)?;
     let guest = Table::from_bytes(&hello.cpuid)?;
     requirements(&guest, &cpuid::to_table(&host.cpuid), kvm)?;
@@ -226,9 +231,6 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
     if !unknown.is_empty() {
         return Err(Refusal::Msrs(unknown));
     }
-    if !hello.software_kvm && selftest::is_software_kvm(kvm) {
-        return Err(Refusal::SoftwareKvm);
-    }
     // Within the tolerance the host's own frequency is taken: asking KVM for another would need scaling.
     let tsc_khz = if same_frequency(hello.tsc_khz, host.tsc_khz) {
         host.tsc_khz
@@ -240,6 +242,15 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
         tsc_khz,
         msr_indices: hello.msr_indices.clone(),
     })
+}
+
+/// A kernel is chosen for one kind of KVM when the VM starts: it does not go on with the other.
+fn same_kind(source_is_software: bool, this_is_software: bool) -> Result<(), Refusal> {
+    match (source_is_software, this_is_software) {
+        (false, true) => Err(Refusal::SoftwareKvm),
+        (true, false) => Err(Refusal::HardwareKvm),
+        (true, true) | (false, false) => Ok(()),
+    }
 }
 
 /// What a VM with the CPU `guest` needs of this host's CPU and KVM.
@@ -341,6 +352,20 @@ mod tests {
         ));
         let lacking = cpu_requirements(&wide, &table(832, 7, 0)).unwrap_err();
         assert_eq!(lacking.to_string(), "CPU: this host lacks XSAVE_PKRU");
+    }
+
+    #[test]
+    fn a_vm_goes_on_with_the_kind_of_kvm_that_it_was_started_with() {
+        assert!(same_kind(false, false).is_ok() && same_kind(true, true).is_ok());
+        let refused = |source, here| same_kind(source, here).expect_err("another kind").to_string();
+        assert_eq!(
+            refused(false, true),
+            "KVM: the VM was started with hardware virtualization, and this host's KVM has none"
+        );
+        assert_eq!(
+            refused(true, false),
+            "KVM: the VM was started without hardware virtualization, and this host's KVM has it"
+        );
     }
 
     #[test]

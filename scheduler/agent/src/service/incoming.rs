@@ -47,7 +47,7 @@ pub(super) async fn prepare(
     }
     let vm = Arc::new(node.spawn_vmm(key, &workload.record(Some(migration)))?);
     let request = vm::PrepareIncomingRequest {
-        spec: Some(workload.vm_spec(node.memory_backing, None, None)),
+        spec: Some(workload.vm_spec(node.memory_backing, None)),
         migration_id: migration.to_string(),
         token: request.token,
         listen_address: if within_node {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use shoal_proto::node::LaunchVmRequest;
 use shoal_proto::vm::{BootRequest, VmStatus};
 
-use super::workload::Workload;
+use super::workload::{BootFiles, Workload};
 use super::{Refusal, discard, refuse_company};
 use crate::node::Node;
 
@@ -16,14 +16,17 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<VmStatus, Refusal> {
     let workload = Workload::parse(request.spec)?;
     let key = workload.key;
-    let (kernel, initrd) = (workload.kernel()?, workload.initrd()?);
+    let boot = workload.boot(&node.kvm)?;
     let _launching = node.begin_launch(key);
     refuse_company(&node, key)?;
     super::check_current(&node, key).await?;
-    let kernel = node.blobs.get(&kernel, &node.schedulers).await?;
-    let initrd = match initrd {
-        Some(initrd) => Some(node.blobs.get(&initrd, &node.schedulers).await?),
-        None => None,
+    let files = BootFiles {
+        kernel: node.blobs.get(&boot.kernel, &node.schedulers).await?,
+        initrd: match &boot.initrd {
+            Some(initrd) => Some(node.blobs.get(initrd, &node.schedulers).await?),
+            None => None,
+        },
+        cmdline: boot.cmdline,
     };
 
     let _turn = node.turns.lock(&key.id).await;
@@ -31,7 +34,7 @@ pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<
     node.epochs.claim(key).await?;
     let vm = Arc::new(node.spawn_vmm(key, &workload.record(None))?);
     let boot = BootRequest {
-        spec: Some(workload.vm_spec(node.memory_backing, Some(&kernel), initrd.as_deref())),
+        spec: Some(workload.vm_spec(node.memory_backing, Some(files))),
     };
     let mut client = vm.client();
     match vm.call(BOOT_LIMIT, client.boot(boot)).await {

@@ -24,8 +24,13 @@ pub struct Disk {
 
 impl Disk {
     pub fn new() -> Self {
+        Self::with_self_test(r#"echo '{"kvm":"hardware","ring3_kernel":false,"reason":"not needed"}'"#)
+    }
+
+    /// Where the VMM's self-test runs these commands of a shell.
+    pub fn with_self_test(commands: &str) -> Self {
         let root = tempfile::tempdir().expect("a directory");
-        let vmm = vmm::executable(root.path());
+        let vmm = vmm::executable(root.path(), commands);
         Self { root, vmm }
     }
 
@@ -172,7 +177,6 @@ fn spec(vm: &VmRef, kernel: Option<Blob>, cmdline: &str) -> WorkloadSpec {
         kernel,
         initrd: None,
         cmdline: cmdline.into(),
-        cmdline_software_kvm: String::new(),
         ..WorkloadSpec::default()
     }
 }

@@ -20,12 +20,13 @@ use tonic::{Request, Response, Status, async_trait};
 
 const MARK: &str = "SHOAL_SCRIPTED_VMM";
 
-/// Writes a program that runs the `scripted_vmm` test of this executable as a VMM.
-pub fn executable(dir: &Path) -> PathBuf {
+/// Writes a program that runs the `scripted_vmm` test of this executable as a VMM, and these commands as its self-test.
+pub fn executable(dir: &Path, self_test: &str) -> PathBuf {
     let tests = std::env::current_exe().expect("this executable");
     let path = dir.join("scripted-vmm");
     let script = format!(
-        "#!/bin/sh\n{MARK}=1 exec '{}' --exact scripted_vmm --nocapture\n",
+        "#!/bin/sh\nif [ \"$1\" = --self-test ]; then\n{self_test}\nexit\nfi\n\
+         {MARK}=1 exec '{}' --exact scripted_vmm --nocapture\n",
         tests.display()
     );
     fs::write(&path, script).expect("written");

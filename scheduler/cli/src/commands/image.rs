@@ -120,13 +120,14 @@ fn send(
 
 fn image_table(images: &[ImageView]) -> String {
     table(
-        ["NAME", "SIZE", "CPUS", "MEMORY", "AGE", "DIGEST"],
+        ["NAME", "SIZE", "CPUS", "MEMORY", "KVM", "AGE", "DIGEST"],
         images.iter().map(|image| {
             [
                 image.name.clone(),
                 format::size(image.size_bytes),
                 image.cpus.to_string(),
                 format::size(image.memory_bytes),
+                image.kvm.join(","),
                 format::age(image.age_seconds),
                 image.digest.chars().take(16).collect(),
             ]

@@ -8,6 +8,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::ring3;
 use crate::view::{MigrationView, VmView};
 
 /// Arguments of `inspect`.
@@ -68,6 +69,14 @@ fn text(inspection: &Inspection) -> String {
             format::age(vm.age_seconds)
         ),
     ];
+    if let Some(kvm) = vm.kvm {
+        let kernel = if vm.kernel == Some("ring3") {
+            format!("; {}", ring3::NO_WALL)
+        } else {
+            String::new()
+        };
+        lines.push(format!("kvm:         {kvm}{kernel}"));
+    }
     if let Some(steal) = vm.cpu_steal {
         lines.push(format!("stolen:      {steal:.2} CPUs"));
     }
@@ -158,4 +167,45 @@ pub fn migration_table(migrations: &[MigrationView]) -> String {
             ]
         }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::cluster::KvmKind;
+
+    use super::*;
+
+    fn inspected(kvm: KvmKind, ring3_kernel: bool) -> (String, serde_json::Value) {
+        let inspection = inspection(&Vm {
+            kvm: kvm.into(),
+            ring3_kernel,
+            ..Vm::default()
+        });
+        let json = serde_json::to_value(&inspection).expect("JSON");
+        (text(&inspection), json)
+    }
+
+    #[test]
+    fn a_kernel_in_ring_3_is_said_to_be_no_wall() {
+        let (text, json) = inspected(KvmKind::Software, true);
+        let line = "kvm:         software; the guest's kernel runs in ring 3, as its programs do: no wall is between them";
+        assert!(text.contains(line), "{text}");
+        assert_eq!(
+            (&json["kvm"], &json["kernel"]),
+            (&"software".into(), &"ring3".into())
+        );
+        assert_eq!(json["guest_kernel_isolation"], false);
+
+        let (text, json) = inspected(KvmKind::Software, false);
+        assert!(text.contains("kvm:         software\n"), "{text}");
+        assert_eq!(
+            (&json["kernel"], &json["guest_kernel_isolation"]),
+            (&"plain".into(), &true.into())
+        );
+        let (text, json) = inspected(KvmKind::Unspecified, false);
+        assert!(!text.contains("kvm:"), "{text}");
+        assert!(
+            json["kvm"].is_null() && json["kernel"].is_null() && json["guest_kernel_isolation"].is_null()
+        );
+    }
 }

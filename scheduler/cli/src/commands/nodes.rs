@@ -89,6 +89,7 @@ pub fn wide_table(nodes: &[NodeView]) -> String {
         "SWAP IN/OUT",
         "NET IN/OUT",
         "NUMA",
+        "KVM",
         "CPU MODEL",
     ];
     let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}%"));
@@ -116,10 +117,21 @@ pub fn wide_table(nodes: &[NodeView]) -> String {
                     node.network_transmit_bytes_per_second,
                 ),
                 node.numa.len().to_string(),
+                kvm(node),
                 node.cpu_model.clone(),
             ]
         }),
     )
+}
+
+/// The kind, and what is wrong, in a word or two; `-o json` has the words.
+fn kvm(node: &NodeView) -> String {
+    match (node.kvm, node.kvm_trouble.is_empty()) {
+        (Some(kind), true) => kind.to_owned(),
+        (Some(kind), false) => format!("{kind}, not ring 3"),
+        (None, true) => "-".to_owned(),
+        (None, false) => "unusable".to_owned(),
+    }
 }
 
 fn both(into: Option<u64>, out: Option<u64>) -> String {
@@ -132,4 +144,34 @@ fn percent_used(node: &NodeView) -> u64 {
         .checked_div(u128::from(node.memory_bytes))
         .unwrap_or(0);
     u64::try_from(percent).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::cluster::{KvmKind, Node};
+
+    use super::*;
+
+    #[test]
+    fn the_wide_table_shows_the_kind_of_kvm_and_that_something_is_wrong() {
+        for (kind, trouble, shown) in [
+            (KvmKind::Hardware, "", "hardware"),
+            (KvmKind::Software, "", "software"),
+            (
+                KvmKind::Software,
+                "interrupts do not arrive",
+                "software, not ring 3",
+            ),
+            (KvmKind::Unspecified, "no /dev/kvm", "unusable"),
+            (KvmKind::Unspecified, "", "-"),
+        ] {
+            let node = NodeView::from(&Node {
+                kvm: kind.into(),
+                kvm_trouble: trouble.to_owned(),
+                ..Node::default()
+            });
+            assert_eq!(kvm(&node), shown);
+            assert!(wide_table(&[node]).contains(shown));
+        }
+    }
 }

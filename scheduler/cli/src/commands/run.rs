@@ -8,6 +8,7 @@ use shoal_proto::cluster::{GetVmRequest, RunVmRequest, StreamLogsRequest, Vm, Vm
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
 use crate::format::parse_size;
+use crate::ring3;
 use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
 
@@ -61,6 +62,14 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
             format!("{} waits for room: {}", vm.name, vm.message)
         })?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if vm.ring3_kernel && !context.output.is_json() && ring3::first_time() {
+        let (image, no_wall) = (&vm.image, ring3::NO_WALL);
+        context.output.note(&format!(
+            "note: KVM has no hardware virtualization on {}. With the kernel that image {image} has for that, {no_wall} \
+             (docs/security.md). This is said once; `shoal inspect {}` says it always.",
+            vm.node, vm.name
+        ));
     }
     if detach {
         context.output.show(&VmView::from(&vm), |vm| {

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::client::connect;
 use crate::error::CliError;
 use crate::local::record::{UpRecord, file_error};
+use crate::ring3;
 
 /// How long the cluster may take to remove its VMs itself.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -154,7 +155,14 @@ fn remove_state(state_dir: &Path) -> Result<(), CliError> {
         remove(&directory)?;
         remove(&directory.with_extension("log"))?;
     }
-    for name in ["certs", "scheduler", "scheduler.log", "up.json", "lock"] {
+    for name in [
+        "certs",
+        "scheduler",
+        "scheduler.log",
+        "up.json",
+        "lock",
+        ring3::SAID,
+    ] {
         remove(&state_dir.join(name))?;
     }
     match fs::remove_dir(state_dir) {

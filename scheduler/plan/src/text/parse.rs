@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::HEADER;
 use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, SIZE, TERMS, cut, parse_from_str};
 use super::policy::set_policy;
 use super::print::cannot_move;
 use super::value::{parse_duration, parse_name, parse_size};
+use super::{HEADER, KERNELS};
+use crate::kvm::{Kernels, KvmKind, SoftwareKernel};
 use crate::labels::{Rules, parse_terms};
 use crate::model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
@@ -18,6 +19,7 @@ use crate::place::LaunchRequest;
 use crate::policy::Policy;
 use crate::preempt::Held;
 
+const KVM: &str = "hardware or software";
 const MOST_NODES: usize = 100_000;
 const MOST_VMS: usize = 1_000_000;
 const MOST_LAUNCHES: usize = 10_000;
@@ -184,6 +186,14 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.set("migration_tls", "yes or no", parse_yes, &mut node.migration_tls)?;
     let lacks = "CLASS:FEATURES, separated by ;";
     fields.set("cpu_lacks", lacks, parse_cpu_lacks, &mut node.cpu_lacks)?;
+    fields.set("kvm", KVM, parse_kvm, &mut node.kvm)?;
+    let trouble = |text: &str| parse_name(text).map(|why| Some(Arc::from(why)));
+    fields.set(
+        "kvm_trouble",
+        "percent-encoded text",
+        trouble,
+        &mut node.kvm_trouble,
+    )?;
     fields.set("labels", LABELS, parse_from_str, &mut node.labels)?;
     fields.set("taints", LABELS, parse_from_str, &mut node.taints)?;
     fields.set("reserved_memory", SIZE, parse_size, &mut node.reserved_memory.0)?;
@@ -259,6 +269,13 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_name(text).map(|name| Some(CpuClass::new(&name))),
         &mut vm.cpu_class,
     )?;
+    fields.set("kvm", KVM, parse_kvm, &mut vm.kvm)?;
+    let ring3 = |text: &str| match text {
+        "plain" => Some(false),
+        "ring3" => Some(true),
+        _ => None,
+    };
+    fields.set("kernel", "plain or ring3", ring3, &mut vm.ring3)?;
     fields.set("labels", LABELS, parse_from_str, &mut vm.labels)?;
     vm.rules = rules(fields)?;
     let home = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
@@ -282,10 +299,54 @@ fn launch(fields: &mut Fields<'_>) -> Result<LaunchRequest, String> {
     fields.set("node", NAME, named, &mut request.node)?;
     let class = |text: &str| parse_name(text).map(|name| Some(CpuClass::new(&name)));
     fields.set("cpu_class", NAME, class, &mut request.cpu_class)?;
+    request.kernels = kernels(fields)?;
     fields.set("labels", LABELS, parse_from_str, &mut request.labels)?;
     request.rules = rules(fields)?;
     priority(fields, &mut request.priority)?;
     Ok(request)
+}
+
+fn kernels(fields: &mut Fields<'_>) -> Result<Option<Arc<Kernels>>, String> {
+    let mut kernels = Kernels {
+        image: Arc::from(""),
+        hardware: false,
+        software: None,
+        software_cpus: None,
+    };
+    let (mut image, mut list) = (None, None);
+    fields.set("image", NAME, |text| parse_name(text).map(Some), &mut image)?;
+    fields.set(
+        "kernels",
+        &kernels_expected(),
+        |text| parse_kernels(text).map(Some),
+        &mut list,
+    )?;
+    let cpus = |text: &str| parse_cpus(text).map(Some);
+    fields.set("software_cpus", COUNT, cpus, &mut kernels.software_cpus)?;
+    match (image, list) {
+        (Some(image), Some((hardware, software))) => Ok(Some(Arc::new(Kernels {
+            image: Arc::from(image),
+            hardware,
+            software,
+            ..kernels
+        }))),
+        (None, None) if kernels.software_cpus.is_none() => Ok(None),
+        _ => Err("image, kernels: one needs the other, and software_cpus needs both".to_owned()),
+    }
+}
+
+fn kernels_expected() -> String {
+    let texts: Vec<&str> = KERNELS.iter().map(|(_, text)| *text).collect();
+    format!("one of {}", texts.join(" "))
+}
+
+fn parse_kernels(text: &str) -> Option<(bool, Option<SoftwareKernel>)> {
+    let found = KERNELS.into_iter().find(|(_, of)| *of == text);
+    found.map(|(kernels, _)| kernels)
+}
+
+fn parse_kvm(text: &str) -> Option<Option<KvmKind>> {
+    text.parse().ok().map(Some)
 }
 
 fn held(id: &str, fields: &mut Fields<'_>) -> Result<Held, String> {

@@ -4,10 +4,11 @@ use std::collections::HashSet;
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::HEADER;
 use super::policy::print_policy;
 use super::value::{print_duration, print_name, print_size};
+use super::{HEADER, KERNELS};
 use crate::action::Plan;
+use crate::kvm::Kernels;
 use crate::labels::{Labels, Rules, print_terms};
 use crate::model::{
     CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmId, VmView,
@@ -71,9 +72,24 @@ impl Line {
         if let Some(class) = &request.cpu_class {
             self.field("cpu_class", &print_name(class.as_str()));
         }
+        if let Some(kernels) = &request.kernels {
+            self.kernels(kernels);
+        }
         self.labels("labels", &request.labels);
         self.rules(request.rules.as_deref());
         self.priority(request.priority);
+    }
+
+    fn kernels(&mut self, kernels: &Kernels) {
+        self.field("image", &print_name(&kernels.image));
+        let (_, text) = KERNELS
+            .into_iter()
+            .find(|(kernels_of, _)| *kernels_of == (kernels.hardware, kernels.software))
+            .unwrap_or_default();
+        self.field("kernels", text);
+        if let Some(cpus) = kernels.software_cpus {
+            self.field("software_cpus", &cpus.to_string());
+        }
     }
 
     fn rules(&mut self, rules: Option<&Rules>) {
@@ -136,6 +152,12 @@ fn print_node(node: &NodeView) -> String {
             .map(|(class, lacking)| format!("{class}:{lacking}"));
         line.field("cpu_lacks", &print_name(&lacks.collect::<Vec<_>>().join(";")));
     }
+    if let Some(kvm) = node.kvm {
+        line.field("kvm", &kvm.to_string());
+    }
+    if let Some(why) = node.kvm_trouble.as_deref().filter(|why| !why.is_empty()) {
+        line.field("kvm_trouble", &print_name(why));
+    }
     line.labels("labels", &node.labels);
     line.labels("taints", &node.taints);
     line.size_unless_zero("reserved_memory", node.reserved_memory.0);
@@ -177,6 +199,12 @@ fn print_vm(vm: &VmView) -> String {
     }
     if let Some(class) = &vm.cpu_class {
         line.field("cpu_class", &print_name(class.as_str()));
+    }
+    if let Some(kvm) = vm.kvm {
+        line.field("kvm", &kvm.to_string());
+    }
+    if vm.ring3 {
+        line.field("kernel", "ring3");
     }
     line.labels("labels", &vm.labels);
     line.rules(vm.rules.as_deref());

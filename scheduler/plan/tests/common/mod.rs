@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, Labels, NodeName, NodeState, NodeView,
-    Plan, Rules, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, KvmKind, Labels, NodeName, NodeState,
+    NodeView, Plan, Rules, VmView,
 };
 
 /// A cluster whose numbers agree with each other, as a server makes it.
@@ -31,6 +31,8 @@ pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
                 vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));
                 vm.name = format!("name{number}").into();
                 vm.node = snapshot.nodes[on].name.clone();
+                // Its record has it, or is older than that.
+                vm.kvm = snapshot.nodes[on].kvm.filter(|_| number % 2 == 0);
                 match &mut vm.in_flight {
                     Some(flight) if on != to => flight.to = snapshot.nodes[to].name.clone(),
                     flight => *flight = None,
@@ -53,24 +55,39 @@ fn node() -> impl Strategy<Value = NodeView> {
     let labels = prop_oneof![Just(""), Just("zone=a"), Just("zone=b,disk=ssd")];
     let taints = prop_oneof![5 => Just(""), 1 => Just("gpu")];
     let reserved = prop_oneof![4 => Just(0u64), 1 => 0u64..2048];
+    let trouble = prop_oneof![9 => Just(None), 1 => Just(Some(Arc::from("no luck = none")))];
     (
         1u32..17,
         256u64..8192,
         prop_oneof![Just(1.0), 0.5..3.0f64],
         (state, pressure),
         (labels, taints, reserved),
+        (kvm(), trouble),
     )
         .prop_map(
-            |(cpus, mib, speed, (state, pressure_memory), (labels, taints, reserved))| NodeView {
-                speed,
-                state,
-                pressure_memory,
-                labels: parse_labels(labels),
-                taints: parse_labels(taints),
-                reserved_memory: Bytes::mib(reserved.min(mib)),
-                ..NodeView::new("", cpus, Bytes::mib(mib))
+            |(cpus, mib, speed, (state, pressure_memory), (labels, taints, reserved), (kvm, kvm_trouble))| {
+                NodeView {
+                    kvm,
+                    kvm_trouble,
+                    speed,
+                    state,
+                    pressure_memory,
+                    labels: parse_labels(labels),
+                    taints: parse_labels(taints),
+                    reserved_memory: Bytes::mib(reserved.min(mib)),
+                    ..NodeView::new("", cpus, Bytes::mib(mib))
+                }
             },
         )
+}
+
+/// Mostly of one kind, as clusters are.
+fn kvm() -> impl Strategy<Value = Option<KvmKind>> {
+    prop_oneof![
+        6 => Just(Some(KvmKind::Hardware)),
+        2 => Just(Some(KvmKind::Software)),
+        1 => Just(None),
+    ]
 }
 
 pub fn parse_labels(text: &str) -> Labels {
@@ -136,6 +153,7 @@ fn vm() -> impl Strategy<Value = VmView> {
             prop_oneof![Just(5u32), 0u32..10],
             any::<bool>(),
             prop::option::of((0u64..1000).prop_map(Duration::from_secs)),
+            any::<bool>(),
         ),
     )
         .prop_map(
@@ -146,7 +164,7 @@ fn vm() -> impl Strategy<Value = VmView> {
                 cannot_move,
                 in_flight,
                 since_last_move,
-                (labels, rules, priority, preemptible, ran),
+                (labels, rules, priority, preemptible, ran, ring3),
             )| {
                 VmView {
                     labels: parse_labels(labels),
@@ -154,6 +172,7 @@ fn vm() -> impl Strategy<Value = VmView> {
                     priority,
                     preemptible,
                     ran,
+                    ring3,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
                     // The nodes' loads are sums of these.
                     cpu_use: if suspended.is_some() {

@@ -110,6 +110,9 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     limits::memory_bytes(memory_bytes).map_err(|error| errors::field(&error))?;
     let cmdline = limits::cmdline_with_args(&image.cmdline, image.initrd.is_some(), &request.args)
         .map_err(|error| errors::field(&error))?;
+    if let Some(software) = &image.software_kvm {
+        limits::cmdline_with("args", &cmdline, &software.cmdline).map_err(|error| errors::field(&error))?;
+    }
     let wishes = wishes(
         &request.labels,
         &request.rules.unwrap_or_default(),
@@ -125,7 +128,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         kernel: image.kernel.clone(),
         initrd: image.initrd.clone(),
         cmdline,
-        cmdline_software_kvm: image.cmdline_software_kvm.clone(),
+        software_kvm: image.software_kvm.clone(),
         cpus,
         memory_bytes,
         created_unix_ms: now_unix_ms(),
@@ -137,6 +140,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
         message: String::new(),
         cpu: None,
         cpu_baseline: false,
+        kvm: None,
         wishes,
         home: None,
         placement: String::new(),

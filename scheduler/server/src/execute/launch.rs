@@ -75,6 +75,7 @@ pub fn request(scheduler: &Scheduler, draft: &VmRecord, pinned: Option<&NodeName
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
         cpu_class: scheduler.cpus.baseline().as_ref().map(CpuDigest::class),
+        kernels: Some(Arc::new(draft.kernels())),
         labels: draft.wishes.labels.clone(),
         rules: draft.wishes.rules.clone(),
         priority: draft.wishes.priority,
@@ -111,7 +112,8 @@ pub async fn submit_at(
     let unknown = |_| plan::PlaceError::UnknownNode(place.node.clone());
     let node: NodeName = place.node.as_str().parse().map_err(unknown)?;
     let baseline = scheduler.cpus.baseline();
-    let of_node = || scheduler.nodes.get(&node).and_then(|entry| entry.record().cpu);
+    let on = scheduler.nodes.get(&node).map(|entry| entry.record());
+    let (cpu_of_node, kvm) = on.map_or((None, None), |on| (on.cpu, on.kvm));
     let runs = Runs {
         started_unix_ms: now_unix_ms(),
         pinned: pinned.cloned(),
@@ -121,7 +123,8 @@ pub async fn submit_at(
     let record = Arc::new(VmRecord {
         runs,
         cpu_baseline: baseline.is_some(),
-        cpu: baseline.or_else(of_node),
+        cpu: baseline.or(cpu_of_node),
+        kvm,
         home: Some(node.clone()),
         node,
         placement: place.reason.clone(),

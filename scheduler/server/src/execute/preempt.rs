@@ -161,6 +161,7 @@ pub async fn requeue(scheduler: &Scheduler, entry: &VmEntry, record: &VmRecord) 
         giving_way: None,
         cpu: None,
         cpu_baseline: false,
+        kvm: None,
         home: None,
         placement: String::new(),
         runs: Runs {

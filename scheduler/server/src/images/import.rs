@@ -9,10 +9,10 @@ use bytesize::ByteSize;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
-use super::manifest::{Manifest, ManifestError};
+use super::manifest::{Manifest, ManifestError, Role};
 use super::{blob_path, hex};
 use crate::limits::shorten;
-use crate::record::{BlobRef, ImageRecord, now_unix_ms};
+use crate::record::{BlobRef, ImageRecord, SoftwareKvm, now_unix_ms};
 
 /// The largest kernel or initrd.
 const MAX_FILE_BYTES: u64 = 4 << 30;
@@ -26,7 +26,7 @@ pub enum ImportError {
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     /// A file came that the manifest does not name.
-    #[error("file '{0}' is not named by image.toml as kernel or initrd")]
+    #[error("file '{0}' is not named by image.toml as kernel, initrd or software_kvm.kernel")]
     UnexpectedFile(String),
     /// A file came twice.
     #[error("file '{0}' was sent twice")]
@@ -74,6 +74,7 @@ pub enum ImportError {
 #[derive(Debug)]
 struct Incoming {
     name: String,
+    role: Role,
     announced: u64,
     came: u64,
     hash: Sha256,
@@ -92,8 +93,8 @@ pub struct Import {
     directory: PathBuf,
     manifest: Manifest,
     incoming: Option<Incoming>,
-    kernel: Option<Staged>,
-    initrd: Option<Staged>,
+    /// One of each role at most.
+    staged: Vec<(Role, Staged)>,
 }
 
 impl Import {
@@ -104,22 +105,17 @@ impl Import {
             directory: directory.to_owned(),
             manifest,
             incoming: None,
-            kernel: None,
-            initrd: None,
+            staged: Vec::new(),
         })
     }
 
     /// Begins a file.
     pub fn start_file(&mut self, name: &str, size: u64) -> Result<(), ImportError> {
         self.finish_file()?;
-        let taken = if name == self.manifest.kernel {
-            self.kernel.is_some()
-        } else if Some(name) == self.manifest.initrd.as_deref() {
-            self.initrd.is_some()
-        } else {
+        let Some(role) = self.manifest.role(name) else {
             return Err(ImportError::UnexpectedFile(shorten(name)));
         };
-        if taken {
+        if self.staged(role).is_some() {
             return Err(ImportError::Repeated(shorten(name)));
         }
         if !(1..=MAX_FILE_BYTES).contains(&size) {
@@ -134,6 +130,7 @@ impl Import {
         let name = name.to_owned();
         self.incoming = Some(Incoming {
             name,
+            role,
             announced: size,
             came: 0,
             hash: Sha256::new(),
@@ -160,29 +157,39 @@ impl Import {
     /// Ends the stream: every file the manifest names has to be complete.
     pub fn finish_files(&mut self) -> Result<(), ImportError> {
         self.finish_file()?;
-        let missing = |field, file: &str| {
-            Err(ImportError::Missing {
-                field,
-                file: file.to_owned(),
-            })
-        };
-        if self.kernel.is_none() {
-            return missing("kernel", &self.manifest.kernel);
+        for role in Role::ALL {
+            let Some(file) = self.manifest.file(role) else {
+                continue;
+            };
+            if self.staged(role).is_none() {
+                return Err(ImportError::Missing {
+                    field: role.key(),
+                    file: file.to_owned(),
+                });
+            }
         }
-        match &self.manifest.initrd {
-            Some(file) if self.initrd.is_none() => missing("initrd", file),
-            _ => Ok(()),
-        }
+        Ok(())
+    }
+
+    fn staged(&self, role: Role) -> Option<&Staged> {
+        let found = self.staged.iter().find(|(other, _)| *other == role);
+        found.map(|(_, staged)| staged)
     }
 
     /// Has the VMM look at what is to be booted.
     pub async fn check(&self, vmm_binary: &Path) -> Result<(), ImportError> {
-        let Some(kernel) = &self.kernel else {
-            return Err(ImportError::Order("check before the files"));
-        };
+        for kernel in [Role::Kernel, Role::SoftwareKernel] {
+            if let Some(kernel) = self.staged(kernel) {
+                self.check_kernel(vmm_binary, kernel).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_kernel(&self, vmm_binary: &Path, kernel: &Staged) -> Result<(), ImportError> {
         let mut command = tokio::process::Command::new(vmm_binary);
         command.arg("check-image").arg("--kernel").arg(kernel.file.path());
-        if let Some(initrd) = &self.initrd {
+        if let Some(initrd) = self.staged(Role::Initrd) {
             command.arg("--initrd").arg(initrd.file.path());
         }
         let run = command
@@ -206,27 +213,27 @@ impl Import {
 
     /// The user knows the files by their names in the image, not by those they have here.
     fn in_user_terms(&self, line: &str) -> String {
-        let kernel = self.kernel.as_ref().zip(Some(&self.manifest.kernel));
-        let initrd = self.initrd.as_ref().zip(self.manifest.initrd.as_ref());
         let line = line.trim_start_matches("shoal-vmm: ").to_owned();
-        kernel
-            .into_iter()
-            .chain(initrd)
-            .fold(line, |line, (staged, name)| {
-                line.replace(&staged.file.path().display().to_string(), &format!("'{name}'"))
-            })
+        self.staged.iter().fold(line, |line, (role, staged)| {
+            let name = self.manifest.file(*role).unwrap_or_default();
+            line.replace(&staged.file.path().display().to_string(), &format!("'{name}'"))
+        })
     }
 
     /// Keeps the files; the caller stores the record.
     pub fn keep(self) -> Result<ImageRecord, ImportError> {
-        let Some(kernel) = self.kernel else {
+        let (mut kernel, mut initrd, mut software_kernel) = (None, None, None);
+        for (role, staged) in self.staged {
+            let blob = keep_blob(&self.directory, staged)?;
+            match role {
+                Role::Kernel => kernel = Some(blob),
+                Role::Initrd => initrd = Some(blob),
+                Role::SoftwareKernel => software_kernel = Some(blob),
+            }
+        }
+        if kernel.is_none() && software_kernel.is_none() {
             return Err(ImportError::Order("end before the files"));
-        };
-        let kernel = keep_blob(&self.directory, kernel)?;
-        let initrd = self
-            .initrd
-            .map(|initrd| keep_blob(&self.directory, initrd))
-            .transpose()?;
+        }
         std::fs::File::open(&self.directory)?.sync_all()?;
         let manifest = self.manifest;
         let mut record = ImageRecord {
@@ -235,7 +242,11 @@ impl Import {
             kernel,
             initrd,
             cmdline: manifest.cmdline,
-            cmdline_software_kvm: manifest.cmdline_software_kvm,
+            software_kvm: manifest.software_kvm.map(|software| SoftwareKvm {
+                kernel: software_kernel,
+                cmdline: software.cmdline,
+                max_cpus: software.max_cpus,
+            }),
             cpus: manifest.cpus,
             memory_bytes: manifest.memory_bytes,
             created_unix_ms: 0,
@@ -257,15 +268,11 @@ impl Import {
             sha256: hex(&incoming.hash.finalize()),
             size_bytes: incoming.came,
         };
-        let staged = Some(Staged {
+        let staged = Staged {
             blob,
             file: incoming.file,
-        });
-        if incoming.name == self.manifest.kernel {
-            self.kernel = staged;
-        } else {
-            self.initrd = staged;
-        }
+        };
+        self.staged.push((incoming.role, staged));
         Ok(())
     }
 }
@@ -327,6 +334,40 @@ mod tests {
             "the time of import is not part of the digest"
         );
         assert_eq!(files(directory.path()), 2);
+    }
+
+    #[test]
+    fn the_kernel_for_software_kvm_is_kept_like_the_other() {
+        let toml = format!("{TOML}\n[software_kvm]\nkernel = 's'\nmax_cpus = 1");
+        let directory = directory();
+        let mut import = Import::begin(directory.path(), &toml, "").expect("manifest");
+        for name in ["k", "i"] {
+            import.start_file(name, 1).expect("named");
+            import.data(name.as_bytes()).expect("data");
+        }
+        let error = import.finish_files().expect_err("one is missing").to_string();
+        assert!(
+            error.contains("names software_kvm.kernel = 's', but there is no such file"),
+            "{error}"
+        );
+        import.start_file("s", 1).expect("named");
+        import.data(b"s").expect("data");
+        import.finish_files().expect("complete");
+        let record = import.keep().expect("kept");
+        assert_eq!((record.blobs().count(), files(directory.path())), (3, 3));
+        let kernels = record.kernels();
+        assert_eq!(kernels.software, Some(shoal_plan::SoftwareKernel::Ring3));
+        assert_eq!((kernels.hardware, kernels.software_cpus), (true, Some(1)));
+        // It is not swept away, and a record of before there was such a thing still loads.
+        let mut old = serde_json::to_value(&record).expect("JSON");
+        let images = super::super::ImageStore::open(directory.path().to_owned(), vec![record], &[]);
+        images.expect("opened");
+        assert_eq!(files(directory.path()), 3);
+        let fields = old.as_object_mut().expect("an object");
+        fields.remove("software_kvm");
+        fields.insert("cmdline_software_kvm".to_owned(), "noapic".into());
+        let old: ImageRecord = serde_json::from_value(old).expect("an old record");
+        assert!(old.software_kvm.is_none() && old.kernel.is_some());
     }
 
     #[test]

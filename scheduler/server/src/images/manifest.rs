@@ -16,12 +16,17 @@ pub enum ManifestError {
     TooLong(usize),
     /// No TOML, an unknown key, a missing one or one of the wrong type.
     #[error(
-        "image.toml: {message}; its keys are name, kernel, initrd, cmdline, cmdline_software_kvm, cpus, memory"
+        "image.toml: {message}; its keys are name, kernel, initrd, cmdline, cpus, memory, and in the table software_kvm: kernel, cmdline, max_cpus"
     )]
     Syntax {
         /// What the parser says.
         message: String,
     },
+    /// It can be booted nowhere.
+    #[error(
+        "image.toml: kernel is missing: name one for hosts with hardware virtualization as kernel, one for others as kernel in the table software_kvm, or both"
+    )]
+    NoKernel,
     /// A value out of range.
     #[error("image.toml: {0}")]
     Field(#[from] FieldError),
@@ -31,14 +36,22 @@ pub enum ManifestError {
 #[serde(deny_unknown_fields)]
 struct Text {
     name: Option<String>,
-    kernel: String,
+    kernel: Option<String>,
     initrd: Option<String>,
     #[serde(default)]
     cmdline: String,
-    #[serde(default)]
-    cmdline_software_kvm: String,
     cpus: Option<u32>,
     memory: Option<String>,
+    software_kvm: Option<SoftwareText>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SoftwareText {
+    kernel: Option<String>,
+    #[serde(default)]
+    cmdline: String,
+    max_cpus: Option<u32>,
 }
 
 /// A manifest whose every value is in range.
@@ -46,18 +59,54 @@ struct Text {
 pub struct Manifest {
     /// Name of the image.
     pub name: String,
-    /// File name of the kernel within the image.
-    pub kernel: String,
+    /// File name of the kernel within the image; none: it has one for hosts without hardware virtualization only.
+    pub kernel: Option<String>,
     /// File name of the initrd within the image.
     pub initrd: Option<String>,
     /// Kernel command line.
     pub cmdline: String,
-    /// Appended where KVM emulates ring 0.
-    pub cmdline_software_kvm: String,
     /// Default vCPUs.
     pub cpus: u32,
     /// Default memory.
     pub memory_bytes: u64,
+    /// For hosts without hardware virtualization.
+    pub software_kvm: Option<SoftwareManifest>,
+}
+
+/// The table `software_kvm`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SoftwareManifest {
+    /// File name of the kernel that takes the place of the other.
+    pub kernel: Option<String>,
+    /// Added to the command line.
+    pub cmdline: String,
+    /// The most vCPUs there.
+    pub max_cpus: Option<u32>,
+}
+
+/// Which of its files an image's manifest names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// `kernel`
+    Kernel,
+    /// `initrd`
+    Initrd,
+    /// `software_kvm.kernel`
+    SoftwareKernel,
+}
+
+impl Role {
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Kernel, Self::Initrd, Self::SoftwareKernel];
+
+    /// The key in the manifest.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+            Self::SoftwareKernel => "software_kvm.kernel",
+        }
+    }
 }
 
 impl Manifest {
@@ -75,17 +124,7 @@ impl Manifest {
             name.to_owned()
         };
         limits::image_name(&name)?;
-        let initrd = text.initrd.filter(|file| !file.is_empty());
-        for (field, file) in [("kernel", Some(&text.kernel)), ("initrd", initrd.as_ref())] {
-            if let Some(file) = file {
-                file_name(field, file)?;
-            }
-        }
-        if initrd.as_ref() == Some(&text.kernel) {
-            return Err(FieldError::new("initrd", &text.kernel, "another file than the kernel").into());
-        }
         limits::cmdline("cmdline", &text.cmdline)?;
-        limits::cmdline("cmdline_software_kvm", &text.cmdline_software_kvm)?;
         let memory_bytes = match text.memory {
             None => limits::DEFAULT_MEMORY_BYTES,
             Some(size) => size
@@ -96,16 +135,63 @@ impl Manifest {
         let cpus = text.cpus.unwrap_or(1);
         limits::cpus(cpus)?;
         limits::memory_bytes(memory_bytes)?;
-        Ok(Self {
+        let software_kvm = text
+            .software_kvm
+            .map(|software| software_kvm(software, &text.cmdline));
+        let manifest = Self {
             name,
             kernel: text.kernel,
-            initrd,
+            initrd: text.initrd.filter(|file| !file.is_empty()),
             cmdline: text.cmdline,
-            cmdline_software_kvm: text.cmdline_software_kvm,
             cpus,
             memory_bytes,
-        })
+            software_kvm: software_kvm.transpose()?,
+        };
+        manifest.check_files()?;
+        Ok(manifest)
     }
+
+    /// The name of a file within the image.
+    pub fn file(&self, role: Role) -> Option<&str> {
+        match role {
+            Role::Kernel => self.kernel.as_deref(),
+            Role::Initrd => self.initrd.as_deref(),
+            Role::SoftwareKernel => self.software_kvm.as_ref()?.kernel.as_deref(),
+        }
+    }
+
+    /// Which of the files has a name.
+    pub fn role(&self, name: &str) -> Option<Role> {
+        Role::ALL.into_iter().find(|role| self.file(*role) == Some(name))
+    }
+
+    fn check_files(&self) -> Result<(), ManifestError> {
+        for role in Role::ALL {
+            let Some(file) = self.file(role) else { continue };
+            file_name(role.key(), file)?;
+            if let Some(other) = self.role(file).filter(|other| *other != role) {
+                let expected = format!("another file than {}", other.key());
+                return Err(FieldError::new(role.key(), file, &expected).into());
+            }
+        }
+        if self.kernel.is_none() && self.file(Role::SoftwareKernel).is_none() {
+            return Err(ManifestError::NoKernel);
+        }
+        Ok(())
+    }
+}
+
+fn software_kvm(text: SoftwareText, cmdline: &str) -> Result<SoftwareManifest, FieldError> {
+    limits::cmdline("software_kvm.cmdline", &text.cmdline)?;
+    limits::cmdline_with("software_kvm.cmdline", cmdline, &text.cmdline)?;
+    if let Some(cpus) = text.max_cpus {
+        limits::max_cpus("software_kvm.max_cpus", cpus)?;
+    }
+    Ok(SoftwareManifest {
+        kernel: text.kernel,
+        cmdline: text.cmdline,
+        max_cpus: text.max_cpus,
+    })
 }
 
 /// The scheduler never opens a file by this name, but whoever reads the image does: it must stay inside it.
@@ -139,6 +225,35 @@ mod tests {
     }
 
     #[test]
+    fn an_image_may_have_a_kernel_for_each_kind_of_kvm_or_for_one() {
+        let both = Manifest::parse(
+            "name = 'x'\nkernel = 'k'\n[software_kvm]\nkernel = 's'\ncmdline = 'noapic'\nmax_cpus = 1",
+            "",
+        );
+        let both = both.expect("good");
+        assert_eq!(
+            (both.role("k"), both.role("s")),
+            (Some(Role::Kernel), Some(Role::SoftwareKernel))
+        );
+        let software = both.software_kvm.expect("there");
+        assert_eq!(
+            (software.cmdline.as_str(), software.max_cpus),
+            ("noapic", Some(1))
+        );
+        let one = Manifest::parse("name = 'x'\n[software_kvm]\nkernel = 's'", "").expect("good");
+        assert_eq!((one.kernel, one.software_kvm.is_some()), (None, true));
+        let other = Manifest::parse("name = 'x'\nkernel = 'k'\n[software_kvm]\ncmdline = 'noapic'", "");
+        assert_eq!(other.expect("good").file(Role::SoftwareKernel), None);
+        let long = "x".repeat(1500);
+        let too_long =
+            format!("name = 'x'\nkernel = 'k'\ncmdline = '{long}'\n[software_kvm]\ncmdline = '{long}'");
+        let error = Manifest::parse(&too_long, "")
+            .expect_err("3001 bytes")
+            .to_string();
+        assert!(error.contains("software_kvm.cmdline: '3001 bytes'"), "{error}");
+    }
+
+    #[test]
     fn every_mistake_is_named() {
         let cases = [
             ("kernel = 'k'", "name"),
@@ -147,7 +262,41 @@ mod tests {
             ("name = 'x'\nkernel = '../../etc/passwd'", "kernel"),
             ("name = 'x'\nkernel = '/boot/vmlinux'", "kernel"),
             ("name = 'x'\nkernel = ''", "kernel"),
-            ("name = 'x'\nkernel = 'k'\ninitrd = 'k'", "initrd"),
+            (
+                "name = 'x'\nkernel = 'k'\ninitrd = 'k'",
+                "initrd: 'k' is not another file than kernel",
+            ),
+            ("name = 'x'\n[software_kvm]\ncmdline = 'a'", "kernel is missing"),
+            (
+                "name = 'x'\nkernel = 'k'\n[software_kvm]\nkernel = 'k'",
+                "software_kvm.kernel: 'k' is not another file",
+            ),
+            (
+                "name = 'x'\n[software_kvm]\nkernel = '../k'",
+                "software_kvm.kernel",
+            ),
+            ("name = 'x'\n[software_kvm]\nkernel = ''", "software_kvm.kernel"),
+            (
+                "name = 'x'\ninitrd = 'k'\n[software_kvm]\nkernel = 'k'",
+                "software_kvm.kernel",
+            ),
+            (
+                "name = 'x'\nkernel = 'k'\n[software_kvm]\nmax_cpus = 0",
+                "software_kvm.max_cpus: '0' is not 1 to 64",
+            ),
+            (
+                "name = 'x'\nkernel = 'k'\n[software_kvm]\ncmdline = \"a\\nb\"",
+                "software_kvm.cmdline",
+            ),
+            (
+                "name = 'x'\nkernel = 'k'\n[software_kvm]\ncolour = 'red'",
+                "colour",
+            ),
+            ("name = 'x'\nkernel = 'k'\nsoftware_kvm = 'k'", "software_kvm"),
+            (
+                "name = 'x'\nkernel = 'k'\ncmdline_software_kvm = 'a'",
+                "its keys are",
+            ),
             ("name = 'x'\nkernel = 'k'\nmemory = '100TiB'", "memory"),
             ("name = 'x'\nkernel = 'k'\nmemory = '0'", "memory"),
             ("name = 'x'\nkernel = 'k'\nmemory = 'much'", "memory"),

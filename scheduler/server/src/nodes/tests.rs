@@ -12,6 +12,8 @@ fn entry() -> NodeEntry {
         cordon: Cordon::Open,
         cpu: None,
         cpu_model: String::new(),
+        kvm: None,
+        kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
     };
     NodeEntry::new(record, true, Term::default()).expect("an address")

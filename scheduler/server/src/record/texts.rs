@@ -1,4 +1,4 @@
-//! Labels and rules in records: as the text that people write.
+//! Labels, rules and kinds of KVM in records: as the text that people write.
 
 /// Labels separated by commas; empty: none.
 pub mod labels {
@@ -66,5 +66,22 @@ pub mod rules {
             anti_affinity: terms(&texts.anti_affinity)?,
         };
         Ok((!rules.is_empty()).then(|| Arc::new(rules)))
+    }
+}
+
+/// A kind of KVM; null: not known.
+pub mod kvm {
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+    use shoal_plan::KvmKind;
+
+    pub fn serialize<S: Serializer>(kvm: &Option<KvmKind>, serializer: S) -> Result<S::Ok, S::Error> {
+        kvm.map(|kvm| kvm.to_string()).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<KvmKind>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(D::Error::custom))
+            .transpose()
     }
 }

@@ -3,9 +3,11 @@ use super::*;
 use crate::history;
 use crate::moves::Direction;
 use crate::record::{
-    BlobRef, Cordon, GivingWay, NodeWishes, Outcome, Phase, QueuedRecord, Runs, VmWishes, now_unix_ms,
+    BlobRef, Cordon, GivingWay, NodeWishes, Outcome, Phase, QueuedRecord, Runs, SoftwareKvm, VmWishes,
+    now_unix_ms,
 };
 use redb::Database;
+use shoal_plan::KvmKind;
 use shoal_plan::labels::parse_terms;
 use shoal_proto::{Epoch, MigrationId, vm};
 
@@ -86,10 +88,17 @@ fn vm_record(name: &str) -> VmRecord {
         image: "linux".to_owned(),
         image_digest: "d".to_owned(),
         args: vec!["sh".to_owned(), "-c".to_owned(), "echo ü".to_owned()],
-        kernel: blob(),
+        kernel: Some(blob()),
         initrd: Some(blob()),
         cmdline: "quiet".to_owned(),
-        cmdline_software_kvm: String::new(),
+        software_kvm: Some(SoftwareKvm {
+            kernel: Some(BlobRef {
+                sha256: "cd".repeat(32),
+                size_bytes: 8,
+            }),
+            cmdline: "noapic".to_owned(),
+            max_cpus: Some(1),
+        }),
         cpus: 2,
         memory_bytes: 1 << 30,
         created_unix_ms: now_unix_ms(),
@@ -101,6 +110,7 @@ fn vm_record(name: &str) -> VmRecord {
         message: String::new(),
         cpu: Some(CpuDigest("ab".repeat(32))),
         cpu_baseline: true,
+        kvm: Some(KvmKind::Software),
         wishes: VmWishes {
             labels: "app=web,user=ada".parse().expect("labels"),
             rules: Some(Arc::new(shoal_plan::Rules {
@@ -236,6 +246,8 @@ async fn everything_comes_back(place: &impl Place) {
         cordon: Cordon::Draining,
         cpu: None,
         cpu_model: "A CPU".to_owned(),
+        kvm: Some(KvmKind::Software),
+        kvm_trouble: "interrupts do not arrive".to_owned(),
         wishes: NodeWishes {
             labels: "zone=a".parse().expect("labels"),
             taints: "gpu".parse().expect("labels"),
@@ -392,11 +404,15 @@ async fn a_newer_schema_is_refused() {
 fn records_of_before_there_were_wishes_wish_nothing() {
     let vm = vm_record("old");
     let mut json = serde_json::to_value(&vm).expect("json");
-    for field in ["wishes", "home", "placement"] {
+    for field in ["wishes", "home", "placement", "software_kvm", "kvm"] {
         json.as_object_mut().expect("an object").remove(field);
     }
     let read: VmRecord = serde_json::from_value(json).expect("read");
     assert_eq!(read.wishes, VmWishes::default());
+    assert_eq!(
+        (&read.kernel, read.software_kvm, read.kvm),
+        (&Some(blob()), None, None)
+    );
     let mut json = serde_json::to_value(&vm).expect("json");
     json["wishes"] = serde_json::json!({ "locked": true });
     let read: VmRecord = serde_json::from_value(json).expect("read");

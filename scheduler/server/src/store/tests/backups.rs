@@ -14,6 +14,8 @@ fn some_of_everything() -> Vec<Write> {
         cordon: Cordon::Draining,
         cpu: None,
         cpu_model: "A CPU".to_owned(),
+        kvm: Some(KvmKind::Hardware),
+        kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
     };
     let event = cluster::Event {

@@ -28,6 +28,7 @@ mod real_hosts;
 mod refusals;
 mod scheduling;
 mod soak;
+mod strangers;
 mod suspend;
 mod upgrade;
 mod vmm_faults;

@@ -1,12 +1,14 @@
 //! Post-copy, between two VMMs without a cluster around them: a guest that writes faster than the link takes runs at the
 //! destination first, and fetches what is missing from the source.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use shoal_proto::vm::vmm_client::VmmClient;
 use shoal_proto::vm::{
     GetStatusRequest, MigrationPhase, MigrationPolicy, MigrationProgress, MigrationReport, MigrationResult,
-    OnStall, ResumeRequest, SetMigrationRequest, StopRequest, VmState, VmStatus,
+    MigrationTls, OnStall, PrepareIncomingRequest, ResumeRequest, SetMigrationRequest, StopRequest, VmState,
+    VmStatus,
 };
 use shoal_tests::guest;
 use shoal_tests::machine::Machine;
@@ -28,9 +30,9 @@ const BANDWIDTH: u64 = 24 << 20;
 /// In post-copy: what is not waited for hardly comes.
 const TRICKLE: u64 = 1 << 20;
 const VM: &str = "5c2f0c1d-0a0e-4a86-9b0b-61f3a1f0c0de";
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-fn on_runtime(test: &str, body: impl Future<Output = ()>) {
+pub(crate) fn on_runtime(test: &str, body: impl Future<Output = ()>) {
     let Some(_machine) = Machine::with_kvm(test) else {
         return;
     };
@@ -42,18 +44,29 @@ fn on_runtime(test: &str, body: impl Future<Output = ()>) {
 }
 
 /// A source that runs a probe, a destination that waits for it, and what lies between.
-struct Pair {
-    source: Vmm,
-    destination: Vmm,
-    proxy: Proxy,
+pub(crate) struct Pair {
+    pub(crate) source: Vmm,
+    pub(crate) destination: Vmm,
+    pub(crate) proxy: Proxy,
+    /// Where the destination itself listens.
+    pub(crate) listens: SocketAddr,
 }
 
 impl Pair {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(SLOW, "", "").await
     }
 
     async fn with(probe: &str, source: &str, destination: &str) -> Self {
+        Self::new(probe, source, destination, None).await
+    }
+
+    /// With a destination that wants TLS, if it has an identity.
+    pub(crate) async fn with_identity(identity: Option<MigrationTls>) -> Self {
+        Self::new(SLOW, "", "", identity).await
+    }
+
+    async fn new(probe: &str, source: &str, destination: &str, identity: Option<MigrationTls>) -> Self {
         let under = |fault: &str| -> Vec<String> {
             ["env".to_owned(), format!("SHOAL_FAULT={fault}")]
                 .into_iter()
@@ -64,19 +77,23 @@ impl Pair {
         let mut destination = Vmm::start_under(&under(destination)).await;
         source.boot(probe_spec(VM, 1, MEMORY, probe)).await;
         heartbeats_after(&mut source, 0, FILL).await;
-        let prepared = destination
-            .prepare_incoming(probe_spec(VM, 2, MEMORY, probe))
-            .await;
-        let proxy = Proxy::start(prepared, Trouble::None);
+        let incoming = PrepareIncomingRequest {
+            tls: identity,
+            ..vmm::incoming(probe_spec(VM, 2, MEMORY, probe))
+        };
+        let listens = destination.prepare(incoming).await.expect("prepared");
+        let listens = listens.parse().expect("an address");
+        let proxy = Proxy::start(listens, Trouble::None);
         Self {
             source,
             destination,
             proxy,
+            listens,
         }
     }
 
     /// Starts a migration that goes on in post-copy after its first pass.
-    fn migrate(&self, connections: u32) -> Moving {
+    pub(crate) fn migrate(&self, connections: u32) -> Moving {
         self.migrate_within(Duration::from_millis(1), connections)
     }
 
@@ -110,14 +127,14 @@ impl Pair {
     }
 
     /// Waits for one more heartbeat at the destination and that nothing it saw was wrong.
-    async fn assert_unharmed_there(&mut self) {
+    pub(crate) async fn assert_unharmed_there(&mut self) {
         let seen = guest::heartbeats(&self.destination.console().await).len();
         heartbeats_after(&mut self.destination, seen, 0).await;
         guest::assert_unharmed(&self.destination.console().await);
     }
 }
 
-struct Moving {
+pub(crate) struct Moving {
     client: VmmClient<Channel>,
     in_post_copy: Arc<Notify>,
     watched: JoinHandle<Result<MigrationReport, Status>>,
@@ -125,7 +142,7 @@ struct Moving {
 
 impl Moving {
     /// Waits until it is in post-copy, and has it last.
-    async fn wait_for_post_copy(&mut self) {
+    pub(crate) async fn wait_for_post_copy(&mut self) {
         timeout(LIMIT, self.in_post_copy.notified())
             .await
             .expect("post-copy begins");
@@ -143,7 +160,7 @@ impl Moving {
             .expect("it still goes on");
     }
 
-    async fn report(self) -> MigrationReport {
+    pub(crate) async fn report(self) -> MigrationReport {
         timeout(LIMIT, self.watched)
             .await
             .expect("the migration ends")

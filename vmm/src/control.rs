@@ -9,7 +9,6 @@ mod pause;
 mod post_copy;
 mod sampling;
 
-use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -176,7 +175,6 @@ pub struct ControlHandle {
     status: watch::Receiver<VmStatus>,
     progress: watch::Receiver<Option<MigrationProgress>>,
     console: Arc<Console>,
-    emulated: Arc<AtomicU64>,
     guest_gap: Arc<GuestGap>,
     fetching: SharedFetching,
 }
@@ -208,7 +206,6 @@ impl ControlHandle {
     pub fn with_counters(&self, mut status: VmStatus) -> VmStatus {
         status.console_offset = self.console.end();
         status.guest_gap_us = self.guest_gap.longest_us();
-        status.emulated_instructions = self.emulated.load(std::sync::atomic::Ordering::Relaxed);
         if let Some(fetching) = &*self.fetching.lock().unwrap_or_else(PoisonError::into_inner) {
             status.missing_bytes = fetching.missing_pages() * PAGE_SIZE;
         }
@@ -242,7 +239,6 @@ struct Control {
     config: ControlConfig,
     commands: mpsc::Sender<Command>,
     console: Arc<Console>,
-    emulated: Arc<AtomicU64>,
     guest_gap: Arc<GuestGap>,
     status: watch::Sender<VmStatus>,
     progress: watch::Sender<Option<MigrationProgress>>,
@@ -276,14 +272,12 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
     });
     let (progress, progress_seen) = watch::channel(None);
     let console = Arc::new(Console::new(config.mirror_console));
-    let emulated = Arc::new(AtomicU64::new(0));
     let guest_gap = Arc::new(GuestGap::default());
     let handle = ControlHandle {
         commands: commands.clone(),
         status: status_seen,
         progress: progress_seen,
         console: Arc::clone(&console),
-        emulated: Arc::clone(&emulated),
         guest_gap: Arc::clone(&guest_gap),
         fetching: SharedFetching::default(),
     };
@@ -292,7 +286,6 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
         config,
         commands,
         console,
-        emulated,
         guest_gap,
         status,
         progress,
@@ -400,7 +393,6 @@ impl Control {
         let commands = self.commands.clone();
         VmHooks {
             console: Arc::clone(&self.console),
-            emulated: Arc::clone(&self.emulated),
             guest_gap: Arc::clone(&self.guest_gap),
             ended: Box::new(move |end| {
                 // The queue is gone only when the process ends.

@@ -1,6 +1,5 @@
 //! One VM: its memory, vCPUs, interrupt controllers and devices, and what can be done to all of them at once.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -100,8 +99,6 @@ impl Platform {
 pub struct VmHooks {
     /// Where console output goes.
     pub console: Arc<Console>,
-    /// Counts instructions completed for software KVM.
-    pub emulated: Arc<AtomicU64>,
     /// What the guest says of the time it missed.
     pub guest_gap: Arc<GuestGap>,
     /// Told once, by a vCPU thread, when the guest ends.
@@ -144,7 +141,6 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let VmHooks {
             console,
-            emulated,
             guest_gap,
             ended,
         } = hooks;
@@ -171,8 +167,6 @@ impl Vm {
         let first_end = Arc::clone(&end);
         let context = Arc::new(VcpuContext {
             devices: Arc::clone(&devices),
-            memory: memory.clone(),
-            emulated,
             ended: Box::new(move |_, how| {
                 let mut first = first_end.lock().unwrap_or_else(PoisonError::into_inner);
                 if first.is_none() {

@@ -5,7 +5,7 @@ use shoal_proto::vm::VmState;
 
 use super::{Arrived, Command, Control, ControlError, IncomingRequest, State, spawn};
 use crate::build;
-use crate::migration::destination::{self, Arbiter, DestinationError, Fetching, Incoming, Received};
+use crate::migration::destination::{self, Arbiter, DestinationError, Door, Fetching, Incoming, Received};
 use crate::migration::transport::{Address, Listener};
 
 impl Control {
@@ -28,10 +28,11 @@ impl Control {
             ran_mark: self.config.ran_mark.clone(),
             identity: request.identity,
         };
+        let door = Door::open(listener, &incoming).map_err(ControlError::Thread)?;
         let (kvm, hooks, commands) = (build::open_kvm()?, self.hooks(), self.commands.clone());
         let for_thread = arbiter.clone();
         spawn("incoming", move || {
-            let result = destination::receive(&listener, &kvm, &incoming, &for_thread, hooks);
+            let result = destination::receive(&door, &kvm, &incoming, &for_thread, hooks);
             let (result, fetching) = match result {
                 Ok(Received { vm, paused, fetching }) => {
                     let arrived = Arrived {
@@ -45,7 +46,7 @@ impl Control {
             };
             let _ = commands.send(Command::IncomingEnded(Box::new(result)));
             if let Some(fetching) = fetching {
-                fetching.run(&listener, &incoming, |event| {
+                fetching.run(&door, |event| {
                     let _ = commands.send(Command::Fetching(event));
                 });
             }

@@ -192,6 +192,18 @@ fn a_guest_that_says_why_it_fails_has_failed() {
     assert_eq!(failed, "the guest says: it begins");
 }
 
+/// Where KVM has hardware virtualization there is nothing that it cannot emulate in these few bytes.
+#[test]
+fn what_software_kvm_cannot_emulate_ends_the_vm_and_is_named() {
+    const POPCNT: [u8; 4] = [0xf3, 0x0f, 0xb8, 0xc3];
+    if !build::open_kvm().is_ok_and(|kvm| crate::arch::selftest::is_software_kvm(&kvm)) {
+        return;
+    }
+    let failed = failure(&POPCNT).expect("KVM is here");
+    let named = "KVM could not emulate popcnt ([f3, 0f, b8, c3]) at 0x100000 in ring 0; the guest needs";
+    assert!(failed.starts_with(named), "{failed}");
+}
+
 #[test]
 fn a_paused_vm_stands_still_until_it_is_resumed() {
     let Some((vm, ..)) = talker(MemoryBacking::Anonymous) else {

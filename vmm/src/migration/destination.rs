@@ -2,6 +2,7 @@
 //! even then if it came paused.
 
 mod arbiter;
+mod door;
 mod greeting;
 mod postcopy;
 mod receivers;
@@ -17,7 +18,7 @@ use super::pages::WrittenPages;
 use super::postcopy::destination::PostCopyError;
 use super::postcopy::page_set::PageSet;
 use super::sched::Gentleness;
-use super::transport::{AcceptError, Closer, Identity, Listener, Transport};
+use super::transport::{AcceptError, Closer, Identity, Transport};
 use super::verify::{self, MemoryDigest, VerifyError};
 use super::wire::{
     self, Abort, Connection, Digest, FrameKind, Hello, HelloAck, PEER_TIMEOUT, Pass, Role, Step, WireError,
@@ -27,6 +28,7 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::ran_mark::RanMark;
 use crate::vm::{Vm, VmError, VmHooks};
 pub use arbiter::Arbiter;
+pub use door::Door;
 pub use postcopy::Fetching;
 use postcopy::Linked;
 use receivers::Arrivals;
@@ -139,7 +141,7 @@ pub struct Received {
 /// # Errors
 /// Before Commit only: the VM has never run here.
 pub fn receive(
-    listener: &Listener,
+    door: &Door,
     kvm: &Kvm,
     incoming: &Incoming,
     arbiter: &Arbiter,
@@ -148,11 +150,9 @@ pub fn receive(
     let deadline = Instant::now() + ACCEPT_TIMEOUT;
     // Before the source comes: on one host with this, its threads would count.
     let gentleness = Gentleness::of_host();
-    let identity = incoming.identity.as_ref();
-    let (mut control, preamble, hello) =
-        greeting::accept_control(listener, identity, &incoming.prepared, false, deadline)?;
+    let (mut control, preamble, hello) = door.first_control(deadline)?;
     let mut destination = Destination {
-        listener,
+        door,
         kvm,
         incoming,
         arbiter,
@@ -186,7 +186,7 @@ pub fn receive(
 }
 
 struct Destination<'a> {
-    listener: &'a Listener,
+    door: &'a Door,
     kvm: &'a Kvm,
     incoming: &'a Incoming,
     arbiter: &'a Arbiter,
@@ -281,19 +281,9 @@ impl Destination<'_> {
             return Err(Refusal::Connections(wanted).into());
         }
         let deadline = Instant::now() + ATTACH_TIMEOUT;
-        let identity = self.incoming.identity.as_ref();
         let mut connections = vec![];
-        for expected in 0..wanted {
-            let (connection, index) = greeting::accept_attached(
-                self.listener,
-                identity,
-                &self.incoming.prepared,
-                Role::Data,
-                deadline,
-            )?;
-            if index != expected {
-                return Err(Refusal::NotPrepared { field: "index" }.into());
-            }
+        for index in 0..wanted {
+            let connection = self.door.attached(Role::Data, index, deadline)?;
             self.arbiter.watch(connection.stream())?;
             connections.push(connection);
         }

@@ -99,16 +99,13 @@ impl Transport {
             }
             _ => None,
         };
-        let transport = Self::new(socket, tls);
+        let transport = Self::new(Arc::new(socket), tls);
         transport.set_timeouts(None)?;
         Ok(transport)
     }
 
-    fn new(socket: Socket, tls: Option<Box<tls::Session>>) -> Self {
-        Self {
-            socket: Arc::new(socket),
-            tls,
-        }
+    fn new(socket: Arc<Socket>, tls: Option<Box<tls::Session>>) -> Self {
+        Self { socket, tls }
     }
 
     /// How long a read or write may wait for the peer to send or take a byte; `None`: for ever.
@@ -228,13 +225,13 @@ impl AsFd for Transport {
 
 impl From<TcpStream> for Transport {
     fn from(stream: TcpStream) -> Self {
-        Self::new(Socket::Tcp(stream), None)
+        Self::new(Arc::new(Socket::Tcp(stream)), None)
     }
 }
 
 impl From<UnixStream> for Transport {
     fn from(stream: UnixStream) -> Self {
-        Self::new(Socket::Unix(stream), None)
+        Self::new(Arc::new(Socket::Unix(stream)), None)
     }
 }
 

@@ -1,5 +1,4 @@
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use proptest::prelude::*;
 use vm_memory::{Address as _, Bytes as _, GuestAddress};
@@ -16,7 +15,7 @@ const CODE_AT: GuestAddress = GuestAddress(0x10_0000);
 const COUNTER: GuestAddress = GuestAddress(0x20_0000);
 /// `inc qword [0x200000]; jmp` back to it.
 const COUNT: [u8; 10] = [0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf6];
-/// `ud2`: without an interrupt table a triple fault, and nothing that software KVM knows either.
+/// `ud2`: without an interrupt table a triple fault.
 const FAULT: [u8; 2] = [0x0f, 0x0b];
 
 /// A VM whose boot CPU runs `code`, not yet resumed. `None` where a test may do without KVM.
@@ -35,7 +34,6 @@ fn vm(code: &[u8], cpus: u32) -> Option<Vm> {
     let hooks = VmHooks {
         guest_gap: Arc::default(),
         console: Arc::new(Console::new(false)),
-        emulated: Arc::new(AtomicU64::new(0)),
         ended: Box::new(|_| {}),
     };
     let vm = Vm::new(&kvm, memory, cpus, None, hooks).expect("a VM");

@@ -4,14 +4,12 @@
 //! descriptor to save or restore its state.
 
 mod alone;
-mod emulate;
-mod paging;
 mod state;
 mod unemulated;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,7 +23,6 @@ pub use state::{VcpuStateError, read_tsc_khz, restore, save};
 pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};
-use crate::memory::GuestMemory;
 
 /// How a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,10 +39,6 @@ pub enum GuestEnd {
 pub struct VcpuContext {
     /// Port I/O goes here.
     pub devices: Arc<Devices>,
-    /// For completing what software KVM cannot emulate.
-    pub memory: GuestMemory,
-    /// Instructions completed so.
-    pub emulated: Arc<AtomicU64>,
     /// Told once by each vCPU that ends.
     pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
 }
@@ -443,12 +436,7 @@ fn run_until_kicked(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> 
             VcpuExit::Shutdown => return Some(GuestEnd::Reset),
             VcpuExit::Hlt => return Some(GuestEnd::PowerOff),
             VcpuExit::SystemEvent(event, _) => return Some(system_event(event)),
-            VcpuExit::InternalError => match emulate::complete(fd, &context.memory) {
-                Ok(()) => {
-                    context.emulated.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(error) => return Some(GuestEnd::Failed(error.to_string())),
-            },
+            VcpuExit::InternalError => return Some(GuestEnd::Failed(explain_internal_error(fd))),
             VcpuExit::FailEntry(reason, _) => {
                 return Some(GuestEnd::Failed(format!(
                     "KVM could not enter the guest: hardware reason {reason:#x}"

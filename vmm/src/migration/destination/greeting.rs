@@ -1,13 +1,12 @@
-//! Connections that come in: who are they, and what for. Whoever does not belong here is turned away, and the wait goes on.
+//! A connection that has come in: who is it, and what for? Whoever does not belong here is told so.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
-use super::DestinationError;
 use crate::migration::negotiate::{self, Prepared, Refusal};
-use crate::migration::transport::{AcceptError, Identity, Listener, Transport};
+use crate::migration::transport::{Accepted, Identity, Transport, TransportError};
 use crate::migration::wire::{
-    Abort, Attach, Connection, Empty, FrameKind, Hello, PEER_TIMEOUT, Preamble, Role, WireError,
+    Abort, Attach, Connection, FrameKind, Hello, PEER_TIMEOUT, Preamble, Role, WireError,
 };
 
 /// How long a connected peer may take to say who it is.
@@ -55,101 +54,85 @@ impl Write for Greeting {
 
 /// Why a peer is turned away.
 #[derive(Debug, thiserror::Error)]
-enum Stranger {
+pub enum Stranger {
+    /// Before its first frame.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// In its first frame.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// It is not who may come.
     #[error(transparent)]
     Refused(#[from] Refusal),
 }
 
-/// Waits for the source that this destination was prepared for; with `resume`, for it to take up post-copy.
+/// What a connection's first frame says.
+#[derive(Debug, PartialEq)]
+pub enum Introduction {
+    /// It is the control connection.
+    Control(Preamble, Box<Hello>),
+    /// It is another one of the migration under way: for what, and its index among those.
+    Attached(Role, u32),
+}
+
+/// A connection of the source.
+#[derive(Debug)]
+pub struct Introduced {
+    /// The connection.
+    pub connection: Connection<Transport>,
+    /// What it is for.
+    pub as_what: Introduction,
+}
+
+impl Introduced {
+    /// Whether it is a control connection.
+    #[must_use]
+    pub fn is_control(&self) -> bool {
+        matches!(self.as_what, Introduction::Control(..))
+    }
+}
+
+/// Has the peer say who it is, and `admits` decide.
 ///
 /// # Errors
-/// When it does not come.
-pub fn accept_control(
-    listener: &Listener,
+/// Why it was turned away; it has been told, if it could understand that.
+pub fn greet(
+    accepted: Accepted,
     identity: Option<&Identity>,
     prepared: &Prepared,
-    resume: bool,
-    deadline: Instant,
-) -> Result<(Connection<Transport>, Preamble, Hello), DestinationError> {
-    let (connection, (preamble, hello)) = accept(listener, identity, deadline, |connection| {
-        let preamble = connection.receive_preamble()?;
-        not_its_role(preamble, Role::Control)?;
+    admits: impl FnOnce(&Introduction) -> Result<(), Refusal>,
+) -> Result<Introduced, Stranger> {
+    let mut connection = Connection::new(Greeting {
+        transport: accepted.greet(identity)?,
+        deadline: Instant::now() + GREETING_TIMEOUT,
+    });
+    let introduced = introduce(&mut connection, prepared).and_then(|introduction| {
+        admits(&introduction)?;
+        Ok(introduction)
+    });
+    match introduced {
+        Ok(as_what) => {
+            let connection = connection.map_stream(|greeting| greeting.transport);
+            let timeouts = connection.stream().set_timeouts(Some(PEER_TIMEOUT));
+            timeouts.map_err(WireError::from)?;
+            Ok(Introduced { connection, as_what })
+        }
+        Err(stranger) => {
+            // A stranger need not hear it.
+            let _ = connection.send(FrameKind::Abort, &Abort::because(&stranger.to_string()));
+            Err(stranger)
+        }
+    }
+}
+
+fn introduce(connection: &mut Connection<Greeting>, prepared: &Prepared) -> Result<Introduction, Stranger> {
+    let preamble = connection.receive_preamble()?;
+    if preamble.role == Role::Control {
         let hello: Hello = connection.expect(FrameKind::Hello, "Hello")?;
         negotiate::check_identity(&hello, prepared)?;
-        if hello.resume != resume {
-            return Err(Refusal::NotPrepared { field: "resume" }.into());
-        }
-        Ok((preamble, hello))
-    })?;
-    Ok((connection, preamble, hello))
-}
-
-/// Waits for one more connection of the migration under way; gives its index.
-///
-/// # Errors
-/// When it does not come.
-pub fn accept_attached(
-    listener: &Listener,
-    identity: Option<&Identity>,
-    prepared: &Prepared,
-    role: Role,
-    deadline: Instant,
-) -> Result<(Connection<Transport>, u32), DestinationError> {
-    accept(listener, identity, deadline, |connection| {
-        not_its_role(connection.receive_preamble()?, role)?;
-        let attach: Attach = connection.expect(FrameKind::Attach, "Attach")?;
-        negotiate::check_attach(&attach, prepared)?;
-        connection.send(FrameKind::AttachAck, &Empty {})?;
-        Ok(attach.index)
-    })
-}
-
-fn not_its_role(preamble: Preamble, expected: Role) -> Result<(), Stranger> {
-    if preamble.role == expected {
-        return Ok(());
+        return Ok(Introduction::Control(preamble, Box::new(hello)));
     }
-    Err(Refusal::Role {
-        found: preamble.role,
-        expected,
-    }
-    .into())
-}
-
-fn accept<T>(
-    listener: &Listener,
-    identity: Option<&Identity>,
-    deadline: Instant,
-    mut greet: impl FnMut(&mut Connection<Greeting>) -> Result<T, Stranger>,
-) -> Result<(Connection<Transport>, T), DestinationError> {
-    loop {
-        let (transport, peer) = match listener.accept(identity, deadline) {
-            Ok(accepted) => accepted,
-            Err(error @ AcceptError::TurnedAway { .. }) => {
-                tracing::warn!(%error, "turned a connection away");
-                continue;
-            }
-            Err(error) => return Err(DestinationError::Accept(error)),
-        };
-        let mut connection = Connection::new(Greeting {
-            transport,
-            deadline: Instant::now() + GREETING_TIMEOUT,
-        });
-        match greet(&mut connection) {
-            Ok(greeted) => {
-                let connection = connection.map_stream(|greeting| greeting.transport);
-                connection
-                    .stream()
-                    .set_timeouts(Some(PEER_TIMEOUT))
-                    .map_err(WireError::from)?;
-                return Ok((connection, greeted));
-            }
-            Err(stranger) => {
-                tracing::warn!(%peer, reason = %stranger, "turned a connection away");
-                // A stranger need not hear it.
-                let _ = connection.send(FrameKind::Abort, &Abort::because(&stranger.to_string()));
-            }
-        }
-    }
+    let attach: Attach = connection.expect(FrameKind::Attach, "Attach")?;
+    negotiate::check_attach(&attach, prepared)?;
+    Ok(Introduction::Attached(preamble.role, attach.index))
 }

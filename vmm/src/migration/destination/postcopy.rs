@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::{ATTACH_TIMEOUT, Arrivals, Destination, DestinationError, Incoming, MAX_CONNECTIONS, greeting};
+use super::{ATTACH_TIMEOUT, Arrivals, Destination, DestinationError, Door, MAX_CONNECTIONS};
 use crate::migration::negotiate::Refusal;
 use crate::migration::postcopy::Links;
 use crate::migration::postcopy::destination::{Event, PostCopy, Session};
 use crate::migration::postcopy::page_set::PageSet;
-use crate::migration::transport::{AcceptError, Listener, Transport};
-use crate::migration::wire::{self, Connection, FrameKind, HelloAck, PEER_TIMEOUT, Role, WireError};
+use crate::migration::transport::{AcceptError, Transport};
+use crate::migration::wire::{self, Connection, FrameKind, HelloAck, PEER_TIMEOUT, Role};
 use crate::vm::Vm;
 
 /// How often a destination that waits for its source looks whether it still has to.
@@ -42,7 +42,7 @@ impl Destination<'_> {
     ) -> Result<Linked, DestinationError> {
         let pages = arrivals.wait_for_connections(PEER_TIMEOUT)?;
         let deadline = Instant::now() + ATTACH_TIMEOUT;
-        let [fault_requests, fault_pages] = fault_links(self.listener, self.incoming, deadline)?;
+        let [fault_requests, fault_pages] = fault_links(self.door, deadline)?;
         for connection in [&fault_requests, &fault_pages] {
             self.arbiter.watch(connection.stream())?;
         }
@@ -85,7 +85,8 @@ impl Fetching {
     }
 
     /// Goes on until nothing is missing, for as long as it takes.
-    pub fn run(self, listener: &Listener, incoming: &Incoming, tell: impl Fn(Event)) {
+    pub fn run(self, door: &Door, tell: impl Fn(Event)) {
+        door.expect_again();
         if let Err(error) = self.control.stream().set_timeouts(Some(PEER_TIMEOUT)) {
             tracing::debug!(%error, "the connection has ended");
         }
@@ -95,7 +96,7 @@ impl Fetching {
                 if stopped() || until.is_some_and(|until| now >= until) {
                     return None;
                 }
-                match accept_again(listener, incoming, now + LOOK) {
+                match accept_again(door, now + LOOK) {
                     Ok(ends) => return Some(ends),
                     Err(DestinationError::Accept(AcceptError::NobodyCame)) => {}
                     Err(error) => {
@@ -111,13 +112,10 @@ impl Fetching {
 
 /// Waits for the source to come again, with all of its connections.
 fn accept_again(
-    listener: &Listener,
-    incoming: &Incoming,
+    door: &Door,
     deadline: Instant,
 ) -> Result<(Connection<Transport>, Links<Transport>), DestinationError> {
-    let identity = incoming.identity.as_ref();
-    let (mut control, _, hello) =
-        greeting::accept_control(listener, identity, &incoming.prepared, true, deadline)?;
+    let (mut control, _, hello) = door.control_again(deadline)?;
     if !(1..=MAX_CONNECTIONS).contains(&hello.connections) {
         return Err(Refusal::Connections(hello.connections).into());
     }
@@ -129,9 +127,9 @@ fn accept_again(
     control.send(FrameKind::HelloAck, &ack)?;
     let deadline = Instant::now() + ATTACH_TIMEOUT;
     let pages = (0..hello.connections)
-        .map(|index| attached(listener, incoming, Role::Data, index, deadline))
+        .map(|index| door.attached(Role::Data, index, deadline))
         .collect::<Result<_, _>>()?;
-    let [fault_requests, fault_pages] = fault_links(listener, incoming, deadline)?;
+    let [fault_requests, fault_pages] = fault_links(door, deadline)?;
     let links = Links {
         pages,
         fault_requests,
@@ -140,33 +138,9 @@ fn accept_again(
     Ok((control, links))
 }
 
-fn fault_links(
-    listener: &Listener,
-    incoming: &Incoming,
-    deadline: Instant,
-) -> Result<[Connection<Transport>; 2], DestinationError> {
+fn fault_links(door: &Door, deadline: Instant) -> Result<[Connection<Transport>; 2], DestinationError> {
     Ok([
-        attached(listener, incoming, Role::FaultRequests, 0, deadline)?,
-        attached(listener, incoming, Role::FaultPages, 0, deadline)?,
+        door.attached(Role::FaultRequests, 0, deadline)?,
+        door.attached(Role::FaultPages, 0, deadline)?,
     ])
-}
-
-fn attached(
-    listener: &Listener,
-    incoming: &Incoming,
-    role: Role,
-    expected: u32,
-    deadline: Instant,
-) -> Result<Connection<Transport>, DestinationError> {
-    let identity = incoming.identity.as_ref();
-    let (connection, index) =
-        greeting::accept_attached(listener, identity, &incoming.prepared, role, deadline)?;
-    if index != expected {
-        return Err(Refusal::NotPrepared { field: "index" }.into());
-    }
-    connection
-        .stream()
-        .set_timeouts(Some(PEER_TIMEOUT))
-        .map_err(WireError::from)?;
-    Ok(connection)
 }

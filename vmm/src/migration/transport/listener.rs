@@ -1,7 +1,7 @@
 //! Where a destination waits for its source, and the first bytes of whoever comes.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, TcpListener};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
@@ -33,6 +33,7 @@ pub enum AcceptError {
     #[error("listening socket: {0}")]
     Listen(#[from] io::Error),
     /// Somebody came who is not who was expected. The wait can go on.
+    #[cfg(test)]
     #[error("{peer}: {reason}")]
     TurnedAway {
         /// Who.
@@ -54,8 +55,9 @@ pub struct Listener {
 /// A connection of which nothing is known yet.
 #[derive(Debug)]
 pub struct Accepted {
-    socket: Socket,
+    socket: Arc<Socket>,
     peer: String,
+    address: Option<IpAddr>,
 }
 
 impl Listener {
@@ -103,12 +105,9 @@ impl Listener {
         Ok(Closer(Arc::downgrade(&self.socket)))
     }
 
-    /// Waits for one connection and finds out who it is. Where several may come, use the two steps apart, so that a
-    /// silent stranger does not hold up the right one.
-    ///
-    /// # Errors
-    /// See [`AcceptError`]; after `TurnedAway` the wait can go on.
-    pub fn accept(
+    /// Waits for one connection and finds out who it is: the two steps in one, for tests, which know who comes.
+    #[cfg(test)]
+    pub(crate) fn accept(
         &self,
         identity: Option<&Identity>,
         deadline: Instant,
@@ -133,16 +132,20 @@ impl Listener {
                 None => return Err(AcceptError::Closed),
             }
             let accepted = match &*self.socket {
-                Socket::TcpListener(listener) => listener
-                    .accept()
-                    .map(|(stream, peer)| (Socket::Tcp(stream), name_of(peer))),
-                Socket::UnixListener(listener) => listener
-                    .accept()
-                    .map(|(stream, _)| (Socket::Unix(stream), "this host".into())),
+                Socket::TcpListener(listener) => listener.accept().map(|(stream, peer)| Accepted {
+                    socket: Arc::new(Socket::Tcp(stream)),
+                    peer: peer.to_string(),
+                    address: Some(network_of(peer.ip())),
+                }),
+                Socket::UnixListener(listener) => listener.accept().map(|(stream, _)| Accepted {
+                    socket: Arc::new(Socket::Unix(stream)),
+                    peer: "this host".into(),
+                    address: None,
+                }),
                 _ => unreachable!("bind makes no other"),
             };
             match accepted {
-                Ok((socket, peer)) => return Ok(Accepted { socket, peer }),
+                Ok(accepted) => return Ok(accepted),
                 // What shutdown makes of a listening socket.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Err(AcceptError::Closed),
                 // Whoever it was has gone again, which is no reason to stop waiting for the right one.
@@ -153,8 +156,12 @@ impl Listener {
     }
 }
 
-fn name_of(peer: SocketAddr) -> String {
-    peer.to_string()
+/// What one host may have addresses of: IPv6 comes in networks of 64 bits.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & u128::MAX << 64).into(),
+        address @ IpAddr::V4(_) => address,
+    }
 }
 
 /// accept(2) passes on network errors of the connection that it would have returned.
@@ -194,6 +201,18 @@ impl Accepted {
         &self.peer
     }
 
+    /// The address that it comes from, for counting: of IPv6 the network. None within this host.
+    #[must_use]
+    pub fn address(&self) -> Option<IpAddr> {
+        self.address
+    }
+
+    /// What ends it from another thread, greeted or not.
+    #[must_use]
+    pub fn closer(&self) -> Closer {
+        Closer(Arc::downgrade(&self.socket))
+    }
+
     /// Finds out who it is, within 2 s: with an identity only the node it names, over TLS; without one only plain
     /// streams. Whoever is turned away is told why, where it can understand that. A Unix socket is always plain, and for
     /// the same user (or root) only.
@@ -204,7 +223,7 @@ impl Accepted {
         let Self { socket, .. } = self;
         let deadline = Instant::now() + GREETING_TIMEOUT;
         socket.tune()?;
-        if let Socket::Unix(stream) = &socket {
+        if let Socket::Unix(stream) = &*socket {
             let user = socket::peer_user(stream)?;
             // SAFETY: no arguments, no memory, cannot fail.
             let own = unsafe { libc::geteuid() };
@@ -233,14 +252,14 @@ impl Accepted {
     }
 }
 
-fn finished(socket: Socket, session: Option<Box<tls::Session>>) -> Result<Transport, TransportError> {
+fn finished(socket: Arc<Socket>, session: Option<Box<tls::Session>>) -> Result<Transport, TransportError> {
     let transport = Transport::new(socket, session);
     transport.set_timeouts(None)?;
     Ok(transport)
 }
 
 /// Tells a source of any version, in a frame that all of them know.
-fn turn_plaintext_away(socket: Socket, deadline: Instant) -> TransportError {
+fn turn_plaintext_away(socket: Arc<Socket>, deadline: Instant) -> TransportError {
     let refusal = TransportError::PlaintextSource;
     let transport = Transport::new(socket, None);
     let mut connection = Connection::new(transport);

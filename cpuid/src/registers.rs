@@ -70,7 +70,7 @@ const fn feature(leaf: u32, index: u32, register: Register, not_features: u32) -
 }
 
 /// Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
-pub(crate) const FEATURE_REGISTERS: [FeatureRegister; 33] = {
+pub(crate) const FEATURE_REGISTERS: [FeatureRegister; 31] = {
     use Register::{Eax, Ebx, Ecx, Edx};
     [
         feature(1, 0, Ecx, HYPERVISOR | OSXSAVE | TSC_DEADLINE),
@@ -102,8 +102,6 @@ pub(crate) const FEATURE_REGISTERS: [FeatureRegister; 33] = {
         feature(0x8000_0007, 0, Ebx, 0),
         feature(0x8000_0007, 0, Edx, 0),
         feature(0x8000_0008, 0, Ebx, 0),
-        feature(0x8000_000a, 0, Edx, 0),
-        feature(0x8000_001f, 0, Eax, 0),
         feature(0x8000_0021, 0, Eax, 0),
         feature(0x8000_0022, 0, Eax, 0),
     ]

@@ -16,6 +16,17 @@ use crate::migration::wire::{Connection, Empty, FrameKind, Hello, HelloAck, Role
 const TALKER: [u8; 15] = [
     0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xf1,
 ];
+/// The same on two CPUs: the first writes `A`s, the other `B`s, from real mode.
+const TALKER_OF_TWO: [u8; 52] = [
+    // mov rax, imm64; mov edi, 0x8000; mov [rdi], rax. The number is the second's code: mov al, 'B'; mov dx, 0x3f8; out dx, al; jmp
+    // back to out
+    0x48, 0xb8, 0xb0, 0x42, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd, 0xbf, 0x00, 0x80, 0x00, 0x00, 0x48, 0x89,
+    0x07,
+    // mov ebx, 0xfee00300, the local APIC's command register; INIT, then "start at 0x8000", to all but this CPU
+    0xbb, 0x00, 0x03, 0xe0, 0xfe, 0xc7, 0x03, 0x00, 0x45, 0x0c, 0x00, 0xc7, 0x03, 0x08, 0x46, 0x0c, 0x00,
+    // mov al, 'A'; mov dx, 0x3f8; inc qword [0x200000]; out dx, al and back to inc
+    0xb0, 0x41, 0x66, 0xba, 0xf8, 0x03, 0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xee, 0xeb, 0xf5,
+];
 const CODE_AT: u64 = 0x10_0000;
 const MEMORY: u64 = 8 << 20;
 const TOKEN: &str = "a secret";
@@ -102,13 +113,13 @@ fn until(what: &str, mut happened: impl FnMut() -> bool) {
 
 /// A VM at epoch 1 that talks, and the directory of its kernel. `None` where a test may do without KVM.
 fn talker(backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> {
-    let booted = boot(&TALKER, backing)?;
+    let booted = guest(&TALKER, 1, backing)?;
     booted.0.until_it_runs();
     Some(booted)
 }
 
-/// The same with a guest that is no more than `code`, in ring 0.
-fn boot(code: &[u8], backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> {
+/// The same with a guest that is no more than `code`, in ring 0 of each CPU.
+fn guest(code: &[u8], cpus: u32, backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile::TempDir)> {
     if let Err(error) = build::open_kvm() {
         assert!(std::env::var_os("SHOAL_SKIP_KVM").is_some(), "{error}");
         eprintln!("skipped without KVM: {error}");
@@ -121,7 +132,7 @@ fn boot(code: &[u8], backing: MemoryBacking) -> Option<(Owner, VmSpec, tempfile:
         vm_id: VmId::new(),
         name: "talker".to_owned(),
         epoch: Epoch(1),
-        cpus: 1,
+        cpus,
         memory_bytes: MEMORY,
         kernel,
         initrd: None,
@@ -152,6 +163,30 @@ fn migrate(from: &Owner, id: MigrationId, to: Address, policy: Policy) -> Result
     from.ask(|reply| Command::StartMigration(Box::new(outgoing(id, to, policy)), reply))
 }
 
+/// Makes it the destination, at epoch 2. Answers where it listens.
+fn prepare(
+    destination: &Owner,
+    spec: VmSpec,
+    id: MigrationId,
+    listen: Address,
+) -> Result<Address, ControlError> {
+    let incoming = IncomingRequest {
+        prepared: Prepared {
+            spec: VmSpec {
+                epoch: Epoch(2),
+                kernel: PathBuf::new(),
+                ..spec
+            },
+            migration_id: id,
+            token: TOKEN.to_owned(),
+        },
+        listen,
+        commit_timeout: PATIENCE,
+        identity: None,
+    };
+    destination.ask(|reply| Command::PrepareIncoming(Box::new(incoming), reply))
+}
+
 fn anywhere() -> Address {
     Address::Tcp(([127, 0, 0, 1], 0).into())
 }
@@ -174,7 +209,7 @@ fn last_words(text: &str, then: &[u8]) -> Vec<u8> {
 
 /// How a guest that is `code` has failed. `None` where a test may do without KVM.
 fn failure(code: &[u8]) -> Option<String> {
-    let (owner, ..) = boot(code, MemoryBacking::Anonymous)?;
+    let (owner, ..) = guest(code, 1, MemoryBacking::Anonymous)?;
     until("the guest to end", || owner.state() != VmState::Running);
     assert_eq!(owner.state(), VmState::Failed);
     Some(owner.handle.status().borrow().status_message.clone())
@@ -269,21 +304,7 @@ fn a_paused_vm_migrates_and_is_paused_there() {
         };
         let handed_over = matches!(to, Address::Unix(_));
         let (destination, id) = (Owner::start(), MigrationId::new());
-        let incoming = IncomingRequest {
-            prepared: Prepared {
-                spec: VmSpec {
-                    epoch: Epoch(2),
-                    kernel: PathBuf::new(),
-                    ..spec
-                },
-                migration_id: id,
-                token: TOKEN.to_owned(),
-            },
-            listen: to,
-            commit_timeout: PATIENCE,
-            identity: None,
-        };
-        let address = destination.ask(|reply| Command::PrepareIncoming(Box::new(incoming), reply));
+        let address = prepare(&destination, spec, id, to);
         source.pause(1).expect("paused");
         let at = source.written();
         migrate(&source, id, address.expect("it listens"), policy).expect("started");
@@ -323,6 +344,29 @@ fn a_paused_vm_migrates_and_is_paused_there() {
         destination.resume(2).expect("resumed");
         destination.until_it_runs();
     }
+}
+
+/// The second CPU is in real mode, waits for nothing and uses no memory but its code.
+#[test]
+fn both_cpus_of_a_vm_run_before_and_after_it_migrates() {
+    let Some((source, spec, _kernel)) = guest(&TALKER_OF_TWO, 2, MemoryBacking::Anonymous) else {
+        return;
+    };
+    let both_talk = |owner: &Owner| {
+        let from = owner.written();
+        until("both CPUs to write", || {
+            let new = owner.handle.console().read(from, 1 << 20).data;
+            new.contains(&b'A') && new.contains(&b'B')
+        });
+    };
+    both_talk(&source);
+    let (destination, id) = (Owner::start(), MigrationId::new());
+    let address = prepare(&destination, spec, id, anywhere()).expect("it listens");
+    migrate(&source, id, address, Policy::default()).expect("started");
+    let report = source.report();
+    assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
+    until("the VM to run there", || destination.state() == VmState::Running);
+    both_talk(&destination);
 }
 
 /// What the destination of a migration sees of Hello, and the connection.

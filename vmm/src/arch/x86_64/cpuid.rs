@@ -14,6 +14,9 @@ const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const LEAF_AMD_CORES: u32 = 0x8000_0008;
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
+/// SVM and encrypted VMs, of which a guest here has neither.
+const LEAF_AMD_SVM: u32 = 0x8000_000a;
+const LEAF_AMD_SEV: u32 = 0x8000_001f;
 /// Nested virtualization is not offered: its state is not saved.
 const VMX_BIT: u32 = 1 << 5;
 const SVM_BIT: u32 = 1 << 2;
@@ -36,7 +39,7 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
     entries.retain(|entry| {
         !matches!(
             entry.function,
-            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 | LEAF_HYPERVISOR_TIMING
+            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 | LEAF_HYPERVISOR_TIMING | LEAF_AMD_SVM | LEAF_AMD_SEV
         )
     });
     let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
@@ -188,6 +191,25 @@ mod tests {
             restrict(&avx2, &to_table(&avx2_and_avx512f)),
             Err(vec!["AVX512F".to_owned()])
         );
+    }
+
+    #[test]
+    fn no_nested_virtualization_is_shown() {
+        let kvm = match Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) if std::env::var_os("SHOAL_SKIP_KVM").is_some() => {
+                eprintln!("skipped without KVM: {error}");
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        for entry in supported(&kvm, 1, 1_000_000).expect("a table") {
+            match entry.function {
+                LEAF_FEATURES => assert_eq!(entry.ecx & VMX_BIT, 0),
+                LEAF_AMD_FEATURES => assert_eq!(entry.ecx & SVM_BIT, 0),
+                leaf => assert!(![LEAF_AMD_SVM, LEAF_AMD_SEV].contains(&leaf), "{leaf:#x}"),
+            }
+        }
     }
 
     #[test]

@@ -28,7 +28,6 @@ fn door() -> (Door, Address, Prepared) {
         kernel: "".into(),
         initrd: None,
         cmdline: String::new(),
-        cmdline_software_kvm: String::new(),
         memory_backing: MemoryBacking::Auto,
         cpu_baseline: Table::default(),
         console_offset: 0,

@@ -1,4 +1,4 @@
-//! Linux guests. They take long to boot where ring 0 is emulated, so there are few of them.
+//! Linux guests, moved and ended.
 
 use std::process::Stdio;
 
@@ -30,13 +30,13 @@ fn linux_counts_on_while_it_is_moved_twice() {
     ];
     cluster.shoal.json(&run);
     let counts = || guest::counts(&cluster.logs("counter"));
-    wait::until_true("Linux to boot and count", seconds(90), || counts().len() >= 3);
+    wait::until_true("Linux to boot and count", seconds(30), || counts().len() >= 3);
 
     for to in ["node2", "node1"] {
         let report = cluster.shoal.json(&["migrate", "counter", "--to", to]);
         assert_eq!(report["result"], "completed", "{report}");
         let before = counts().len();
-        wait::until_true("Linux to count on", seconds(60), || counts().len() >= before + 3);
+        wait::until_true("Linux to count on", seconds(30), || counts().len() >= before + 3);
     }
 
     let numbers = counts();
@@ -73,4 +73,27 @@ fn run_shows_the_console_and_exits_with_the_status_of_the_command() {
     for line in ["<two  words>", "<100% \"quoted\" 'ü'>"] {
         assert!(console.contains(line), "{line} in:\n{}", guest::tail(&console));
     }
+}
+
+#[test]
+fn a_kernel_that_panics_has_failed_and_says_why() {
+    let Some(machine) = Machine::with_kvm("a kernel panic") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let script = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60";
+    let output = cluster
+        .shoal
+        .command(&["run", "linux", "--name", "doomed", "--", "sh", "-c", script])
+        .stdin(Stdio::null())
+        .output()
+        .expect("shoal starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the guest says: kernel panic: sysrq triggered crash"), "{said}");
+    let vm = cluster.shoal.json(&["inspect", "doomed"]);
+    assert_eq!(vm["state"], "failed", "{vm}");
+    // The console has what the kernel said before.
+    let console = cluster.logs("doomed");
+    assert!(console.contains("Kernel panic - not syncing"), "{}", guest::tail(&console));
 }

@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod check;
+mod checks_image;
 mod context;
 mod cpio;
 mod demo;

@@ -14,6 +14,7 @@ mod fault_table;
 mod fleet;
 mod ha;
 mod linux;
+mod linux_checks;
 mod memory_backing;
 mod memory_sampling;
 mod metrics;

@@ -14,6 +14,7 @@ use crate::images::{self, Image};
 /// If something cannot be built, a guest is harmed or something is left behind.
 pub fn run_soak(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
-    images::build(context, Image::Probe)?;
+    let linux = options.iter().any(|option| option == "--linux");
+    images::build(context, if linux { Image::LinuxChecks } else { Image::Probe })?;
     run(Command::new(program(context, "shoal-soak")).args(options))
 }

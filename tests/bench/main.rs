@@ -9,6 +9,7 @@ mod cloud_hypervisor;
 mod figures;
 mod gap;
 mod goals;
+mod linux;
 mod memory;
 mod place;
 mod process;
@@ -58,6 +59,8 @@ enum Command {
     Agents(agents::Agents),
     /// Measure what it costs to sample how guests write their memory
     Sampling(sampling::Sampling),
+    /// Measure a Linux guest, in Shoal's VMM and in QEMU, and how long one takes to run a command
+    Linux(linux::Linux),
     /// One end of a stream that tells what a link carries
     #[command(hide = true)]
     Stream { role: String, address: String },
@@ -119,9 +122,13 @@ fn main() -> Result<ExitCode> {
         agents::run(options)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Some(_lock) = Lock::with_kvm("the benchmark") else {
+    let Some(lock) = Lock::with_kvm("the benchmark") else {
         return Ok(ExitCode::SUCCESS);
     };
+    if let Some(Command::Linux(options)) = &arguments.command {
+        linux::run(lock, machine(options.no_qemu)?, options)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -160,7 +167,7 @@ fn write(common: &Common, report: &impl Serialize) -> Result<()> {
 }
 
 fn measure(runtime: &Runtime, options: &Basic) -> Result<Report> {
-    let machine = machine(&options.common)?;
+    let machine = machine(options.common.no_qemu)?;
     println!("{}", table::machine(&machine));
     let references = references::measure()?;
     println!("{}", table::references(&references, None));
@@ -191,7 +198,7 @@ fn measure(runtime: &Runtime, options: &Basic) -> Result<Report> {
 }
 
 fn measure_migration(runtime: &Runtime, options: &Migrate) -> Result<MigrateReport> {
-    let machine = machine(&options.common)?;
+    let machine = machine(options.common.no_qemu)?;
     println!("{}", table::machine(&machine));
     let named = |case: &Case| {
         options
@@ -277,7 +284,7 @@ fn run_cases(
     Ok(reports)
 }
 
-fn machine(common: &Common) -> Result<Machine> {
+fn machine(no_qemu: bool) -> Result<Machine> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.starts_with(name));
@@ -286,7 +293,7 @@ fn machine(common: &Common) -> Result<Machine> {
     };
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split(' ').next().context("no load in /proc/loadavg")?;
-    let peer = |version: fn() -> Option<String>| if common.no_qemu { None } else { version() };
+    let peer = |version: fn() -> Option<String>| if no_qemu { None } else { version() };
     Ok(Machine {
         cpus: std::thread::available_parallelism()?.get(),
         cpu_model: field("model name").to_owned(),

@@ -20,7 +20,8 @@ use crate::place::{DESTINATION, Place, SOURCE};
 use crate::process::{cpu_time, memory_beyond_guest};
 use crate::qmp::{Qmp, time_of};
 
-const PROGRAM: &str = "qemu-system-x86_64";
+/// Its program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
 const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(5);
 /// Far above what any link here takes.

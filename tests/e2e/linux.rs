@@ -90,10 +90,17 @@ fn a_kernel_that_panics_has_failed_and_says_why() {
         .expect("shoal starts");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("the guest says: kernel panic: sysrq triggered crash"), "{said}");
+    assert!(
+        said.contains("the guest says: kernel panic: sysrq triggered crash"),
+        "{said}"
+    );
     let vm = cluster.shoal.json(&["inspect", "doomed"]);
     assert_eq!(vm["state"], "failed", "{vm}");
     // The console has what the kernel said before.
     let console = cluster.logs("doomed");
-    assert!(console.contains("Kernel panic - not syncing"), "{}", guest::tail(&console));
+    assert!(
+        console.contains("Kernel panic - not syncing"),
+        "{}",
+        guest::tail(&console)
+    );
 }

@@ -15,6 +15,7 @@ mod fleet;
 mod ha;
 mod kvm_kinds;
 mod linux;
+mod linux_checks;
 mod memory_backing;
 mod memory_sampling;
 mod metrics;

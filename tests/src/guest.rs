@@ -146,6 +146,74 @@ pub fn assert_consecutive(what: &str, numbers: &[u64]) {
     check_consecutive(what, numbers).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
+/// A line that `checks stress` prints once a second.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StressBeat {
+    /// Rises by one.
+    pub n: u64,
+    /// Checks that have run.
+    pub rounds: u64,
+    /// Those that have failed.
+    pub fails: u64,
+    /// Since boot, by the guest's clock.
+    pub uptime_ms: u64,
+}
+
+/// The heartbeats of `checks stress`, as far as their lines are complete.
+#[must_use]
+pub fn stress_beats(console: &str) -> Vec<StressBeat> {
+    let parse = |line: &str| {
+        let words = line.trim_end().strip_prefix("stress n=")?;
+        let line = format!("n={words}");
+        let get = |name: &str| {
+            let value = line
+                .split(' ')
+                .find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+            value?.parse().ok()
+        };
+        Some(StressBeat {
+            n: get("n")?,
+            rounds: get("rounds")?,
+            fails: get("fails")?,
+            uptime_ms: get("uptime_ms")?,
+        })
+    };
+    complete_lines(console).filter_map(parse).collect()
+}
+
+/// Whether the heartbeats of `checks stress` are without hole or repeat, the guest's clock rises and no check failed.
+///
+/// # Errors
+/// What was wrong, in words.
+pub fn check_stress(console: &str) -> Result<(), String> {
+    let beats = stress_beats(console);
+    let failed: Vec<&str> = complete_lines(console)
+        .filter(|line| line.starts_with("FAIL "))
+        .collect();
+    if let Some(first) = failed.first() {
+        return Err(format!("{} failed, first: {first}", failed.len()));
+    }
+    let Some(last) = beats.last() else {
+        return Err(format!("no heartbeat in:\n{}", tail(console)));
+    };
+    let numbers: Vec<u64> = beats.iter().map(|beat| beat.n).collect();
+    check_consecutive("heartbeats", &numbers)?;
+    if let Some(pair) = beats
+        .windows(2)
+        .find(|pair| pair[1].uptime_ms <= pair[0].uptime_ms)
+    {
+        return Err(format!("the guest's clock went back: {pair:?}"));
+    }
+    if beats[0].n != 1 || last.fails > 0 {
+        return Err(format!(
+            "{last:?}, the first was {:?}:\n{}",
+            beats[0],
+            tail(console)
+        ));
+    }
+    Ok(())
+}
+
 fn complete_lines(console: &str) -> impl Iterator<Item = &str> {
     let end = console.rfind('\n').map_or(0, |last| last + 1);
     console[..end].lines()
@@ -175,6 +243,26 @@ mod tests {
         assert_eq!((lengths, beats[1].gaps[0].end_us), (vec![250, 300], 1_500_000));
         assert_unharmed(GOOD);
         assert_eq!(counts("boot\ncount 0\ncount 1\r\ncount"), [0, 1]);
+    }
+
+    #[test]
+    fn stress_that_fails_or_stumbles_is_found() {
+        let good = "boot\nstress n=1 rounds=7 fails=0 skips=1 uptime_ms=1500\r\nstress n=2 rounds=9 fails=0 skips=1 uptime_ms=2500\nstr";
+        assert_eq!(
+            stress_beats(good).last().map(|beat| (beat.n, beat.rounds)),
+            Some((2, 9))
+        );
+        check_stress(good).expect("good");
+        for (from, to) in [
+            ("n=2", "n=3"),
+            ("n=1", "n=0"),
+            ("=2500", "=1500"),
+            ("rounds=9 fails=0", "rounds=9 fails=1"),
+            ("boot", "FAIL x: y"),
+        ] {
+            assert!(check_stress(&good.replace(from, to)).is_err(), "{from} {to}");
+        }
+        assert!(check_stress("boot").is_err());
     }
 
     #[test]

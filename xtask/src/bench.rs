@@ -7,11 +7,13 @@ use anyhow::Result;
 use crate::build::{program, programs};
 use crate::context::{Context, run};
 use crate::images::{self, Image};
+use crate::kernel::Kernel;
 
 /// Words that ask for more than the basic cases, each with a file of its own for its figures.
-const COMMANDS: [(&str, &str); 3] = [
+const COMMANDS: [(&str, &str); 4] = [
     ("migrate", "migrate.json"),
     ("agents", "agents.json"),
+    ("linux", "linux.json"),
     ("sampling", "sampling.json"),
 ];
 
@@ -21,9 +23,11 @@ const COMMANDS: [(&str, &str); 3] = [
 /// If something cannot be built, a migration fails or a guest is harmed.
 pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
     programs(context)?;
-    images::build(context, Image::Probe, &[])?;
     let asked = |(word, _): &&(&str, &str)| options.first().is_some_and(|first| first == word);
     let name = COMMANDS.iter().find(asked).map(|(_, name)| *name);
+    let linux = name == Some("linux.json");
+    let image = if linux { Image::LinuxChecks } else { Image::Probe };
+    images::build(context, image, &[Kernel::of_this_host()])?;
     let (command, options) = options.split_at(usize::from(name.is_some()));
     let name = name.unwrap_or("bench.json");
     run(Command::new(program(context, "shoal-bench"))

@@ -59,10 +59,7 @@ pub fn run_demo(context: &Context, keep: bool) -> Result<()> {
 }
 
 fn tell(cluster: &Cluster) -> Result<()> {
-    step(
-        "booting Linux on node1",
-        || boot_counter(cluster),
-    )?;
+    step("booting Linux on node1", || boot_counter(cluster))?;
     step("moving it to node2 while it counts", || move_counter(cluster))?;
     step("overloading node3 with four VMs that will not fit it", || {
         overload(cluster)

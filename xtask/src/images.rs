@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use crate::context::{Context, run, step};
 use crate::cpio::Archive;
 use crate::kernel::{self, Kernel};
-use crate::packages;
+use crate::{checks_image, packages};
 
 /// The program that is most of the Linux image's root: Debian's `busybox-static`.
 pub const BUSYBOX: &str = "/bin/busybox";
@@ -82,6 +82,8 @@ pub enum Image {
     Probe,
     /// Linux with busybox
     Linux,
+    /// The same with `checks`, which tries from within what a Linux guest must do right
+    LinuxChecks,
 }
 
 impl Image {
@@ -89,6 +91,7 @@ impl Image {
         match self {
             Self::Probe => "probe",
             Self::Linux => "linux",
+            Self::LinuxChecks => "linux-checks",
         }
     }
 }
@@ -99,12 +102,12 @@ pub fn directory(context: &Context, image: Image) -> PathBuf {
     context.target().join("images").join(image.name())
 }
 
-/// Builds every image, with these kernels for Linux.
+/// Builds every image, with these kernels for Linux; `linux` is built with `linux-checks`.
 ///
 /// # Errors
 /// As [`build`].
 pub fn build_all(context: &Context, kernels: &[Kernel]) -> Result<()> {
-    [Image::Probe, Image::Linux]
+    [Image::Probe, Image::LinuxChecks]
         .into_iter()
         .try_for_each(|image| build(context, image, kernels))
 }
@@ -153,6 +156,10 @@ pub fn build(context: &Context, image: Image, kernels: &[Kernel]) -> Result<()> 
             files.push(("initramfs.cpio", initramfs(&fs::read(init)?, &busybox)));
             assemble(context, image, Some(kernels), &files)
         }
+        Image::LinuxChecks => {
+            build(context, Image::Linux, kernels)?;
+            checks_image::assemble(context)
+        }
     }
 }
 
@@ -174,12 +181,15 @@ fn guest_program(context: &Context, package: &str, program: &str) -> Result<Path
     Ok(guest_target(context).join("release").join(program))
 }
 
-fn guest_target(context: &Context) -> PathBuf {
+/// Where the guest programs are built.
+#[must_use]
+pub fn guest_target(context: &Context) -> PathBuf {
     context.target().join("guests")
 }
 
 /// `cargo` in the guests' own workspace.
-fn guest_cargo(context: &Context, command: &str) -> Command {
+#[must_use]
+pub fn guest_cargo(context: &Context, command: &str) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .args([command, "--locked", "--target-dir"])
@@ -238,7 +248,10 @@ fn with_kernels(manifest: &str, kernels: &[Kernel]) -> Result<String> {
 }
 
 /// Writes a file so that who opens it meanwhile finds the old or the new one, whole.
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// If it cannot be written.
+pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let new = path.with_extension("new");
     fs::write(&new, content)
         .and_then(|()| fs::rename(&new, path))
@@ -263,7 +276,8 @@ fn initramfs(init: &[u8], busybox: &[u8]) -> Vec<u8> {
 }
 
 /// Whether this is an ELF program that needs no dynamic linker: none of its program headers is PT_INTERP.
-fn is_static_elf(program: &[u8]) -> bool {
+#[must_use]
+pub fn is_static_elf(program: &[u8]) -> bool {
     program.starts_with(b"\x7fELF\x02") && has_interpreter(program) == Some(false)
 }
 

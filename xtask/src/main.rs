@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod check;
+mod checks_image;
 mod context;
 mod cpio;
 mod demo;
@@ -59,15 +60,17 @@ enum Command {
         lints: bool,
     },
     /// Measure start, memory and migration, beside QEMU if it is installed; `bench migrate`: migrations of every kind;
-    /// `bench agents`: a scheduler under load; `bench sampling`: what samples of guests cost
+    /// `bench agents`: a scheduler under load; `bench sampling`: what samples of guests cost; `bench linux`: a Linux guest,
+    /// in QEMU too
     Bench {
-        /// `migrate`, `agents` or `sampling`, and options: --runs N, --case NAME, --quick, --no-qemu, --max-downtime-ms N, --cold, --out PATH
+        /// `migrate`, `agents`, `sampling` or `linux`, and options: --runs N, --case NAME, --quick, --no-qemu, --max-downtime-ms N, --cold, --out PATH
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
     /// Migrate a guest again and again, by every policy, and check that nothing is harmed or left behind
     Soak {
-        /// --migrations N (500), --seed S
+        /// --migrations N (500), --seed S; `--linux`: boots of a Linux guest, and moves amid its checks: --boots N (500),
+        /// --minutes N (30), --migrations N (200), --seed S
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },

@@ -4,9 +4,11 @@
 //! - [`plan`]: what each move is like, by the seed alone
 //! - [`chain`]: from VMM to VMM, the bulk
 //! - [`through_cluster`]: through a cluster, as a user asks for it
+//! - [`linux`]: Linux guests, booted in a row, and moved amid stress
 //! - [`summary`]: what there is to tell
 
 pub mod chain;
+pub mod linux;
 pub mod plan;
 pub mod summary;
 pub mod through_cluster;

@@ -21,7 +21,6 @@ const LOG_TAIL: usize = 15;
 pub struct Context {
     root: PathBuf,
     target: PathBuf,
-    given_up: AtomicBool,
 }
 
 impl Context {
@@ -40,11 +39,7 @@ impl Context {
         }
         let target =
             std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path));
-        Ok(Self {
-            root,
-            target,
-            given_up: AtomicBool::new(false),
-        })
+        Ok(Self { root, target })
     }
 
     /// The repository.
@@ -57,11 +52,6 @@ impl Context {
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
-    }
-
-    /// Ends commands that run with their output in a log, now and later.
-    pub fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
     }
 
     /// A directory below the target directory, made if it is not there.
@@ -87,11 +77,19 @@ pub fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(result)
 }
 
+/// Whether commands that run with their output in a log are to end, now and later.
+static GIVEN_UP: AtomicBool = AtomicBool::new(false);
+
+/// Ends what [`run_logged`] runs on other threads: a step has failed, so that the rest is in vain.
+pub fn give_up() {
+    GIVEN_UP.store(true, Ordering::Relaxed);
+}
+
 /// Runs a command with its output in a log file. Shows that it goes on, and the end of the log if it fails.
 ///
 /// # Errors
 /// If the command cannot be run or fails, or if another step has failed meanwhile.
-pub fn run_logged(context: &Context, command: &mut Command, log: &Path) -> Result<()> {
+pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command
         .stdin(Stdio::null())
@@ -107,7 +105,7 @@ pub fn run_logged(context: &Context, command: &mut Command, log: &Path) -> Resul
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        if context.given_up.load(Ordering::Relaxed) {
+        if GIVEN_UP.load(Ordering::Relaxed) {
             child.kill()?;
             child.wait()?;
             bail!("ended, as another step failed");

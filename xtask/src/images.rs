@@ -9,7 +9,7 @@ use std::thread;
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::context::{Context, run, step};
+use crate::context::{Context, give_up, run, step};
 use crate::cpio::Archive;
 use crate::kernel::{self, Kernel};
 use crate::{checks_image, packages};
@@ -123,7 +123,7 @@ pub fn build_all_beside(context: &Context, others: impl FnOnce() -> Result<()>) 
         let kernel = scope.spawn(|| kernel::build(context, host));
         let others = others();
         if others.is_err() {
-            context.give_up();
+            give_up();
         }
         let kernel = kernel.join().unwrap_or_else(|panic| resume_unwind(panic));
         others.and(kernel)

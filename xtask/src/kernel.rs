@@ -111,9 +111,9 @@ pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
         println!("    {name} kernel: up to date");
         return Ok(kernel);
     }
-    let source = prepare_source(context, &recipe, &directory)?;
+    let source = prepare_source(&recipe, &directory)?;
     let output = directory.join(name);
-    configure(context, &recipe, &output, &source)?;
+    configure(&recipe, &output, &source)?;
     fs::write(&stamp, "")?;
     step(
         &format!("building the {name} kernel (takes minutes, once)"),
@@ -121,13 +121,11 @@ pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
             let jobs = thread::available_parallelism().map_or(1, usize::from);
             let mut make = make(&source, &output);
             run_logged(
-                context,
                 make.arg(format!("-j{jobs}")).arg("vmlinux"),
                 &output.join("build.log"),
             )?;
             let mut strip = Command::new("strip");
             run_logged(
-                context,
                 strip.arg("-o").arg(&kernel).arg(output.join("vmlinux")),
                 &output.join("strip.log"),
             )
@@ -138,7 +136,7 @@ pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
 }
 
 /// Unpacks and patches the sources, unless that has been done.
-fn prepare_source(context: &Context, recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
+fn prepare_source(recipe: &Recipe, directory: &Path) -> Result<PathBuf> {
     let (source, stamp) = (directory.join(SOURCE_DIRECTORY), directory.join("source-stamp"));
     if source.is_dir() && is_current(&stamp, &recipe.source_stamp()) {
         return Ok(source);
@@ -155,7 +153,6 @@ fn prepare_source(context: &Context, recipe: &Recipe, directory: &Path) -> Resul
         }
         let mut tar = Command::new("tar");
         run_logged(
-            context,
             tar.args(["-xJf", SOURCE, "-C"]).arg(directory),
             &directory.join("unpack.log"),
         )?;
@@ -166,7 +163,7 @@ fn prepare_source(context: &Context, recipe: &Recipe, directory: &Path) -> Resul
                 .arg(&source)
                 .arg("--input")
                 .arg(path);
-            run_logged(context, &mut patch, &directory.join("patch.log"))?;
+            run_logged(&mut patch, &directory.join("patch.log"))?;
         }
         fs::write(&stamp, recipe.source_stamp())?;
         Ok(source)
@@ -175,13 +172,12 @@ fn prepare_source(context: &Context, recipe: &Recipe, directory: &Path) -> Resul
 
 /// Writes the configuration and lets the kernel complete it. What we ask for must survive: it does not if the kernel no longer has
 /// an option, or wants another one for it.
-fn configure(context: &Context, recipe: &Recipe, output: &Path, source: &Path) -> Result<()> {
+fn configure(recipe: &Recipe, output: &Path, source: &Path) -> Result<()> {
     step("configuring the kernel", || {
         fs::create_dir_all(output)?;
         let config = output.join(".config");
         fs::write(&config, &recipe.config)?;
         run_logged(
-            context,
             make(source, output).arg("olddefconfig"),
             &output.join("config.log"),
         )?;

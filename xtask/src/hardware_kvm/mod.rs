@@ -15,6 +15,7 @@ use anyhow::{Result, bail};
 
 use crate::build::programs;
 use crate::context::{Context, step};
+use crate::kernel::Kernel;
 use crate::{images, packages};
 use machine::Machine;
 use outfit::Outfit;
@@ -45,7 +46,7 @@ pub fn run_tests(context: &Context, selection: Selection, filter: Option<&str>) 
     }
     let outfit = Outfit::fetch(context)?;
     programs(context)?;
-    images::build_all(context)?;
+    images::build_all(context, &Kernel::ALL)?;
     let tests = step("building the tests", || {
         selection::tests(context, selection, filter)
     })?;

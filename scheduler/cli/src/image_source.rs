@@ -228,7 +228,7 @@ fn named_files(
         .map_err(|error| CliError::Failed(format!("{}: {MANIFEST}: {error}", path.display())))?;
     if names.kernel.is_none() && names.software_kvm.kernel.is_none() {
         return Err(CliError::Failed(format!(
-            "{}: {MANIFEST}: 'kernel' is missing; it names the guest kernel's file",
+            "{}: {MANIFEST}: no kernel: set 'kernel', or 'kernel' under [software_kvm], or both; their values are file names",
             path.display()
         )));
     }
@@ -331,7 +331,7 @@ mod tests {
         let dir = directory("[software_kvm]\nkernel = \"s\"");
         assert_eq!(ImageSource::open(dir.path()).expect("an image").files().len(), 1);
         let dir = directory("initrd = \"k\"");
-        assert!(error(dir.path()).contains("'kernel' is missing"));
+        assert!(error(dir.path()).contains("no kernel: set 'kernel'"));
         let dir = directory("kernel = [");
         assert!(error(dir.path()).contains("image.toml"));
         let dir = directory(&"#".repeat(70_000));

@@ -8,10 +8,6 @@ use crate::daemon::default_state_dir;
 /// Beside the state of `up`: it was said to this user.
 pub const SAID: &str = "ring3-kernel-was-said";
 
-/// What there is to know.
-pub const NO_WALL: &str = "the guest's kernel runs in ring 3, as its programs do: no wall is between them, so users and \
-     seccomp within the guest protect nothing; the wall is the VM's";
-
 /// Whether it was not said to this user before; it counts as said from now on. True each time where that cannot be kept.
 #[must_use]
 pub fn first_time() -> bool {

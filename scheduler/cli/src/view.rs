@@ -70,7 +70,7 @@ pub struct VmView {
     pub kvm: Option<&'static str>,
     /// plain or ring3.
     pub kernel: Option<&'static str>,
-    /// A wall is between its kernel and its programs.
+    /// Its kernel is isolated from its programs: by hardware virtualization only.
     pub guest_kernel_isolation: Option<bool>,
 }
 
@@ -176,7 +176,7 @@ impl From<&cluster::Vm> for VmView {
             preempted: vm.preempted.as_ref().map(PreemptedView::from),
             kvm,
             kernel: kvm.map(|_| if vm.ring3_kernel { "ring3" } else { "plain" }),
-            guest_kernel_isolation: kvm.map(|_| !vm.ring3_kernel),
+            guest_kernel_isolation: kvm.map(|_| vm.kvm() == cluster::KvmKind::Hardware),
         }
     }
 }

@@ -8,7 +8,6 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
-use crate::ring3;
 use crate::view::{MigrationView, VmView};
 
 /// Arguments of `inspect`.
@@ -70,12 +69,12 @@ fn text(inspection: &Inspection) -> String {
         ),
     ];
     if let Some(kvm) = vm.kvm {
-        let kernel = if vm.kernel == Some("ring3") {
-            format!("; {}", ring3::NO_WALL)
-        } else {
-            String::new()
+        let isolation = match (vm.kernel, vm.guest_kernel_isolation) {
+            (_, Some(true) | None) => "",
+            (Some("ring3"), _) => ", ring-3 kernel: no isolation inside the guest",
+            _ => ", kernel mode emulated: no isolation inside the guest to rely on",
         };
-        lines.push(format!("kvm:         {kvm}{kernel}"));
+        lines.push(format!("kvm:         {kvm}{isolation}"));
     }
     if let Some(steal) = vm.cpu_steal {
         lines.push(format!("stolen:      {steal:.2} CPUs"));
@@ -186,9 +185,9 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_in_ring_3_is_said_to_be_no_wall() {
+    fn where_nothing_isolates_the_guests_kernel_is_said() {
         let (text, json) = inspected(KvmKind::Software, true);
-        let line = "kvm:         software; the guest's kernel runs in ring 3, as its programs do: no wall is between them";
+        let line = "kvm:         software, ring-3 kernel: no isolation inside the guest\n";
         assert!(text.contains(line), "{text}");
         assert_eq!(
             (&json["kvm"], &json["kernel"]),
@@ -197,11 +196,15 @@ mod tests {
         assert_eq!(json["guest_kernel_isolation"], false);
 
         let (text, json) = inspected(KvmKind::Software, false);
-        assert!(text.contains("kvm:         software\n"), "{text}");
+        let line = "kvm:         software, kernel mode emulated: no isolation inside the guest to rely on\n";
+        assert!(text.contains(line), "{text}");
         assert_eq!(
             (&json["kernel"], &json["guest_kernel_isolation"]),
-            (&"plain".into(), &true.into())
+            (&"plain".into(), &false.into())
         );
+        let (text, json) = inspected(KvmKind::Hardware, false);
+        assert!(text.contains("kvm:         hardware\n"), "{text}");
+        assert_eq!(json["guest_kernel_isolation"], true);
         let (text, json) = inspected(KvmKind::Unspecified, false);
         assert!(!text.contains("kvm:"), "{text}");
         assert!(

@@ -64,11 +64,11 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
         return Ok(ExitCode::SUCCESS);
     }
     if vm.ring3_kernel && !context.output.is_json() && ring3::first_time() {
-        let (image, no_wall) = (&vm.image, ring3::NO_WALL);
         context.output.note(&format!(
-            "note: KVM has no hardware virtualization on {}. With the kernel that image {image} has for that, {no_wall} \
-             (docs/security.md). This is said once; `shoal inspect {}` says it always.",
-            vm.node, vm.name
+            "note: {} has no hardware virtualization, so image {} boots its ring-3 kernel there. Programs in such a\n      \
+             guest can take over its kernel: users, permissions and seccomp protect nothing inside it.\n      \
+             The VM itself stays isolated. See docs/security.md. (Said once; `shoal inspect` always says it.)",
+            vm.node, vm.image
         ));
     }
     if detach {

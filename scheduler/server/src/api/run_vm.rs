@@ -93,7 +93,7 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
             "image: there is no image '{name}'; `shoal image ls` lists them"
         ))
     })?;
-    let name = vm_name(&request.name, &image)?;
+    let name = vm_name(scheduler, &request.name, &image)?;
     let cpus = if request.cpus == 0 {
         image.cpus
     } else {
@@ -178,18 +178,49 @@ fn placeholder_node() -> Result<NodeName, Status> {
     "none".parse().map_err(|_| Status::internal("node name"))
 }
 
-/// The name asked for, or one made from the image's and four random digits.
-fn vm_name(asked: &str, image: &ImageRecord) -> Result<VmName, Status> {
+/// How many random digits a made name has, one try after another.
+const DIGITS: [usize; 5] = [4, 4, 4, 8, 12];
+
+/// The name asked for, or one made from the image's that no VM has.
+fn vm_name(scheduler: &Scheduler, asked: &str, image: &ImageRecord) -> Result<VmName, Status> {
     if asked.is_empty() {
-        let base: String = image.name.replace(['.', '_'], "-").chars().take(48).collect();
-        let random = VmId::new().to_string();
-        let suffix = random.get(..4).unwrap_or_default();
-        let made = format!("{}-{suffix}", base.trim_end_matches('-'));
-        return made
+        let taken = |name: &str| scheduler.vms.find(name).is_some() || scheduler.queue.find(name).is_some();
+        return made_name(&image.name, taken)
             .parse()
             .map_err(|error| Status::internal(format!("no name could be made: {error}")));
     }
     asked
         .parse()
         .map_err(|error: shoal_proto::IdError| Status::invalid_argument(error.to_string()))
+}
+
+fn made_name(image: &str, taken: impl Fn(&str) -> bool) -> String {
+    let base: String = image.replace(['.', '_'], "-").chars().take(48).collect();
+    let mut made = String::new();
+    for digits in DIGITS {
+        let random = VmId::new().to_string().replace('-', "");
+        let suffix = random.get(..digits).unwrap_or_default();
+        made = format!("{}-{suffix}", base.trim_end_matches('-'));
+        if !taken(&made) {
+            break;
+        }
+    }
+    made
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_made_name_is_one_that_no_vm_has() {
+        let short = made_name("my_image.v2", |_| false);
+        assert!(
+            short.starts_with("my-image-v2-") && short.len() == "my-image-v2-".len() + 4,
+            "{short}"
+        );
+        let long = made_name("x", |name| name.len() < "x-".len() + 8);
+        assert_eq!(long.len(), "x-".len() + 8, "{long}");
+        assert!(made_name(&"x".repeat(70), |_| true).parse::<VmName>().is_ok());
+    }
 }

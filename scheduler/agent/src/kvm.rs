@@ -51,7 +51,7 @@ impl HostKvm {
             .output();
         let why = match tokio::time::timeout(LIMIT, tested).await {
             Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
-                Ok(answer) => return Self::of(answer),
+                Ok(answer) => return Self::of(&answer),
                 Err(error) => format!("its self-test printed something else: {error}"),
             },
             Ok(Ok(output)) => {
@@ -73,19 +73,12 @@ impl HostKvm {
         Self { kind: None, trouble }
     }
 
-    fn of(answer: SelfTest) -> Self {
-        let trouble = match answer {
-            SelfTest {
-                kvm: KvmKind::Software,
-                ring3_kernel: false,
-                reason,
-            } if reason.trim().is_empty() => "the self-test does not say why".to_owned(),
-            SelfTest {
-                kvm: KvmKind::Software,
-                ring3_kernel: false,
-                reason,
-            } => shorten(&reason),
-            _ => String::new(),
+    fn of(answer: &SelfTest) -> Self {
+        let stuck = answer.kvm == KvmKind::Software && !answer.ring3_kernel;
+        let trouble = match (stuck, answer.reason.trim()) {
+            (false, _) => String::new(),
+            (true, "") => "the self-test does not say why".to_owned(),
+            (true, why) => shorten(why),
         };
         if !trouble.is_empty() {
             tracing::warn!(

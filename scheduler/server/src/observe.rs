@@ -353,7 +353,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         since_last_move: entry.since_last_move(),
         cpu_class: record.cpu.as_ref().map(CpuDigest::class),
         kvm: record.kvm,
-        ring3: record.has_ring3_kernel(),
+        ring3: record.runs_ring3_kernel(),
         labels: record.wishes.labels.clone(),
         rules: record.wishes.rules.clone(),
         priority: record.wishes.priority,

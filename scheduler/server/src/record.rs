@@ -341,10 +341,13 @@ impl VmRecord {
         kernels(&self.image, &self.kernel, &self.software_kvm)
     }
 
-    /// Whether its kernel runs in ring 3 where KVM has no hardware virtualization.
-    pub fn has_ring3_kernel(&self) -> bool {
-        let software = self.software_kvm.as_ref();
-        software.is_some_and(|software| software.kernel.is_some())
+    /// Whether this run of it has the kernel that runs in ring 3.
+    pub fn runs_ring3_kernel(&self) -> bool {
+        let own = self
+            .software_kvm
+            .as_ref()
+            .and_then(|software| software.kernel.as_ref());
+        self.kvm == Some(KvmKind::Software) && own.is_some()
     }
 
     /// The VM as an agent is told to start or to receive it, at an epoch.

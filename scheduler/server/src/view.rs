@@ -63,7 +63,7 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         preemptible: record.wishes.preemptible,
         preempted: preempted(&record),
         kvm: kvm(runs_on).into(),
-        ring3_kernel: runs_on == Some(KvmKind::Software) && record.has_ring3_kernel(),
+        ring3_kernel: record.runs_ring3_kernel(),
     }
 }
 

@@ -75,7 +75,7 @@ while IFS='	' read -r limit directory program name; do
         {
             echo
             echo "Its processes then:"
-            chroot /root ps -eo pid,ppid,stat,wchan:20,time,args | grep -v '\]$'
+            ps -o pid,ppid,stat,args | grep -v '\]$'
         } >>/output 2>&1
         kill -KILL $test
     } &

@@ -24,8 +24,8 @@ use report::Report;
 /// How long the tests of a run may take, together and with the boot.
 fn limit(selection: Selection) -> Duration {
     match selection {
-        Selection::Quick => Duration::from_secs(15 * 60),
-        Selection::Whole => Duration::from_secs(60 * 60),
+        Selection::Quick => Duration::from_secs(30 * 60),
+        Selection::Whole => Duration::from_secs(2 * 60 * 60),
     }
 }
 

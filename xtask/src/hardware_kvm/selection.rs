@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::build;
 use crate::context::Context;
 
-/// How long one test may take. The machine is slow, and this one may have other work.
+/// How long one test may take, by the machine's own clock.
 const UNIT_TEST_LIMIT: Duration = Duration::from_secs(120);
 const END_TO_END_TEST_LIMIT: Duration = Duration::from_secs(300);
 

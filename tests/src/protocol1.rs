@@ -38,6 +38,7 @@ const SECTION_HEADER_LEN: usize = 12;
 const SECTION_VCPU: u16 = 1;
 const PAGE: usize = 4096;
 const MSR_TSC: u32 = 0x10;
+const RFLAGS_IOPL: u64 = 3 << 12;
 /// What a guest has noted of its TSC is from a while ago or for a while ahead; less than 10 s at any frequency there is.
 const TSC_NOTED_WITHIN: u64 = 10_000_000_000;
 
@@ -217,6 +218,7 @@ impl Recorded {
             self.edit_vcpu(|vcpu| vcpu.msrs.retain(|msr| known.contains(&msr.index)));
         }
         self.frames[0].payload = hello.encode_to_vec();
+        self.edit_vcpu(|vcpu| vcpu.regs.iter_mut().for_each(|regs| allow_ports(regs)));
         // Setting it is what makes KVM look whether the TSC can be told.
         vm.set_clock(&kvm_clock_data::default()).expect("a clock");
         let clock = vm.get_clock().expect("a clock");
@@ -386,6 +388,10 @@ fn common_cpuid(recorded: &[u8], kvm: &Kvm) -> Vec<u8> {
                     entry.ebx &= host.ebx;
                     entry.ecx &= host.ecx;
                     entry.edx &= host.edx;
+                } else if entry.index == 0 {
+                    // Bytes of an XSAVE area.
+                    entry.ebx = entry.ebx.min(host.ebx);
+                    entry.ecx = entry.ecx.min(host.ecx);
                 }
             }
             (0x8000_0008, _) => (entry.eax, entry.ebx) = (host.eax, entry.ebx & host.ebx),
@@ -399,6 +405,14 @@ fn common_cpuid(recorded: &[u8], kvm: &Kvm) -> Vec<u8> {
         bytes.extend_from_slice(entry.as_bytes());
     }
     bytes
+}
+
+/// Gives I/O privilege to ring 3. The probe of then had only its task state's bitmap, which QEMU, where it emulates AMD-V, does not heed
+/// after a move.
+fn allow_ports(regs: &mut [u8]) {
+    let mut edited = kvm_regs::read_from_bytes(regs).expect("registers");
+    edited.rflags |= RFLAGS_IOPL;
+    regs.copy_from_slice(edited.as_bytes());
 }
 
 /// The state with its vCPU as `edit` leaves it.

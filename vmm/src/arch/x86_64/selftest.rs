@@ -2,6 +2,7 @@
 //! whether it has all that a Linux kernel relies on whose own code runs in ring 3. The guest is `selftest/guest.s`.
 
 use std::ffi::CStr;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs};
@@ -202,13 +203,15 @@ fn run_changed(
 /// Whether KVM emulates kernel-mode instructions here. An error in the test itself counts as hardware: the ordinary case.
 #[must_use]
 pub fn is_software_kvm(kvm: &Kvm) -> bool {
-    match run(kvm) {
+    // Both ends of every migration ask, and making a VM takes long on a busy host.
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| match run(kvm) {
         Ok(found) => found.kind == KvmKind::Software,
         Err(error) => {
             tracing::warn!(%error, "the self-test of KVM failed; taking it for hardware KVM");
             false
         }
-    }
+    })
 }
 
 /// Runs the guest to its end, which is none if it takes too long.

@@ -166,8 +166,10 @@ pub fn boot_in_a_row(cluster: &Cluster, boots: u32) -> Boots {
     for number in 1..=boots {
         let word = format!("up {number}");
         let script = format!("echo {word}; exit {STATUS}");
+        let name = format!("boot{number}");
         let start = Instant::now();
-        let output = cluster.shoal.output(&["run", IMAGE, "--", "sh", "-c", &script]);
+        let run = ["run", IMAGE, "--name", &name, "--", "sh", "-c", &script];
+        let output = cluster.shoal.output(&run);
         let elapsed = start.elapsed();
         let console = String::from_utf8_lossy(&output.stdout);
         if output.status.code() == Some(STATUS) && console.lines().any(|line| line.trim_end() == word) {

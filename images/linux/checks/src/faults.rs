@@ -17,6 +17,7 @@ pub const CHECKS: &[Check] = &[
     check("faults.instruction-fetch", instruction_fetch),
     check("faults.beyond-a-file", beyond_a_file),
     check("faults.not-canonical", not_canonical),
+    check("faults.wild-jumps", wild_jumps),
     check("faults.bad-instructions", bad_instructions),
     check("faults.breakpoint", breakpoint),
     check("faults.division", division),
@@ -226,6 +227,38 @@ fn beyond_a_file() -> Outcome {
         "a read of what was cut off: {seen:?}"
     );
     Ok(())
+}
+
+/// Execution that ends up in the kernel's half of the address space, by a jump or by the return from a signal.
+fn wild_jumps() -> Outcome {
+    catch()?;
+    for address in [u64::MAX, 0xffff_ffff_ffff_f000] {
+        let seen = attempt!("jmp {address}", address = in(reg) address);
+        ensure!(
+            (seen.signal, seen.trap, seen.rip) == (libc::SIGSEGV, 14, address),
+            "{address:#x}: {seen:?}"
+        );
+    }
+    handle(Signal::SIGUSR1, SaFlags::empty(), derail)?;
+    for address in [1 << 63, u64::MAX] {
+        ASTRAY.store(address, SeqCst);
+        let seen = attempt!(
+            "syscall",
+            inout("rax") libc::SYS_kill => _, in("rdi") std::process::id(), in("rsi") libc::SIGUSR1,
+            out("rcx") _, out("r11") _
+        );
+        ensure!(seen.signal == libc::SIGSEGV, "back to {address:#x}: {seen:?}");
+    }
+    Ok(())
+}
+
+/// Where the handler of SIGUSR1 has the program go on.
+static ASTRAY: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn derail(_: c_int, _: *mut siginfo_t, given: *mut c_void) {
+    // SAFETY: this is the handler.
+    let context = unsafe { crate::sys::context(given) };
+    context.uc_mcontext.gregs[libc::REG_RIP.unsigned_abs() as usize] = ASTRAY.load(SeqCst).cast_signed();
 }
 
 fn not_canonical() -> Outcome {

@@ -149,7 +149,7 @@ fn bad_images_are_refused_and_harm_nothing() {
         .iter()
         .filter_map(|i| i["name"].as_str())
         .collect();
-    assert_eq!(names, ["linux", "probe"], "nothing of what was refused may stay");
+    assert_eq!(names, ["linux", "linux-checks", "probe"], "nothing of what was refused may stay");
     cluster.wait_for_heartbeats("witness", 2);
     guest::assert_unharmed(&cluster.logs("witness"));
     cluster.wait_for_state("witness", "running", seconds(1));

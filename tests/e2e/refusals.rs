@@ -6,7 +6,7 @@ use std::path::Path;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::machine::Machine;
 use shoal_tests::shoal::Failure;
-use shoal_tests::wait::seconds;
+use shoal_tests::wait::{self, seconds};
 use shoal_tests::{guest, vmm};
 
 use crate::CALM;
@@ -60,6 +60,12 @@ fn bad_sizes_names_and_targets_are_refused() {
     );
     cluster.run_probe("small", "node1", "256MiB", "fill=192MiB wss=4MiB rate=100");
     cluster.run_probe("large", "node2", "384MiB", "fill=320MiB");
+    // What does not fit is told by what is reported, and filling takes its time.
+    let available = |node: usize| cluster.shoal.json(&["nodes"])[node]["memory_available_bytes"].as_u64();
+    wait::until_true("the nodes to report what was filled", seconds(60), || {
+        available(0).is_some_and(|bytes| bytes <= 320 << 20)
+            && available(1).is_some_and(|bytes| bytes <= 192 << 20)
+    });
     let refuse = |args: &[&str], words: &[&str]| {
         let refusal = cluster.shoal.fails(args);
         assert!(refusal.code == 1 || refusal.code == 3, "{args:?}: {refusal:?}");
@@ -149,7 +155,11 @@ fn bad_images_are_refused_and_harm_nothing() {
         .iter()
         .filter_map(|i| i["name"].as_str())
         .collect();
-    assert_eq!(names, ["linux", "linux-checks", "probe"], "nothing of what was refused may stay");
+    assert_eq!(
+        names,
+        ["linux", "linux-checks", "probe"],
+        "nothing of what was refused may stay"
+    );
     cluster.wait_for_heartbeats("witness", 2);
     guest::assert_unharmed(&cluster.logs("witness"));
     cluster.wait_for_state("witness", "running", seconds(1));

@@ -33,7 +33,7 @@ fn a_linux_guest_under_stress_is_moved_by_every_policy_and_loses_nothing() {
     let stress = Stress::start(&cluster, 1);
     let mut summary = Summary::default();
     for kind in Kind::ALL {
-        stress.go(kind, &mut summary);
+        assert!(stress.go(kind, &mut summary), "{kind:?}: {summary}");
     }
     let last = stress.end();
     assert!(last.rounds > 0, "{last:?}");

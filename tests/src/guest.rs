@@ -257,7 +257,7 @@ mod tests {
         for (from, to) in [
             ("n=2", "n=3"),
             ("n=1", "n=0"),
-            ("=2500", "=1500"),
+            ("=2500", "=1499"),
             ("rounds=9 fails=0", "rounds=9 fails=1"),
             ("boot", "FAIL x: y"),
         ] {

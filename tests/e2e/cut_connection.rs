@@ -8,7 +8,7 @@ use shoal_tests::vmm::{MIGRATION, Vmm, probe_spec};
 use tokio::time::{Duration, timeout};
 
 const MEMORY: u64 = 64 << 20;
-const PROBE: &str = "fill=24MiB wss=1MiB rate=50 pattern=random";
+const PROBE: &str = "beat=200 fill=24MiB wss=1MiB rate=50 pattern=random";
 const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a02";
 
 #[test]

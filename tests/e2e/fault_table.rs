@@ -8,6 +8,7 @@ mod rows;
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use shoal_tests::machine::{Machine, say};
 use shoal_tests::process;
@@ -20,6 +21,8 @@ use rows::{POINTS, rows};
 const AT_ONCE: usize = 6;
 /// So many rows may be run again, alone.
 const AGAIN: usize = 3;
+/// So many rows are named with the time they took.
+const SLOWEST: usize = 1000;
 /// Descriptors that tests hold which wait for their turn in the same process.
 const OF_OTHER_TESTS: usize = 8;
 
@@ -69,23 +72,32 @@ fn run_all(rows: impl Iterator<Item = (String, Outcome)>, at_once: usize) -> Vec
         .enable_all()
         .build()
         .expect("a runtime");
-    let failed: Vec<(String, String)> = runtime.block_on(async {
+    let mut ended: Vec<(Duration, String, Option<String>)> = runtime.block_on(async {
         let permits = Arc::new(Semaphore::new(at_once));
         let mut tasks = JoinSet::new();
         for (name, row) in rows {
             let permits = Arc::clone(&permits);
             tasks.spawn(async move {
                 let permit = permits.acquire_owned().await;
+                let start = Instant::now();
                 // A task of its own, so that a panic is known by the row's name.
                 let ended = tokio::spawn(row).await;
                 drop(permit);
-                let why = panicked_with(ended.err()?);
-                say(&format!("FAILED {name}: {why}"));
-                Some((name, why))
+                let why = ended.err().map(panicked_with);
+                if let Some(why) = &why {
+                    say(&format!("FAILED {name}: {why}"));
+                }
+                (start.elapsed(), name, why)
             });
         }
-        tasks.join_all().await.into_iter().flatten().collect()
+        tasks.join_all().await
     });
+    ended.sort();
+    for (time, name, _) in ended.iter().rev().take(SLOWEST) {
+        say(&format!("{:6.1} s {name}", time.as_secs_f64()));
+    }
+    let failed = ended.into_iter().filter_map(|(_, name, why)| Some((name, why?)));
+    let failed: Vec<(String, String)> = failed.collect();
     drop(runtime);
     if !failed.is_empty() {
         return failed;

@@ -36,6 +36,6 @@ mod vmm_faults;
 
 /// A probe that writes faster than any limit of 1 ms on downtime allows to catch up with: a migration of it with that
 /// limit stays in pre-copy.
-const RESTLESS: &str = "fill=320MiB wss=256MiB rate=60000 pattern=random";
+const RESTLESS: &str = "beat=200 fill=320MiB wss=256MiB rate=60000 pattern=random";
 /// A probe that a migration catches up with at once.
-const CALM: &str = "fill=64MiB wss=4MiB rate=100 pattern=random";
+const CALM: &str = "beat=200 fill=64MiB wss=4MiB rate=100 pattern=random";

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 const MEMORY: u64 = 96 << 20;
 const FILL: u64 = 48 << 20;
-const PROBE: &str = "fill=48MiB wss=8MiB rate=2000 pattern=random";
+const PROBE: &str = "beat=200 fill=48MiB wss=8MiB rate=2000 pattern=random";
 const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a03";
 
 fn spec(epoch: u64, backing: MemoryBacking) -> VmSpec {

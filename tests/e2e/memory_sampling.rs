@@ -27,7 +27,7 @@ fn setup(memory: u64, probe: &str, fill: u64, backing: MemoryBacking) -> Setup {
     Setup {
         memory,
         backing,
-        probe: probe.to_owned(),
+        probe: format!("beat=1000 {probe}"),
         fill,
         ..Setup::default()
     }

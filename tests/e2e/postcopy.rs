@@ -23,9 +23,9 @@ use tonic::transport::Channel;
 const MEMORY: u64 = 96 << 20;
 const FILL: u64 = 48 << 20;
 /// Writes faster than [`BANDWIDTH`] takes.
-const FAST: &str = "fill=48MiB wss=48MiB rate=12000 pattern=random";
+const FAST: &str = "beat=200 fill=48MiB wss=48MiB rate=12000 pattern=random";
 /// Writes a good part of its memory while all of it is sent, and takes seconds to touch it all.
-const SLOW: &str = "fill=48MiB wss=48MiB rate=3000 pattern=random";
+const SLOW: &str = "beat=200 fill=48MiB wss=48MiB rate=3000 pattern=random";
 const BANDWIDTH: u64 = 24 << 20;
 /// In post-copy: what is not waited for hardly comes.
 const TRICKLE: u64 = 1 << 20;

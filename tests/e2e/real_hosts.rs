@@ -24,7 +24,7 @@ fn a_vm_runs_exactly_once_while_links_between_hosts_fail() {
     let hosts = Hosts::start(machine);
     let probe = paths::image("probe");
     hosts.shoal.ok(&["image", "import", &probe.to_string_lossy()]);
-    let args = "fill=512MiB wss=16MiB rate=1000 pattern=random";
+    let args = "beat=200 fill=512MiB wss=16MiB rate=1000 pattern=random";
     let mut run = vec![
         "run", "probe", "--detach", "--name", "p", "--node", "a", "--memory", "640MiB", "--",
     ];

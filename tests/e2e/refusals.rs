@@ -75,6 +75,10 @@ fn bad_sizes_names_and_targets_are_refused() {
     refuse(&["run", "probe", "--detach", "--memory", "0"], &["memory"]);
     refuse(&["run", "probe", "--detach", "--memory", "100TiB"], &["memory"]);
     refuse(&["run", "probe", "--detach", "--cpus", "1000"], &["cpus"]);
+    refuse(
+        &["run", "linux", "--detach", "--cpus", "2"],
+        &["cpus", "at most 1", "max_cpus"],
+    );
     refuse(&["run", "probe", "--detach", "--name", "Not A Name"], &["name"]);
     refuse(&["run", "probe", "--detach", "--name", "small"], &["small"]);
     refuse(&["run", "probe", "--detach", "--node", "node9"], &["node9"]);

@@ -134,6 +134,7 @@ impl Cluster {
         let mut all = vec![
             "run", "probe", "--detach", "--name", name, "--node", node, "--memory", memory, "--",
         ];
+        let args = crate::guest::with_quick_beat(args);
         all.extend(args.split(' '));
         self.shoal.json(&all)["id"].as_str().expect("an id").to_owned()
     }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-/// A line that the probe prints once a second.
+/// From one heartbeat to the next of a probe that is not told otherwise; see [`with_quick_beat`].
+const QUICK_BEAT_MS: u32 = 200;
+
+/// A line that the probe prints at each heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heartbeat {
     /// Rises by one.
@@ -218,6 +221,15 @@ pub fn check_stress(console: &str) -> Result<(), String> {
 fn complete_lines(console: &str) -> impl Iterator<Item = &str> {
     let end = console.rfind('\n').map_or(0, |last| last + 1);
     console[..end].lines()
+}
+
+/// Options of a probe whose heartbeats come often, unless they say how often: what tests wait for comes sooner.
+#[must_use]
+pub fn with_quick_beat(options: &str) -> String {
+    if options.contains("beat=") {
+        return options.to_owned();
+    }
+    format!("beat={QUICK_BEAT_MS} {options}")
 }
 
 /// The end of a long text.

@@ -18,10 +18,10 @@ const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a02";
 const PATIENCE: Duration = Duration::from_secs(120);
 /// A VMM that has not answered by then does not answer.
 const ANSWER: Duration = Duration::from_secs(10);
-/// The probe looks at all of its memory once in four of its seconds.
+/// The probe looks at all of its memory once in four heartbeats.
 const BEATS_TO_SEE_ALL_MEMORY: u64 = 5;
-/// A guest that runs prints at least one line in this time.
-const SILENCE_OF_A_STOPPED_GUEST: Duration = Duration::from_millis(2500);
+/// A guest that runs prints several lines in this time, and on a busy host at least one.
+const SILENCE_OF_A_STOPPED_GUEST: Duration = Duration::from_millis(1000);
 const POLL: Duration = Duration::from_millis(20);
 
 /// What the two are like.
@@ -320,7 +320,7 @@ impl Pair {
 fn spec(setup: &Setup, epoch: u64) -> VmSpec {
     VmSpec {
         memory_backing: setup.backing.into(),
-        ..probe_spec(VM, epoch, setup.memory, &setup.probe)
+        ..probe_spec(VM, epoch, setup.memory, &guest::with_quick_beat(&setup.probe))
     }
 }
 

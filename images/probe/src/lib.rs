@@ -1,7 +1,7 @@
 //! The parts of the probe that need no bare machine, so that they can be tested on any.
 //!
 //! The probe is a guest that knows what every byte of its memory must be. It fills memory, dirties a working set at a given
-//! rate, checks what it wrote, and says once a second on its console how it fared. See docs/images.md for its options and output.
+//! rate, checks what it wrote, and says at each heartbeat on its console how it fared. See docs/images.md for its options and output.
 //!
 //! - [`options`]: the command line
 //! - [`ranges`]: guest RAM as one run of numbered pages

@@ -7,6 +7,8 @@ use crate::page::Pattern;
 
 /// Most pages per second that can be asked for.
 const MAX_RATE: u64 = 10_000_000;
+/// Milliseconds between heartbeats that can be asked for.
+const BEATS: core::ops::RangeInclusive<u64> = 50..=60_000;
 
 /// What the command line asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub struct Options {
     pub fill_rate: u64,
     /// What filled pages hold.
     pub pattern: Pattern,
+    /// Milliseconds from one heartbeat to the next.
+    pub beat_ms: u64,
     /// When to stop; 0: never.
     pub seconds: u64,
     /// TSC frequency; 0: find it out.
@@ -54,6 +58,7 @@ impl Options {
             fill_pages: 0,
             fill_rate: 0,
             pattern: Pattern::Random,
+            beat_ms: 1000,
             seconds: 0,
             tsc_khz: 0,
             status: None,
@@ -92,13 +97,17 @@ impl Options {
                     _ => return Err("pattern=random, pattern=zero or pattern=text"),
                 }
             }
+            "beat" => {
+                let beat = value.parse().ok().filter(|beat| BEATS.contains(beat));
+                self.beat_ms = beat.ok_or("milliseconds from 50 to 60000")?;
+            }
             "seconds" => self.seconds = value.parse::<u32>().map_err(|_| "a number of seconds")?.into(),
             "tsc_khz" => self.tsc_khz = value.parse().map_err(|_| "a frequency in kHz")?,
             "status" => self.status = Some(value.parse().map_err(|_| "an exit status of 0 to 255")?),
             "panic" if !value.is_empty() => {} // see `last_words`
             _ => {
                 return Err(
-                    "wss=, rate=, fill=, fill_rate=, pattern=, seconds=, tsc_khz=, status= or panic=TEXT",
+                    "wss=, rate=, fill=, fill_rate=, pattern=, beat=, seconds=, tsc_khz=, status= or panic=TEXT",
                 );
             }
         }
@@ -145,7 +154,7 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let line =
-            "wss=1MiB rate=20000 fill=512M pattern=zero seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
+            "wss=1MiB rate=20000 fill=512M pattern=zero beat=200 seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
         let options = Options::parse(line).expect("valid");
         assert_eq!(
             options,
@@ -155,6 +164,7 @@ mod tests {
                 fill_pages: 131_072,
                 fill_rate: 2048,
                 pattern: Pattern::Zero,
+                beat_ms: 200,
                 seconds: 30,
                 tsc_khz: 2_100_000,
                 status: Some(7),
@@ -190,6 +200,8 @@ mod tests {
             "rate=x",
             "rate=10000001",
             "pattern=ones",
+            "beat=49",
+            "beat=60001",
             "status=256",
             "panic=",
             "fil=1M",

@@ -10,8 +10,8 @@ use crate::ranges::GuestAddress;
 use crate::sweep::Sweep;
 use crate::text::Lines;
 
-/// The whole filled region is checked once in this time, if [`MAX_SCAN_RATE`] allows.
-const SCAN_SECONDS: u64 = 4;
+/// The whole filled region is checked once in so many heartbeats, if [`MAX_SCAN_RATE`] allows.
+const SCAN_BEATS: u64 = 4;
 /// Most pages per second that the background scan checks: about a tenth of a CPU.
 const MAX_SCAN_RATE: u64 = 400_000;
 /// Gaps of a fifth of a millisecond and more are told one by one.
@@ -64,7 +64,8 @@ pub struct Worker<M> {
 impl<M: Memory> Worker<M> {
     /// Starts at `start`. `memory` must have the pages that `options` ask for.
     pub fn new(memory: M, options: Options, frequency: Frequency, start: Ticks) -> Self {
-        let scan_rate = (options.fill_pages / SCAN_SECONDS).clamp(1, MAX_SCAN_RATE);
+        let scan_rate = options.fill_pages.saturating_mul(1000) / (SCAN_BEATS * options.beat_ms);
+        let scan_rate = scan_rate.clamp(1, MAX_SCAN_RATE);
         Self {
             memory,
             options,
@@ -80,7 +81,7 @@ impl<M: Memory> Worker<M> {
             scan: Pacer::new(scan_rate, frequency, start),
             sweep: Sweep::new(options.working_set_pages),
             turn: 0,
-            next_heartbeat: Ticks(start.0 + frequency.ticks(1000)),
+            next_heartbeat: Ticks(start.0 + frequency.ticks(options.beat_ms)),
             heartbeats: 0,
             filled: 0,
             next_scan: 0,
@@ -224,10 +225,10 @@ impl<M: Memory> Worker<M> {
     }
 
     fn heartbeat(&mut self, now: Ticks, lines: &mut Lines) {
-        let second = self.frequency.ticks(1000);
-        // After a pause of more than a second the beat goes on from now: one line per second, never a burst.
-        let next = self.next_heartbeat.0 + second;
-        self.next_heartbeat = Ticks(if next > now.0 { next } else { now.0 + second });
+        let beat = self.frequency.ticks(self.options.beat_ms);
+        // After a pause of more than a beat it goes on from now: one line a beat, never a burst.
+        let next = self.next_heartbeat.0 + beat;
+        self.next_heartbeat = Ticks(if next > now.0 { next } else { now.0 + beat });
         self.heartbeats += 1;
         let longest = self.gaps.take_max();
         let max_gap = self.frequency.microseconds(longest);

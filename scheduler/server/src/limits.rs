@@ -56,6 +56,15 @@ pub fn max_cpus(field: &'static str, cpus: u32) -> Result<(), FieldError> {
     }
 }
 
+/// A number of vCPUs of an image that uses no more than `most`.
+pub fn at_most(field: &'static str, cpus: u32, most: u32) -> Result<(), FieldError> {
+    if cpus <= most {
+        return Ok(());
+    }
+    let expected = format!("at most {most}, the max_cpus of the image");
+    Err(FieldError::new(field, &cpus.to_string(), &expected))
+}
+
 /// Why a VM is suspended, in a user's words.
 pub fn suspend_reason(reason: &str) -> Result<(), FieldError> {
     if reason.len() <= MAX_REASON_BYTES && !reason.chars().any(char::is_control) {

@@ -67,6 +67,9 @@ pub struct ImageRecord {
     pub software_kvm: Option<SoftwareKvm>,
     /// Default number of vCPUs.
     pub cpus: u32,
+    /// The most vCPUs that its kernels use, if they have such a limit. Not in the digests of images without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_cpus: Option<u32>,
     /// Default memory.
     pub memory_bytes: u64,
     /// Time of import.

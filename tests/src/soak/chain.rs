@@ -21,7 +21,7 @@ use crate::vmm::{self, Vmm, incoming, outgoing, probe_spec};
 const VM: &str = "7a1d3c52-61f0-4f57-8a55-30d1c0ffee01";
 const MEMORY: u64 = 48 << 20;
 /// Writes and checks all the time, 31 MiB/s of it.
-const PROBE: &str = "fill=24MiB wss=8MiB rate=8000 pattern=random";
+const PROBE: &str = "beat=200 fill=24MiB wss=8MiB rate=8000 pattern=random";
 const FILL: u64 = 24 << 20;
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(10);

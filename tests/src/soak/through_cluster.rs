@@ -19,7 +19,7 @@ use crate::wait::{self, seconds};
 
 const NAME: &str = "soak";
 const MEMORY: u64 = 48 << 20;
-const PROBE: &str = "fill=24MiB wss=8MiB rate=8000 pattern=random";
+const PROBE: &str = "beat=200 fill=24MiB wss=8MiB rate=8000 pattern=random";
 
 /// Moves a guest so many times.
 pub fn run(machine: Machine, moves: u32, random: &mut Random, summary: &mut Summary) {

@@ -99,7 +99,9 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     } else {
         request.cpus
     };
-    limits::cpus(cpus).map_err(|error| errors::field(&error))?;
+    limits::cpus(cpus)
+        .and_then(|()| limits::at_most("cpus", cpus, image.max_cpus.unwrap_or(cpus)))
+        .map_err(|error| errors::field(&error))?;
     // A size without the flag that says it is set can only be meant.
     let memory_set = request.memory_set || request.memory_bytes != 0;
     let memory_bytes = if memory_set {

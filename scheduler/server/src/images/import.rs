@@ -248,6 +248,7 @@ impl Import {
                 max_cpus: software.max_cpus,
             }),
             cpus: manifest.cpus,
+            max_cpus: manifest.max_cpus,
             memory_bytes: manifest.memory_bytes,
             created_unix_ms: 0,
         };

@@ -16,7 +16,7 @@ pub enum ManifestError {
     TooLong(usize),
     /// No TOML, an unknown key, a missing one or one of the wrong type.
     #[error(
-        "image.toml: {message}; its keys are name, kernel, initrd, cmdline, cpus, memory, and in the table software_kvm: kernel, cmdline, max_cpus"
+        "image.toml: {message}; its keys are name, kernel, initrd, cmdline, cpus, max_cpus, memory, and in the table software_kvm: kernel, cmdline, max_cpus"
     )]
     Syntax {
         /// What the parser says.
@@ -41,6 +41,7 @@ struct Text {
     #[serde(default)]
     cmdline: String,
     cpus: Option<u32>,
+    max_cpus: Option<u32>,
     memory: Option<String>,
     software_kvm: Option<SoftwareText>,
 }
@@ -67,6 +68,8 @@ pub struct Manifest {
     pub cmdline: String,
     /// Default vCPUs.
     pub cpus: u32,
+    /// The most vCPUs that its kernels use.
+    pub max_cpus: Option<u32>,
     /// Default memory.
     pub memory_bytes: u64,
     /// For hosts without hardware virtualization.
@@ -134,6 +137,10 @@ impl Manifest {
         };
         let cpus = text.cpus.unwrap_or(1);
         limits::cpus(cpus)?;
+        if let Some(most) = text.max_cpus {
+            limits::max_cpus("max_cpus", most)?;
+            limits::at_most("cpus", cpus, most)?;
+        }
         limits::memory_bytes(memory_bytes)?;
         let software_kvm = text
             .software_kvm
@@ -144,6 +151,7 @@ impl Manifest {
             initrd: text.initrd.filter(|file| !file.is_empty()),
             cmdline: text.cmdline,
             cpus,
+            max_cpus: text.max_cpus,
             memory_bytes,
             software_kvm: software_kvm.transpose()?,
         };
@@ -276,6 +284,14 @@ mod tests {
                 "software_kvm.kernel",
             ),
             ("name = 'x'\n[software_kvm]\nkernel = ''", "software_kvm.kernel"),
+            (
+                "name = 'x'\nkernel = 'k'\nmax_cpus = 65",
+                "max_cpus: '65' is not 1 to 64",
+            ),
+            (
+                "name = 'x'\nkernel = 'k'\nmax_cpus = 1\ncpus = 2",
+                "cpus: '2' is not at most 1, the max_cpus of the image",
+            ),
             (
                 "name = 'x'\ninitrd = 'k'\n[software_kvm]\nkernel = 'k'",
                 "software_kvm.kernel",

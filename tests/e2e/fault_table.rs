@@ -22,7 +22,7 @@ const AT_ONCE: usize = 6;
 /// So many rows may be run again, alone.
 const AGAIN: usize = 3;
 /// So many rows are named with the time they took.
-const SLOWEST: usize = 1000;
+const SLOWEST: usize = 10;
 /// Descriptors that tests hold which wait for their turn in the same process.
 const OF_OTHER_TESTS: usize = 8;
 

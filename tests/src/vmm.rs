@@ -299,6 +299,7 @@ pub fn incoming(spec: VmSpec) -> PrepareIncomingRequest {
         token: TOKEN.into(),
         listen_address: "127.0.0.1:0".into(),
         commit_timeout_ms: 30_000,
+        accept_timeout_ms: 0,
         tls: None,
     }
 }

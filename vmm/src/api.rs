@@ -30,6 +30,8 @@ const CONSOLE_CHUNK: usize = 64 * 1024;
 /// A reader that has caught up lets this much time pass before it looks again, so that a line is one message.
 const CONSOLE_BATCH: Duration = Duration::from_millis(2);
 const DEFAULT_COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// A source that has been told an address connects at once; one that has not come by then is not coming.
+const DEFAULT_ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
 const LONGEST_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 const MAX_TOKEN: usize = 256;
 
@@ -140,6 +142,11 @@ impl Vmm for Api {
                 "commit_timeout_ms",
                 request.commit_timeout_ms,
                 DEFAULT_COMMIT_TIMEOUT,
+            )?,
+            accept_timeout: duration(
+                "accept_timeout_ms",
+                request.accept_timeout_ms,
+                DEFAULT_ACCEPT_TIMEOUT,
             )?,
             identity: identity(request.tls.as_ref())?,
         };

@@ -154,6 +154,8 @@ pub struct IncomingRequest {
     pub listen: Address,
     /// How long to wait for Commit once everything is loaded.
     pub commit_timeout: Duration,
+    /// How long to wait for a source.
+    pub accept_timeout: Duration,
     /// What the two sides know each other by.
     pub identity: Option<Identity>,
 }

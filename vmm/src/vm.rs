@@ -167,6 +167,7 @@ impl Vm {
         let first_end = Arc::clone(&end);
         let context = Arc::new(VcpuContext {
             devices: Arc::clone(&devices),
+            memory: memory.mmap().clone(),
             ended: Box::new(move |_, how| {
                 let mut first = first_end.lock().unwrap_or_else(PoisonError::into_inner);
                 if first.is_none() {

@@ -25,6 +25,8 @@ const HELD: &str = "delay:1500";
 const POST_COPY_BANDWIDTH: u64 = 6 << 20;
 /// Slow enough that much is missing still when the sides first talk of it: each page it touches brings its neighbours.
 const POST_COPY_PROBE: &str = "fill=32MiB wss=32MiB rate=600 pattern=random";
+/// A destination whose source does not come gives up after this; much longer than a source takes on a busy host.
+const ACCEPT_TIMEOUT_MS: u64 = 12_000;
 /// Words before a command; see full(4).
 const LOG_ON_A_FULL_DISK: [&str; 4] = ["sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
 /// A destination with all of its memory listens for a minute more for a source that has not heard so.
@@ -114,6 +116,7 @@ fn setup(row: &Row) -> Setup {
 async fn prepare(pair: &mut Pair, kind: Kind, certificates: Option<&Certificates>) -> String {
     let socket = pair.destination.directory().join("migration.sock");
     pair.prepare_with(|request| {
+        request.accept_timeout_ms = ACCEPT_TIMEOUT_MS;
         request.tls = certificates.map(|certificates| certificates.tls("b", "a"));
         if kind == Kind::HandOver {
             request.listen_address = format!("unix:{}", socket.display());

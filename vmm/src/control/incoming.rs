@@ -25,6 +25,7 @@ impl Control {
         let incoming = Incoming {
             prepared: request.prepared,
             commit_timeout: request.commit_timeout,
+            accept_timeout: request.accept_timeout,
             ran_mark: self.config.ran_mark.clone(),
             identity: request.identity,
         };

@@ -182,6 +182,7 @@ fn prepare(
         },
         listen,
         commit_timeout: PATIENCE,
+        accept_timeout: PATIENCE,
         identity: None,
     };
     destination.ask(|reply| Command::PrepareIncoming(Box::new(incoming), reply))

@@ -33,8 +33,6 @@ pub use postcopy::Fetching;
 use postcopy::Linked;
 use receivers::Arrivals;
 
-/// A source that has been told this address connects at once; one that has not come by then is not coming.
-const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a source that is there may take to make its other connections.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections for pages, at most.
@@ -47,6 +45,8 @@ pub struct Incoming {
     pub prepared: Prepared,
     /// How long to wait for Commit after everything is loaded.
     pub commit_timeout: Duration,
+    /// How long to wait for a source that proves itself.
+    pub accept_timeout: Duration,
     /// Where to leave the mark that vCPUs have run, if anywhere.
     pub ran_mark: RanMark,
     /// What the two sides know each other by; without, nothing is encrypted.
@@ -147,7 +147,7 @@ pub fn receive(
     arbiter: &Arbiter,
     hooks: VmHooks,
 ) -> Result<Received, DestinationError> {
-    let deadline = Instant::now() + ACCEPT_TIMEOUT;
+    let deadline = Instant::now() + incoming.accept_timeout;
     // Before the source comes: on one host with this, its threads would count.
     let gentleness = Gentleness::of_host();
     let (mut control, preamble, hello) = door.first_control(deadline)?;

@@ -25,6 +25,29 @@ pub fn run_at_most<T>(
     install_kick_handler()?;
     let _current = CurrentRun::new(fd);
     let deadline = Instant::now() + limit;
+    kicked_after(limit, || {
+        loop {
+            match fd.run() {
+                Ok(exit) => {
+                    if let Some(answer) = look(exit) {
+                        return Ok(Some(answer));
+                    }
+                }
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    fd.set_kvm_immediate_exit(0);
+                }
+                Err(error) => return Err(VcpuError::Run(error)),
+            }
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+        }
+    })?
+}
+
+/// Calls `run` on this thread, which is kicked after `limit`, and again and again until `run` returns. The kick's handler is
+/// installed.
+pub(super) fn kicked_after<T>(limit: Duration, run: impl FnOnce() -> T) -> Result<T, VcpuError> {
     // SAFETY: without preconditions.
     let this_thread = unsafe { libc::pthread_self() };
     std::thread::scope(|scope| {
@@ -43,21 +66,6 @@ pub fn run_at_most<T>(
             .map_err(|source| VcpuError::Thread { id: 0, source })?;
         // Dropped, it lets the other thread end.
         let _over = over;
-        loop {
-            match fd.run() {
-                Ok(exit) => {
-                    if let Some(answer) = look(exit) {
-                        return Ok(Some(answer));
-                    }
-                }
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    fd.set_kvm_immediate_exit(0);
-                }
-                Err(error) => return Err(VcpuError::Run(error)),
-            }
-            if Instant::now() >= deadline {
-                return Ok(None);
-            }
-        }
+        Ok(run())
     })
 }

@@ -4,6 +4,7 @@
 //! descriptor to save or restore its state.
 
 mod alone;
+mod settle;
 mod state;
 mod unemulated;
 
@@ -18,11 +19,17 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use alone::kicked_after;
 pub use alone::run_at_most;
+pub use settle::settle;
 pub use state::{VcpuStateError, read_tsc_khz, restore, save};
 pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};
+use crate::memory::Mmap;
+
+/// How long a vCPU runs on that was stopped where KVM does not tell all of its state.
+const MOMENT: Duration = Duration::from_micros(50);
 
 /// How a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +46,8 @@ pub enum GuestEnd {
 pub struct VcpuContext {
     /// Port I/O goes here.
     pub devices: Arc<Devices>,
+    /// Guest memory.
+    pub memory: Mmap,
     /// Told once by each vCPU that ends.
     pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
 }
@@ -381,7 +390,7 @@ fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
         }
         // A fault of this VMM must not leave the owner waiting for a thread that never parks.
         let end = catch_unwind(AssertUnwindSafe(|| {
-            let end = run_until_kicked(&mut lock(&shared.fd), context)?;
+            let end = run_until_settled(&mut lock(&shared.fd), context)?;
             Some(context.with_last_words(end))
         }))
         .unwrap_or_else(|_| {
@@ -406,6 +415,21 @@ fn tell_guest_it_was_paused(fd: &VcpuFd) {
     if let Err(error) = fd.kvmclock_ctrl() {
         tracing::trace!(%error, "the guest does not use KVM's clock");
     }
+}
+
+/// Runs guest code until it is stopped (`None`) where its state can be saved, or until the guest's end.
+fn run_until_settled(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
+    let end = run_until_kicked(fd, context);
+    if end.is_some() {
+        return end;
+    }
+    let settled = settle(fd, &context.memory, |fd| {
+        kicked_after(MOMENT, || run_until_kicked(fd, context))
+    });
+    settled.unwrap_or_else(|error| {
+        tracing::warn!(%error, "a vCPU is stopped where it was");
+        None
+    })
 }
 
 /// Runs guest code until a kick (`None`) or the guest's end. Pending port I/O is complete on return from a kick: KVM

@@ -56,6 +56,7 @@ pub(super) async fn prepare(
             SocketAddr::new(node.migration_ip, 0).to_string()
         },
         commit_timeout_ms: 0,
+        accept_timeout_ms: 0,
         tls: node.migration_tls(&request.source_node),
     };
     match listen(&node, &vm, request).await {

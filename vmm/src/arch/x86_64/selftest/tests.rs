@@ -80,3 +80,51 @@ fn what_software_kvm_cannot_emulate_is_named() {
         assert!(said.contains("in ring 0"), "{said}");
     }
 }
+
+/// What ring 3 begins with, and in its place: ask for a service again and again, and end when one has not answered.
+const RING3_START: [u8; 5] = [0x8c, 0xc8, 0x83, 0xf8, 0x33];
+const SERVICES_FOR_EVER: [u8; 21] = [
+    0x31, 0xc0, // xor eax, eax (SERVICE_RING)
+    0xcd, 0x04, // int 4
+    0x83, 0xf8, 0x10, // cmp eax, KERNEL_CODE
+    0x74, 0xf7, // je to the start
+    0xbf, 0x01, 0x00, 0x00, 0x00, // mov edi, END_MISMATCH
+    0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax, SERVICE_END
+    0xcd, 0x04, // int 4
+];
+
+/// KVM_GET_VCPU_EVENTS is silent of exceptions that INT raises, and there is a KVM that has gone past the INT by then.
+#[test]
+fn no_exception_is_lost_when_a_vcpu_is_saved() {
+    const SAVES: usize = 500;
+    const MOMENT: Duration = Duration::from_micros(50);
+    let Some(kvm) = kvm() else { return };
+    let memory = GuestMemory::new(crate::spec::MIN_MEMORY).expect("memory");
+    let header = write_guest(&memory).expect("it fits");
+    let mut places = image().windows(RING3_START.len()).enumerate();
+    let (at, _) = places.find(|(_, code)| *code == RING3_START).expect("there");
+    let at = GuestAddress(LOAD + u64::try_from(at).expect("small"));
+    memory
+        .mmap()
+        .write_slice(&SERVICES_FOR_EVER, at)
+        .expect("it fits");
+    let vm = kvm.create_vm().expect("a VM");
+    let mut fd = make_vcpu(&kvm, &vm, &memory).expect("a vCPU");
+    let regs = kvm_regs {
+        rip: linear(header.after_popcnt),
+        rsp: linear(header.ring0_stack_end),
+        rflags: 2,
+        ..Default::default()
+    };
+    fd.set_regs(&regs).expect("registers");
+    for save in 0..SAVES {
+        let limit = Duration::from_micros(200 + u64::try_from(save % 100).expect("small"));
+        let end = vcpu::run_at_most(&mut fd, limit, |exit| Some(format!("{exit:?}"))).expect("it runs");
+        assert_eq!(end, None, "after {save} saves");
+        let run_on = |fd: &mut VcpuFd| vcpu::run_at_most(fd, MOMENT, |exit| Some(format!("{exit:?}")));
+        let end = vcpu::settle(&mut fd, memory.mmap(), run_on).expect("it runs");
+        assert_eq!(end, None, "after {save} saves");
+        let state = vcpu::save(&fd, &[]).expect("saved");
+        vcpu::restore(&fd, &state, &[], 0).expect("restored");
+    }
+}

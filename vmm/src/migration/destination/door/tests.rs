@@ -40,6 +40,7 @@ fn door() -> (Door, Address, Prepared) {
     let incoming = Incoming {
         prepared: prepared.clone(),
         commit_timeout: PLENTY,
+        accept_timeout: PLENTY,
         ran_mark: RanMark::at(None),
         identity: None,
     };

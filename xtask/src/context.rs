@@ -136,7 +136,11 @@ pub fn run(command: &mut Command) -> Result<()> {
     succeeded(status, &program)
 }
 
-fn succeeded(status: ExitStatus, program: &str) -> Result<()> {
+/// An error unless `program` ended well.
+///
+/// # Errors
+/// If it did not.
+pub fn succeeded(status: ExitStatus, program: &str) -> Result<()> {
     if !status.success() {
         bail!("{program} ended with {status}");
     }

@@ -18,6 +18,7 @@ mod kernel;
 mod packages;
 mod shoal;
 mod simulate;
+mod slowest;
 mod soak;
 mod test;
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::build::{cargo, programs_and_tests};
 use crate::context::{Context, run, step};
-use crate::{images, packages};
+use crate::{images, packages, slowest};
 
 /// Builds what the tests need and runs those whose name contains `filter`.
 ///
@@ -25,6 +25,6 @@ pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
         command
             .args(["test", "--release", "--workspace", "--test", "e2e", "--"])
             .args(filter);
-        run(command.arg("--test-threads=1"))
+        slowest::run(command.arg("--test-threads=1"))
     })
 }

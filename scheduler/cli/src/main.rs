@@ -11,7 +11,7 @@
 //! - [`local`]: a whole cluster on this machine (`up` and `down`)
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 cluster unreachable. `run` without `--detach` exits with
-//! the workload's own status. Errors are said on stderr; with `-o json` an object `{"error": {...}}` is also written
+//! the workload's own status, and with 1 if there is none. Errors are said on stderr; with `-o json` an object `{"error": {...}}` is also written
 //! to stdout, so that a script always finds JSON there.
 #![forbid(unsafe_code)]
 

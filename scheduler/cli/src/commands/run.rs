@@ -130,18 +130,20 @@ fn finish(context: &Context, vm: &Vm) -> Result<ExitCode, CliError> {
     if context.output.is_json() {
         context.output.show(&VmView::from(vm), |_| String::new())?;
     }
-    if vm.phase() == VmPhase::Exited {
+    if let (VmPhase::Exited, Some(status)) = (vm.phase(), vm.exit_status) {
         // A status is one byte on the guest's side; what does not fit must not look like success.
-        return Ok(ExitCode::from(
-            vm.exit_status
-                .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX)),
-        ));
+        return Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)));
     }
-    context.output.note(&format!(
-        "error: {} is {}: {}",
-        vm.name,
-        vm_state(vm.phase()),
-        vm.message
-    ));
+    context.output.note(&format!("error: {}", no_status(vm)));
     Ok(ExitCode::FAILURE)
+}
+
+/// How a VM ended that says nothing of its workload.
+fn no_status(vm: &Vm) -> String {
+    let Vm { name, message, .. } = vm;
+    match (vm.phase(), message.as_str()) {
+        (VmPhase::Exited, "") => format!("{name} ended without an exit status"),
+        (VmPhase::Exited, how) => format!("{name} ended without an exit status: {how}"),
+        (phase, why) => format!("{name} is {}: {why}", vm_state(phase)),
+    }
 }

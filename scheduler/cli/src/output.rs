@@ -104,7 +104,7 @@ impl Output {
     #[must_use]
     pub fn error(self, error: &CliError) -> ExitCode {
         if error.is_broken_pipe() {
-            return ExitCode::SUCCESS;
+            return error.exit_code();
         }
         self.note(&format!("error: {error}"));
         if self.is_json() && !error.is_reported() {

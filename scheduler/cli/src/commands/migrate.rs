@@ -32,13 +32,11 @@ pub async fn run(context: &Context, args: MigrateArgs) -> Result<(), CliError> {
         to_node: args.to.unwrap_or_default(),
         policy: Some(MigrationPolicy::from(&args.policy)),
     };
-    let Some(outcome) = until_interrupted(watch(context, &mut client, request)).await? else {
-        context.output.note(&format!(
-            "\nthe migration goes on: `shoal migrations --vm {}` tells how it ended",
-            args.vm
-        ));
-        return Ok(());
+    let goes_on = || {
+        let vm = &args.vm;
+        format!("the migration goes on: `shoal migrations --vm {vm}` tells how it ended")
     };
+    let outcome = until_interrupted(watch(context, &mut client, request), goes_on).await?;
     let view = MigrationView {
         vm: args.vm,
         ..MigrationView::from(&outcome)

@@ -12,9 +12,6 @@ use crate::ring3;
 use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
 
-/// What a shell reports of a command that Ctrl-C ended.
-const INTERRUPTED: u8 = 130;
-
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -77,16 +74,15 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    match until_interrupted(follow(context, &mut client, &vm)).await? {
-        Some(ended) => finish(context, &ended),
-        None => {
-            let name = &vm.name;
-            context.output.note(&format!(
-                "\n{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it"
-            ));
-            Ok(ExitCode::from(INTERRUPTED))
-        }
+    let name = &vm.name;
+    let goes_on = || format!("{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it");
+    let ended = until_interrupted(follow(context, &mut client, &vm), goes_on).await;
+    if matches!(&ended, Err(error) if error.is_broken_pipe()) {
+        context
+            .output
+            .note(&format!("nobody reads the console; {}", goes_on()));
     }
+    finish(context, &ended?)
 }
 
 fn request(args: RunArgs) -> RunVmRequest {

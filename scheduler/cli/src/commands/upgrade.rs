@@ -42,14 +42,11 @@ struct LeftView {
 pub async fn run(context: &Context, args: UpgradeArgs) -> Result<(), CliError> {
     let mut client = context.client().await?;
     let vms = vms_on(&mut client, &args.node).await?;
-    let view = until_interrupted(upgrade(context, client, vms, &args)).await?;
-    let Some(view) = view else {
-        context.output.note(&format!(
-            "\nwhat has begun goes on: `shoal migrations --node {}` shows it",
-            args.node
-        ));
-        return Ok(());
+    let goes_on = || {
+        let node = &args.node;
+        format!("what has begun goes on: `shoal migrations --node {node}` shows it")
     };
+    let view = until_interrupted(upgrade(context, client, vms, &args), goes_on).await?;
     context.output.show(&view, text)?;
     if view.left.is_empty() {
         Ok(())

@@ -5,6 +5,7 @@
 //! - [`client`]: the connection to the cluster API, the only door there is
 //! - [`error`]: every failure, with its exit code and its JSON form
 //! - [`output`], [`view`], [`format`]: tables for people, JSON for scripts
+//! - [`page`]: lines that are safe for a terminal, whoever wrote what is in them
 //! - [`certificates`]: an authority and what it issues, for migrations
 //! - [`image_source`]: reads an image directory or tar
 //! - [`ring3`]: what is said of guests whose kernel runs in ring 3
@@ -25,6 +26,7 @@ mod format;
 mod image_source;
 mod local;
 mod output;
+mod page;
 mod policy_args;
 mod ring3;
 mod rule_args;

@@ -67,7 +67,7 @@ async fn show(
     Ok(())
 }
 
-fn text(event: &Event) -> String {
+pub(super) fn text(event: &Event) -> String {
     let subject = [event.vm.as_str(), event.node.as_str()]
         .into_iter()
         .filter(|s| !s.is_empty())

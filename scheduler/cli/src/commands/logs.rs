@@ -56,7 +56,7 @@ pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
                 .output
                 .show_line(&LogView::from(&chunk), |_| String::new())?;
         } else {
-            context.output.bytes(&chunk.data)?;
+            context.output.raw(&chunk.data)?;
         }
     }
     if args.follow {

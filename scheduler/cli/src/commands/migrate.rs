@@ -9,6 +9,7 @@ use crate::client::{Client, Context, until_interrupted};
 use crate::commands::migrations::figures;
 use crate::error::CliError;
 use crate::format;
+use crate::page::Page;
 use crate::policy_args::PolicyArgs;
 use crate::view::{MigrationView, phase};
 
@@ -158,15 +159,19 @@ fn message(progress: &MigrationProgress) -> String {
     parts.join(", ")
 }
 
-fn report(m: &MigrationView) -> String {
+pub(super) fn report(m: &MigrationView) -> Page {
     if m.result != "completed" {
         return format!(
             "{} stays as it was: {} after {:.0} ms",
             m.vm, m.result, m.total_ms
-        );
+        )
+        .into();
     }
-    let lines = figures(m).join("\n  ");
-    format!("{} moved from {} to {}\n  {lines}", m.vm, m.from, m.to)
+    let mut page = Page::from(format!("{} moved from {} to {}", m.vm, m.from, m.to));
+    for figure in figures(m) {
+        page.line(format!("  {figure}"));
+    }
+    page
 }
 
 #[cfg(test)]

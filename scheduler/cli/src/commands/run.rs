@@ -111,9 +111,9 @@ async fn follow(context: &Context, client: &mut Client, vm: &Vm) -> Result<Vm, C
     let mut stream = client.stream_logs(request).await?.into_inner();
     while let Some(chunk) = stream.message().await? {
         if context.output.is_json() {
-            context.output.error_bytes(&chunk.data);
+            context.output.raw_to_stderr(&chunk.data);
         } else {
-            context.output.bytes(&chunk.data)?;
+            context.output.raw(&chunk.data)?;
         }
     }
     Ok(client

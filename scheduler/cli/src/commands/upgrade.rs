@@ -11,6 +11,7 @@ use tonic::Code;
 
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
+use crate::page::Page;
 use crate::view::{MigrationView, vm_state};
 
 /// Arguments of `upgrade`.
@@ -142,10 +143,10 @@ async fn move_one(mut client: Client, vm: &Vm, node: &str) -> Result<Migration, 
     outcome.ok_or_else(|| CliError::Lost("the migration's stream ended without an outcome".into()))
 }
 
-fn text(view: &UpgradeView) -> String {
-    let mut text = format!("{}: {} VMs run in new VMMs", view.node, view.upgraded);
+fn text(view: &UpgradeView) -> Page {
+    let mut page = Page::from(format!("{}: {} VMs run in new VMMs", view.node, view.upgraded));
     for left in &view.left {
-        text.push_str(&format!("\n  {} stays as it was: {}", left.vm, left.reason));
+        page.line(format!("  {} stays as it was: {}", left.vm, left.reason));
     }
-    text
+    page
 }

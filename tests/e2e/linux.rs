@@ -73,6 +73,18 @@ fn run_shows_the_console_and_exits_with_the_status_of_the_command() {
     for line in ["<two  words>", "<100% \"quoted\" 'ü'>"] {
         assert!(console.contains(line), "{line} in:\n{}", guest::tail(&console));
     }
+
+    let script = "printf '<%s>' \"$0\" \"$@\"; echo";
+    let output = cluster.shoal.output(&[
+        "run", "linux", "--", "sh", "-c", script, "--", "one", "--", "", "two",
+    ]);
+    let console = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        console.contains("<--><one><--><><two>"),
+        "{}",
+        guest::tail(&console)
+    );
+    assert!(output.status.success(), "{:?}", output.status);
 }
 
 #[test]

@@ -73,6 +73,59 @@ fn run_shows_the_console_and_exits_with_the_status_of_the_command() {
     for line in ["<two  words>", "<100% \"quoted\" 'ü'>"] {
         assert!(console.contains(line), "{line} in:\n{}", guest::tail(&console));
     }
+
+    let script = "printf '<%s>' \"$0\" \"$@\"; echo";
+    let output = cluster.shoal.output(&[
+        "run", "linux", "--", "sh", "-c", script, "--", "one", "--", "", "two",
+    ]);
+    let console = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        console.contains("<--><one><--><><two>"),
+        "{}",
+        guest::tail(&console)
+    );
+    assert!(output.status.success(), "{:?}", output.status);
+}
+
+#[test]
+fn a_guest_that_ends_without_a_status_is_no_success() {
+    let Some(machine) = Machine::with_kvm("ends without a status") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    // A reset of this image is a triple fault.
+    for (command, how) in [
+        ("reboot", "the guest reset"),
+        ("poweroff", "the guest powered off"),
+    ] {
+        let output = cluster
+            .shoal
+            .output(&["run", "linux", "--name", command, "--", command, "-f"]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command}: {said}");
+        let wanted = format!("error: {command} ended without an exit status: {how}");
+        assert!(said.contains(&wanted), "{said}");
+        let vm = cluster.vm(command);
+        assert_eq!(vm["state"], "exited", "{vm}");
+        assert!(vm["exit_status"].is_null(), "{vm}");
+    }
+
+    let run = cluster
+        .shoal
+        .start(&["run", "linux", "--name", "stopped", "--", "sleep", "1000"]);
+    wait::until_true("it to run", seconds(30), || {
+        let vms = cluster.shoal.json(&["ps"]);
+        let runs = |vm: &serde_json::Value| vm["name"] == "stopped" && vm["state"] == "running";
+        vms.as_array().expect("a list").iter().any(runs)
+    });
+    cluster.shoal.ok(&["stop", "stopped"]);
+    let output = run.wait_with_output().expect("run ends with its VM");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("stopped ended without an exit status: stopped on request"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod daemon_faults;
 mod fault_table;
 mod fleet;
 mod ha;
+mod interrupts;
 mod kvm_kinds;
 mod linux;
 mod linux_checks;

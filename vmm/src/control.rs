@@ -476,7 +476,11 @@ impl Control {
         self.halt(&vm, "the guest ended");
         match end {
             GuestEnd::PowerOff => self.end(*vm, VmState::Exited, "the guest powered off"),
-            GuestEnd::Reset => self.end(*vm, VmState::Exited, "the guest reset"),
+            GuestEnd::Reset => self.end(
+                *vm,
+                VmState::Exited,
+                "the guest reset, as by a reboot or a triple fault",
+            ),
             GuestEnd::Failed(why) => self.end(*vm, VmState::Failed, &why),
         }
     }

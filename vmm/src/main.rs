@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use lexopt::prelude::*;
 use shoal_cpuid::Table;
 use shoal_proto::vm::vmm_server::VmmServer;
-use shoal_proto::vm::{MemoryBacking, VmState};
+use shoal_proto::vm::{MemoryBacking, VmState, VmStatus};
 use shoal_proto::{Epoch, VmId};
 use shoal_vmm::api::{self, Api};
 use shoal_vmm::arch::selftest::{self, KvmKind};
@@ -229,14 +229,7 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
                     .wait_for(|status| by_hand && over(status.state()))
                     .await?
                     .clone();
-                let failed = last.state() == VmState::Failed;
-                if failed {
-                    tracing::error!(reason = %last.status_message, "the VM failed");
-                }
-                let status = last
-                    .exit_status
-                    .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX));
-                Ok(ExitCode::from(if failed { FAILED } else { status }))
+                Ok(ExitCode::from(by_hand_status(&last)))
             };
             tokio::select! {
                 result = serve => result,
@@ -244,4 +237,20 @@ fn run(options: Options) -> Result<ExitCode, AnyError> {
                 () = api::quit_requested(quit_asked.clone()) => Ok(ExitCode::SUCCESS),
             }
         })
+}
+
+/// The exit status of a VMM that was started by hand, when its VM is over. A VM that reported none was no success.
+fn by_hand_status(last: &VmStatus) -> u8 {
+    match (last.state(), last.exit_status) {
+        (VmState::Migrated, _) => 0,
+        (VmState::Exited, Some(status)) => u8::try_from(status).unwrap_or(u8::MAX),
+        (VmState::Exited, None) => {
+            tracing::error!(how = %last.status_message, "the VM ended without an exit status");
+            FAILED
+        }
+        _ => {
+            tracing::error!(reason = %last.status_message, "the VM failed");
+            FAILED
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use shoal_proto::cluster::ListSchedulersRequest;
 use shoal_proto::cluster::cluster_client::ClusterClient;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
@@ -168,12 +169,24 @@ async fn open(endpoint: &str) -> Result<Client, CliError> {
     Ok(ClusterClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
 }
 
-/// Runs to its end, or to Ctrl-C (`None`).
+/// Watches something that goes on without this command. Ctrl-C and SIGTERM end the watching, with an error that says what goes
+/// on and the status that a shell gives for the signal. Commands without such a word leave both signals their default: they are
+/// ended by them.
 pub async fn until_interrupted<T>(
     work: impl Future<Output = Result<T, CliError>>,
-) -> Result<Option<T>, CliError> {
-    tokio::select! {
-        done = work => done.map(Some),
-        _ = tokio::signal::ctrl_c() => Ok(None),
-    }
+    goes_on: impl FnOnce() -> String,
+) -> Result<T, CliError> {
+    let wait =
+        |kind| signal(kind).map_err(|error| CliError::Failed(format!("cannot wait for signals: {error}")));
+    let mut interrupt = wait(SignalKind::interrupt())?;
+    let mut terminate = wait(SignalKind::terminate())?;
+    let kind = tokio::select! {
+        done = work => return done,
+        _ = interrupt.recv() => SignalKind::interrupt(),
+        _ = terminate.recv() => SignalKind::terminate(),
+    };
+    Err(CliError::Interrupted {
+        signal: u8::try_from(kind.as_raw_value()).unwrap_or(u8::MAX),
+        goes_on: goes_on(),
+    })
 }

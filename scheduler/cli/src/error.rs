@@ -11,6 +11,10 @@ use shoal_proto::LEADER_HEADER;
 use shoal_proto::cluster::{NodeRejection, PlacementFailure};
 use tonic::{Code, Status};
 
+/// A shell gives a command that a signal ended this and the signal's number.
+const OF_SIGNAL: u8 = 128;
+const SIGPIPE: u8 = 13;
+
 /// Why a command did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
@@ -67,6 +71,14 @@ pub enum CliError {
     /// A daemon ended with an error.
     #[error("{}", chain(.0.as_ref()))]
     Daemon(Box<dyn Error + Send + Sync>),
+    /// A signal ended the watching of something that goes on.
+    #[error("interrupted; {goes_on}")]
+    Interrupted {
+        /// Which signal.
+        signal: u8,
+        /// What goes on, and how to see it or end it.
+        goes_on: String,
+    },
     /// Standard output is closed or full.
     #[error("cannot write to standard output: {0}")]
     Output(#[source] io::Error),
@@ -80,6 +92,8 @@ impl CliError {
             Self::Usage(_) => ExitCode::from(2),
             Self::NothingFits { .. } => ExitCode::from(3),
             Self::Unreachable { .. } | Self::Lost(_) => ExitCode::from(4),
+            Self::Interrupted { signal, .. } => ExitCode::from(signal.saturating_add(OF_SIGNAL)),
+            _ if self.is_broken_pipe() => ExitCode::from(OF_SIGNAL + SIGPIPE),
             _ => ExitCode::FAILURE,
         }
     }
@@ -106,6 +120,7 @@ impl CliError {
             Self::NothingFits { .. } => "nothing-fits",
             Self::Unreachable { .. } => "unreachable",
             Self::Lost(_) => "lost",
+            Self::Interrupted { .. } => "interrupted",
             Self::Refused {
                 code: Code::NotFound, ..
             } => "not-found",
@@ -147,7 +162,7 @@ impl CliError {
         matches!(self, Self::Reported(_))
     }
 
-    /// True if the reader of standard output went away, which is no failure of ours.
+    /// True if the reader of standard output went away. Others are ended by SIGPIPE then, and say nothing.
     #[must_use]
     pub fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)

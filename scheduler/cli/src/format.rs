@@ -78,6 +78,20 @@ pub fn seconds_since(unix_ms: i64) -> u64 {
     SystemTime::now().duration_since(then).map_or(0, |d| d.as_secs())
 }
 
+/// Words as a shell takes them: those that it would take apart are quoted.
+#[must_use]
+pub fn words(words: &[String]) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "_-+=:,./@%".contains(c);
+    let shown = words.iter().map(|word| {
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', "'\\''"))
+        }
+    });
+    shown.collect::<Vec<_>>().join(" ")
+}
+
 /// A moment as shown: RFC 3339 with milliseconds.
 #[must_use]
 pub fn time(unix_ms: i64) -> String {
@@ -100,6 +114,12 @@ mod tests {
         assert_eq!(parse_duration("50ms"), Ok(Duration::from_millis(50)));
         assert!(parse_duration("0s").is_err());
         assert!(parse_duration("soon").is_err());
+    }
+
+    #[test]
+    fn words_can_be_given_to_a_shell_again() {
+        let said = ["sh", "-c", "echo $x", "", "it's", "wss=1MiB", "ü"].map(str::to_owned);
+        assert_eq!(words(&said), r"sh -c 'echo $x' '' 'it'\''s' wss=1MiB ü");
     }
 
     #[test]

@@ -5,13 +5,14 @@
 //! - [`client`]: the connection to the cluster API, the only door there is
 //! - [`error`]: every failure, with its exit code and its JSON form
 //! - [`output`], [`view`], [`format`]: tables for people, JSON for scripts
+//! - [`page`]: lines that are safe for a terminal, whoever wrote what is in them
 //! - [`certificates`]: an authority and what it issues, for migrations
 //! - [`image_source`]: reads an image directory or tar
 //! - [`ring3`]: what is said of guests whose kernel runs in ring 3
 //! - [`local`]: a whole cluster on this machine (`up` and `down`)
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 cluster unreachable. `run` without `--detach` exits with
-//! the workload's own status. Errors are said on stderr; with `-o json` an object `{"error": {...}}` is also written
+//! the workload's own status, and with 1 if there is none. Errors are said on stderr; with `-o json` an object `{"error": {...}}` is also written
 //! to stdout, so that a script always finds JSON there.
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ mod format;
 mod image_source;
 mod local;
 mod output;
+mod page;
 mod policy_args;
 mod ring3;
 mod rule_args;

@@ -1,4 +1,5 @@
-//! Where results go: tables for people, JSON for scripts, errors on stderr.
+//! Where results go: tables for people, JSON for scripts, errors on stderr. Nothing else writes to either: what people read is a
+//! [`Page`], whose lines are escaped; only a console is written as it is.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -8,6 +9,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use crate::error::CliError;
+use crate::page::{Page, escaped};
 
 /// How results are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,53 +47,54 @@ impl Output {
         self.format == Format::Wide
     }
 
-    /// Writes one result: as pretty JSON, or as the text that `human` makes of it.
-    pub fn show<T: Serialize + ?Sized>(
+    /// Writes one result: as pretty JSON, or as the page that `human` makes of it.
+    pub fn show<T: Serialize + ?Sized, P: Into<Page>>(
         self,
         value: &T,
-        human: impl FnOnce(&T) -> String,
+        human: impl FnOnce(&T) -> P,
     ) -> Result<(), CliError> {
-        let text = match self.format {
-            Format::Json => serde_json::to_string_pretty(value).map_err(json_error)?,
-            Format::Table | Format::Wide => human(value),
-        };
-        self.line(&text)
+        match self.format {
+            Format::Json => self.json(&serde_json::to_string_pretty(value).map_err(json_error)?),
+            Format::Table | Format::Wide => self.page(&human(value).into()),
+        }
     }
 
-    /// Writes one result of a stream: as JSON on one line, or as the text that `human` makes of it.
-    pub fn show_line<T: Serialize + ?Sized>(
+    /// Writes one result of a stream: as JSON on one line, or as the page that `human` makes of it.
+    pub fn show_line<T: Serialize + ?Sized, P: Into<Page>>(
         self,
         value: &T,
-        human: impl FnOnce(&T) -> String,
+        human: impl FnOnce(&T) -> P,
     ) -> Result<(), CliError> {
-        let text = match self.format {
-            Format::Json => serde_json::to_string(value).map_err(json_error)?,
-            Format::Table | Format::Wide => human(value),
-        };
-        self.line(&text)
+        match self.format {
+            Format::Json => self.json(&serde_json::to_string(value).map_err(json_error)?),
+            Format::Table | Format::Wide => self.page(&human(value).into()),
+        }
     }
 
-    /// Writes a line to stdout.
-    pub fn line(self, text: &str) -> Result<(), CliError> {
-        self.bytes(format!("{text}\n").as_bytes())
+    fn json(self, text: &str) -> Result<(), CliError> {
+        self.raw(format!("{text}\n").as_bytes())
     }
 
-    /// Writes bytes to stdout, at once.
-    pub fn bytes(self, data: &[u8]) -> Result<(), CliError> {
+    fn page(self, page: &Page) -> Result<(), CliError> {
+        self.raw(format!("{page}\n").as_bytes())
+    }
+
+    /// Writes bytes to stdout as they are, at once: a console, or what this program made itself.
+    pub fn raw(self, data: &[u8]) -> Result<(), CliError> {
         let mut out = io::stdout().lock();
         out.write_all(data)
             .and_then(|()| out.flush())
             .map_err(CliError::Output)
     }
 
-    /// Writes bytes to stderr; nothing can be done if that fails.
-    pub fn error_bytes(self, data: &[u8]) {
+    /// Writes bytes to stderr as they are: a console. Nothing can be done if that fails.
+    pub fn raw_to_stderr(self, data: &[u8]) {
         drop(io::stderr().lock().write_all(data));
     }
 
     /// A word to the person at the terminal, beside the result.
     pub fn note(self, text: &str) {
-        self.error_bytes(format!("{text}\n").as_bytes());
+        self.raw_to_stderr(format!("{}\n", Page::message(text)).as_bytes());
     }
 
     /// True if a person may be watching stderr.
@@ -104,11 +107,11 @@ impl Output {
     #[must_use]
     pub fn error(self, error: &CliError) -> ExitCode {
         if error.is_broken_pipe() {
-            return ExitCode::SUCCESS;
+            return error.exit_code();
         }
         self.note(&format!("error: {error}"));
         if self.is_json() && !error.is_reported() {
-            drop(self.line(&error.to_json().to_string()));
+            drop(self.json(&error.to_json().to_string()));
         }
         error.exit_code()
     }
@@ -120,20 +123,17 @@ fn json_error(error: serde_json::Error) -> CliError {
 
 /// A table in the manner of `ps`: no lines, columns two spaces apart.
 #[must_use]
-pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Page {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     for row in rows {
-        table.add_row(row);
+        // A line break in a cell would be a line of its own.
+        table.add_row(row.map(|cell| escaped(&cell)));
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    table
-        .lines()
-        .map(|line| line.trim_end().to_owned())
-        .collect::<Vec<_>>()
-        .join("\n")
+    table.lines().collect()
 }
 
 #[cfg(test)]
@@ -149,6 +149,6 @@ mod tests {
                 ["long".to_owned(), "2".to_owned()],
             ],
         );
-        assert_eq!(text, "NAME  N\na     1\nlong  2");
+        assert_eq!(text.to_string(), "NAME  N\na     1\nlong  2");
     }
 }

@@ -189,6 +189,11 @@ fn percent_encode(arg: &str, line: &mut String) {
         // Two spaces would be one to the kernel. Init takes an encoded NUL for no byte at all.
         line.push_str("%00");
     }
+    if arg == "--" {
+        // The kernel takes a second one for the end of what init gets.
+        line.push_str("%2D-");
+        return;
+    }
     for byte in arg.bytes() {
         if byte.is_ascii_graphic() && !b"%\"'\\".contains(&byte) {
             line.push(char::from(byte));
@@ -228,6 +233,11 @@ mod tests {
         assert_eq!(
             cmdline_with_args("q", true, &empty).expect("fits"),
             "q -- printf %00"
+        );
+        let dashes = ["sh", "--", "-", "---", "--"].map(str::to_owned);
+        assert_eq!(
+            cmdline_with_args("q", true, &dashes).expect("fits"),
+            "q -- sh %2D- - --- %2D-"
         );
         let plain = ["wss=1MiB".to_owned(), "rate=5".to_owned()];
         assert_eq!(

@@ -122,6 +122,9 @@ pub enum Outcome {
     Exited {
         /// What the workload reported, if it did.
         status: Option<u32>,
+        /// If it did not: what its VMM says of the end. Empty in older records.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        how: String,
     },
     /// A fault, in words.
     Failed {

@@ -343,16 +343,19 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
             .set_not_serving::<RegistryServer<RegistryApi>>()
             .await;
     }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
     let (ended, end) = tokio::sync::oneshot::channel();
     let serve = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health)
-        .add_service(reflection)
+        .add_service(reflection().build_v1()?)
+        // What most clients ask for: Python's, graphical ones, older grpcurl.
+        .add_service(reflection().build_v1alpha()?)
         .add_service(cluster)
         .add_service(registry)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {

@@ -22,7 +22,9 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
     let runs_on = record.kvm.or_else(of_node);
     let (phase, message) = phase(scheduler, entry);
     let exit_status = match &record.phase {
-        Phase::Ending(Outcome::Exited { status }) | Phase::Ended(Outcome::Exited { status }) => *status,
+        Phase::Ending(Outcome::Exited { status, .. }) | Phase::Ended(Outcome::Exited { status, .. }) => {
+            *status
+        }
         _ => None,
     };
     cluster::Vm {

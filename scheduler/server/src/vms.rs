@@ -176,12 +176,13 @@ impl VmTable {
     /// By id or name, as users write it.
     pub fn find(&self, id_or_name: &str) -> Option<Arc<VmEntry>> {
         let index = self.read();
-        let by_name = id_or_name
-            .parse::<VmName>()
-            .ok()
-            .and_then(|name| index.by_name.get(&name).copied());
-        let id = by_name.or_else(|| id_or_name.parse().ok())?;
-        index.by_id.get(&id).cloned()
+        // Ids first: a VM of before may have the id of another as its name.
+        let by_id = id_or_name.parse().ok().and_then(|id: VmId| index.by_id.get(&id));
+        let found = by_id.or_else(|| {
+            let name = id_or_name.parse::<VmName>().ok()?;
+            index.by_id.get(index.by_name.get(&name)?)
+        });
+        found.cloned()
     }
 
     /// Every VM, by id.

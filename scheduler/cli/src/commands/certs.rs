@@ -9,6 +9,7 @@ use shoal_proto::NodeName;
 use crate::certificates::{Authority, CA, CertificateView, show};
 use crate::client::Context;
 use crate::error::CliError;
+use crate::page::Page;
 
 /// What to do with certificates.
 #[derive(Debug, Subcommand)]
@@ -85,7 +86,14 @@ pub fn run(context: &Context, command: CertsCommand) -> Result<(), CliError> {
             })
         }
         CertsCommand::Show(args) => context.output.show(&show(&args.file)?, |views| {
-            views.iter().map(text).collect::<Vec<_>>().join("\n\n")
+            let mut page = Page::default();
+            for (number, view) in views.iter().enumerate() {
+                if number > 0 {
+                    page.blank();
+                }
+                page.add(text(view));
+            }
+            page
         }),
     }
 }
@@ -100,7 +108,7 @@ fn made(
     context.output.show(&Made { dir, certificate }, human)
 }
 
-fn text(view: &CertificateView) -> String {
+fn text(view: &CertificateView) -> Page {
     let names = if view.names.is_empty() {
         "none".to_owned()
     } else {
@@ -116,12 +124,11 @@ fn text(view: &CertificateView) -> String {
     } else {
         "a node's"
     };
-    [
+    Page::from_iter([
         format!("subject  {} ({kind})", view.subject),
         format!("issuer   {}", view.issuer),
         format!("nodes    {names}"),
         format!("valid    {} to {} ({now})", view.not_before, view.not_after),
         format!("sha256   {}", view.sha256),
-    ]
-    .join("\n")
+    ])
 }

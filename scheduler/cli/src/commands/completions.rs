@@ -19,5 +19,5 @@ pub struct CompletionsArgs {
 pub fn run(context: &Context, args: &CompletionsArgs) -> Result<(), CliError> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "shoal", &mut script);
-    context.output.bytes(&script)
+    context.output.raw(&script)
 }

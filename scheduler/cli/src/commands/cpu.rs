@@ -7,6 +7,7 @@ use shoal_proto::cluster::{CpuBaseline, GetCpuBaselineRequest, SetCpuBaselineReq
 use crate::client::Context;
 use crate::error::CliError;
 use crate::output::table;
+use crate::page::Page;
 
 /// Commands on CPUs.
 #[derive(Debug, Subcommand)]
@@ -30,8 +31,9 @@ pub enum BaselineAction {
     Clear,
 }
 
+/// What `cpu baseline` shows.
 #[derive(Debug, Serialize)]
-struct BaselineView {
+pub(super) struct BaselineView {
     applied: bool,
     features: Vec<String>,
     nodes: Vec<NodeCpuView>,
@@ -75,7 +77,7 @@ pub async fn run(context: &Context, command: CpuCommand) -> Result<(), CliError>
     context.output.show(&view, text)
 }
 
-fn text(baseline: &BaselineView) -> String {
+pub(super) fn text(baseline: &BaselineView) -> Page {
     let count = baseline.features.len();
     let head = if baseline.applied {
         format!("applied: new VMs get these {count} features and no others")
@@ -93,7 +95,10 @@ fn text(baseline: &BaselineView) -> String {
             ]
         }),
     );
-    format!("{head}:\n{}\n\n{nodes}", baseline.features.join(" "))
+    let mut page = Page::from_iter([format!("{head}:"), baseline.features.join(" ")]);
+    page.blank();
+    page.add(nodes);
+    page
 }
 
 /// As many as fit a table; all are in the JSON.

@@ -22,11 +22,8 @@ pub async fn run(context: &Context, args: DrainArgs) -> Result<(), CliError> {
         let request = DrainNodeRequest { node: node.clone() };
         Ok(client.drain_node(request).await?.into_inner())
     };
-    let Some(last) = until_interrupted(moving::follow(context, &mut client, ask)).await? else {
-        context.output.note(&format!(
-            "\n{node} goes on draining: `shoal nodes` shows it, `shoal uncordon {node}` ends it"
-        ));
-        return Ok(());
-    };
+    let goes_on =
+        || format!("{node} goes on draining: `shoal nodes` shows it, `shoal uncordon {node}` ends it");
+    let last = until_interrupted(moving::follow(context, &mut client, ask), goes_on).await?;
     moving::show(context, &node, &last, &format!("cannot leave {node}"))
 }

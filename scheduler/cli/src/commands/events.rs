@@ -38,7 +38,7 @@ pub async fn run(context: &Context, args: EventsArgs) -> Result<(), CliError> {
             context.output.show_line(&EventView::from(event), |_| text(event))
         });
         let error = match shown.await {
-            Ok(()) if !args.follow || context.endpoints.len() < 2 => break,
+            Ok(()) if !args.follow => break,
             Ok(()) => CliError::Lost("the stream of events ended".into()),
             Err(error) => error,
         };
@@ -67,7 +67,7 @@ async fn show(
     Ok(())
 }
 
-fn text(event: &Event) -> String {
+pub(super) fn text(event: &Event) -> String {
     let subject = [event.vm.as_str(), event.node.as_str()]
         .into_iter()
         .filter(|s| !s.is_empty())

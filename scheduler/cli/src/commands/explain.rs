@@ -8,6 +8,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 
 /// Arguments of `explain`.
 #[derive(Debug, Args)]
@@ -19,8 +20,9 @@ pub struct ExplainArgs {
     nodes: u32,
 }
 
+/// What `explain` shows.
 #[derive(Debug, Serialize)]
-struct ExplanationView {
+pub(super) struct ExplanationView {
     vm: String,
     node: String,
     placement: String,
@@ -89,16 +91,16 @@ pub async fn run(context: &Context, args: ExplainArgs) -> Result<(), CliError> {
     context.output.show(&ExplanationView::from(why), text)
 }
 
-fn text(why: &ExplanationView) -> String {
+pub(super) fn text(why: &ExplanationView) -> Page {
     if why.node.is_empty() {
-        return format!("{} {}", why.vm, why.verdict);
+        return format!("{} {}", why.vm, why.verdict).into();
     }
     let min_gain = why
         .min_gain
         .map_or("none at this aggressiveness".to_owned(), |gain| {
             format!("{gain:.2}")
         });
-    let mut lines = vec![
+    let mut page = Page::from_iter([
         format!("{} is on {}: {}", why.vm, why.node, why.placement),
         format!("now:     {}", why.verdict),
         format!(
@@ -117,7 +119,7 @@ fn text(why: &ExplanationView) -> String {
             "balance: {} would save {:.2} without it; least gain worth a move: {min_gain}",
             why.node, why.saving
         ),
-    ];
+    ]);
     if !why.nodes.is_empty() {
         let rows = why.nodes.iter().map(|node| {
             let pays_back = node.pays_back_ms.map_or_else(
@@ -133,11 +135,11 @@ fn text(why: &ExplanationView) -> String {
                 node.rejected.clone(),
             ]
         });
-        lines.push(String::new());
-        lines.push(table(
+        page.blank();
+        page.add(table(
             ["NODE", "FITS", "CHARGE", "GAIN", "PAYS BACK", "WHY NOT"],
             rows,
         ));
     }
-    lines.join("\n")
+    page
 }

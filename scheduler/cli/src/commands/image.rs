@@ -13,6 +13,7 @@ use crate::error::CliError;
 use crate::format;
 use crate::image_source::ImageSource;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::ImageView;
 
 /// Largest piece of a file in one message.
@@ -118,7 +119,7 @@ fn send(
     Ok(())
 }
 
-fn image_table(images: &[ImageView]) -> String {
+pub(super) fn image_table(images: &[ImageView]) -> Page {
     table(
         ["NAME", "SIZE", "CPUS", "MEMORY", "KVM", "AGE", "DIGEST"],
         images.iter().map(|image| {

@@ -8,6 +8,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::{MigrationView, VmView};
 
 /// Arguments of `inspect`.
@@ -17,8 +18,9 @@ pub struct InspectArgs {
     pub vm: String,
 }
 
+/// What `inspect` shows.
 #[derive(Debug, Serialize)]
-struct Inspection {
+pub(super) struct Inspection {
     #[serde(flatten)]
     vm: VmView,
     image_digest: String,
@@ -37,7 +39,7 @@ pub async fn run(context: &Context, args: InspectArgs) -> Result<(), CliError> {
     context.output.show(&inspection(&vm), text)
 }
 
-fn inspection(vm: &Vm) -> Inspection {
+pub(super) fn inspection(vm: &Vm) -> Inspection {
     Inspection {
         vm: VmView::from(vm),
         image_digest: vm.image_digest.clone(),
@@ -46,16 +48,16 @@ fn inspection(vm: &Vm) -> Inspection {
     }
 }
 
-fn text(inspection: &Inspection) -> String {
+pub(super) fn text(inspection: &Inspection) -> Page {
     let vm = &inspection.vm;
-    let mut lines = vec![
+    let mut page = Page::from_iter([
         format!("name:        {}", vm.name),
         format!("id:          {}", vm.id),
         format!("state:       {}", vm.state),
         format!("node:        {}", vm.node),
         format!("epoch:       {}", vm.epoch),
         format!("image:       {} ({})", vm.image, inspection.image_digest),
-        format!("arguments:   {}", vm.args.join(" ")),
+        format!("arguments:   {}", format::words(&vm.args)),
         format!("cpus:        {} ({:.2} in use)", vm.cpus, vm.cpu_use),
         format!(
             "memory:      {} ({} resident)",
@@ -67,21 +69,21 @@ fn text(inspection: &Inspection) -> String {
             inspection.created,
             format::age(vm.age_seconds)
         ),
-    ];
+    ]);
     if let Some(kvm) = vm.kvm {
         let isolation = match (vm.kernel, vm.guest_kernel_isolation) {
             (_, Some(true) | None) => "",
             (Some("ring3"), _) => ", ring-3 kernel: no isolation inside the guest",
             _ => ", kernel mode emulated: no isolation inside the guest to rely on",
         };
-        lines.push(format!("kvm:         {kvm}{isolation}"));
+        page.line(format!("kvm:         {kvm}{isolation}"));
     }
     if let Some(steal) = vm.cpu_steal {
-        lines.push(format!("stolen:      {steal:.2} CPUs"));
+        page.line(format!("stolen:      {steal:.2} CPUs"));
     }
     if let Some(set) = vm.working_set_bytes {
         let rate = format::known_rate(vm.dirty_rate_bytes_per_second);
-        lines.push(format!(
+        page.line(format!(
             "writes:      {} again and again, {rate} dirtied",
             format::size(set)
         ));
@@ -91,9 +93,9 @@ fn text(inspection: &Inspection) -> String {
     } else {
         ""
     };
-    lines.push(format!("priority:    {}{gives_way}", vm.priority));
+    page.line(format!("priority:    {}{gives_way}", vm.priority));
     if let Some(preempted) = &vm.preempted {
-        lines.push(format!(
+        page.line(format!(
             "stopped:     {} x for others, the last time {} ago for {} (priority {})",
             preempted.times,
             format::age(preempted.seconds),
@@ -102,7 +104,7 @@ fn text(inspection: &Inspection) -> String {
         ));
     }
     if !vm.home.is_empty() {
-        lines.push(format!("home:        {}", vm.home));
+        page.line(format!("home:        {}", vm.home));
     }
     for (name, texts) in [
         ("labels:      ", &vm.labels),
@@ -112,39 +114,35 @@ fn text(inspection: &Inspection) -> String {
         ("anti-affin.: ", &vm.rules.anti_affinity),
     ] {
         if !texts.is_empty() {
-            lines.push(format!("{name}{}", texts.join(", ")));
+            page.line(format!("{name}{}", texts.join(", ")));
         }
     }
     if vm.locked {
-        lines.push("locked:      to its node".to_owned());
+        page.line("locked:      to its node");
     }
     if let Some(suspended) = &vm.suspended {
-        lines.push(format!(
+        page.line(format!(
             "suspended:   for {}: {}",
             format::age(suspended.seconds),
             suspended.reason
         ));
     }
     if let Some(status) = vm.exit_status {
-        lines.push(format!("exit status: {status}"));
+        page.line(format!("exit status: {status}"));
     }
     if !vm.message.is_empty() {
-        lines.push(format!("message:     {}", vm.message));
+        page.line(format!("message:     {}", vm.message));
     }
     if !inspection.migrations.is_empty() {
-        lines.push(String::new());
-        lines.push(migration_table(&inspection.migrations));
+        page.blank();
+        page.add(migration_table(&inspection.migrations));
     }
-    lines
-        .iter()
-        .map(|line| line.trim_end())
-        .collect::<Vec<_>>()
-        .join("\n")
+    page
 }
 
 /// Migrations as a table.
 #[must_use]
-pub fn migration_table(migrations: &[MigrationView]) -> String {
+pub fn migration_table(migrations: &[MigrationView]) -> Page {
     let header = [
         "STARTED", "VM", "FROM", "TO", "EPOCH", "RESULT", "DOWNTIME", "TOTAL", "PASSES", "SENT", "REASON",
     ];
@@ -181,7 +179,7 @@ mod tests {
             ..Vm::default()
         });
         let json = serde_json::to_value(&inspection).expect("JSON");
-        (text(&inspection), json)
+        (text(&inspection).to_string(), json)
     }
 
     #[test]

@@ -2,9 +2,10 @@
 
 use clap::Args;
 use serde::Serialize;
-use shoal_proto::cluster::{LogChunk, StreamLogsRequest};
+use shoal_proto::cluster::{GetVmRequest, LogChunk, StreamLogsRequest, VmPhase};
+use tonic::Code;
 
-use crate::client::Context;
+use crate::client::{Client, Context};
 use crate::error::CliError;
 
 /// Arguments of `logs`.
@@ -38,12 +39,13 @@ impl From<&LogChunk> for LogView {
 
 /// Shows a VM's console, byte by byte as the guest wrote it.
 pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
+    let mut client = context.client().await?;
     let request = StreamLogsRequest {
-        vm: args.vm,
+        vm: args.vm.clone(),
         follow: args.follow,
         from_offset: args.from,
     };
-    let mut stream = context.client().await?.stream_logs(request).await?.into_inner();
+    let mut stream = client.stream_logs(request).await?.into_inner();
     let as_array = context.output.is_json() && !args.follow;
     let mut all = Vec::new();
     while let Some(chunk) = stream.message().await? {
@@ -54,12 +56,31 @@ pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
                 .output
                 .show_line(&LogView::from(&chunk), |_| String::new())?;
         } else {
-            context.output.bytes(&chunk.data)?;
+            context.output.raw(&chunk.data)?;
         }
+    }
+    if args.follow {
+        check_ended(&mut client, args.vm).await?;
     }
     if as_array {
         context.output.show(&all, |_| String::new())
     } else {
         Ok(())
+    }
+}
+
+/// A stream that ends as its scheduler does looks as if the VM had ended.
+async fn check_ended(client: &mut Client, vm: String) -> Result<(), CliError> {
+    let phase = match client.get_vm(GetVmRequest { vm }).await {
+        Ok(vm) => vm.into_inner().phase(),
+        // It has ended, and was removed.
+        Err(status) if status.code() == Code::NotFound => return Ok(()),
+        Err(status) => return Err(status.into()),
+    };
+    match phase {
+        VmPhase::Exited | VmPhase::Failed => Ok(()),
+        _ => Err(CliError::Lost(
+            "the console's stream ended and the VM goes on".into(),
+        )),
     }
 }

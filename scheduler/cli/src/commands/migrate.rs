@@ -9,6 +9,7 @@ use crate::client::{Client, Context, until_interrupted};
 use crate::commands::migrations::figures;
 use crate::error::CliError;
 use crate::format;
+use crate::page::Page;
 use crate::policy_args::PolicyArgs;
 use crate::view::{MigrationView, phase};
 
@@ -32,13 +33,11 @@ pub async fn run(context: &Context, args: MigrateArgs) -> Result<(), CliError> {
         to_node: args.to.unwrap_or_default(),
         policy: Some(MigrationPolicy::from(&args.policy)),
     };
-    let Some(outcome) = until_interrupted(watch(context, &mut client, request)).await? else {
-        context.output.note(&format!(
-            "\nthe migration goes on: `shoal migrations --vm {}` tells how it ended",
-            args.vm
-        ));
-        return Ok(());
+    let goes_on = || {
+        let vm = &args.vm;
+        format!("the migration goes on: `shoal migrations --vm {vm}` tells how it ended")
     };
+    let outcome = until_interrupted(watch(context, &mut client, request), goes_on).await?;
     let view = MigrationView {
         vm: args.vm,
         ..MigrationView::from(&outcome)
@@ -160,15 +159,19 @@ fn message(progress: &MigrationProgress) -> String {
     parts.join(", ")
 }
 
-fn report(m: &MigrationView) -> String {
+pub(super) fn report(m: &MigrationView) -> Page {
     if m.result != "completed" {
         return format!(
             "{} stays as it was: {} after {:.0} ms",
             m.vm, m.result, m.total_ms
-        );
+        )
+        .into();
     }
-    let lines = figures(m).join("\n  ");
-    format!("{} moved from {} to {}\n  {lines}", m.vm, m.from, m.to)
+    let mut page = Page::from(format!("{} moved from {} to {}", m.vm, m.from, m.to));
+    for figure in figures(m) {
+        page.line(format!("  {figure}"));
+    }
+    page
 }
 
 #[cfg(test)]

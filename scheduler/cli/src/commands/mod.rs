@@ -9,6 +9,8 @@ pub mod down;
 pub mod drain;
 pub mod events;
 pub mod explain;
+#[cfg(test)]
+mod hostile;
 pub mod image;
 pub mod inspect;
 pub mod lock;

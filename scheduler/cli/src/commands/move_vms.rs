@@ -26,11 +26,7 @@ pub async fn run(context: &Context, args: MoveVmsArgs, direction: Direction) -> 
         };
         Ok(client.move_vms(request).await?.into_inner())
     };
-    let Some(last) = until_interrupted(moving::follow(context, &mut client, ask)).await? else {
-        context
-            .output
-            .note("\nthe VMs go on moving: `shoal migrations` shows them");
-        return Ok(());
-    };
+    let goes_on = || "the VMs go on moving: `shoal migrations` shows them".to_owned();
+    let last = until_interrupted(moving::follow(context, &mut client, ask), goes_on).await?;
     moving::show(context, &node, &last, "did not move")
 }

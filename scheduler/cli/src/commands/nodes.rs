@@ -7,6 +7,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::NodeView;
 
 /// Arguments of `nodes`.
@@ -35,7 +36,7 @@ pub async fn run(context: &Context, _args: NodesArgs) -> Result<(), CliError> {
 
 /// Nodes as a table.
 #[must_use]
-pub fn node_table(nodes: &[NodeView]) -> String {
+pub fn node_table(nodes: &[NodeView]) -> Page {
     table(
         [
             "NAME",
@@ -70,7 +71,7 @@ pub fn node_table(nodes: &[NodeView]) -> String {
 
 /// What nodes measure, as a table.
 #[must_use]
-pub fn wide_table(nodes: &[NodeView]) -> String {
+pub fn wide_table(nodes: &[NodeView]) -> Page {
     let header = [
         "NAME",
         "STATE",
@@ -171,7 +172,7 @@ mod tests {
                 ..Node::default()
             });
             assert_eq!(kvm(&node), shown);
-            assert!(wide_table(&[node]).contains(shown));
+            assert!(wide_table(&[node]).to_string().contains(shown));
         }
     }
 }

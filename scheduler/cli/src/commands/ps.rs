@@ -7,6 +7,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::VmView;
 
 /// Arguments of `ps`.
@@ -29,7 +30,7 @@ pub async fn run(context: &Context, _args: PsArgs) -> Result<(), CliError> {
 
 /// VMs as a table.
 #[must_use]
-pub fn vm_table(vms: &[VmView]) -> String {
+pub fn vm_table(vms: &[VmView]) -> Page {
     let header = [
         "NAME", "STATE", "NODE", "IMAGE", "CPUS", "MEMORY", "RESIDENT", "CPU USE", "EPOCH", "AGE", "MESSAGE",
     ];
@@ -55,7 +56,7 @@ pub fn vm_table(vms: &[VmView]) -> String {
 
 /// What their nodes measure of VMs, as a table.
 #[must_use]
-pub fn wide_table(vms: &[VmView]) -> String {
+pub fn wide_table(vms: &[VmView]) -> Page {
     let header = [
         "NAME",
         "STATE",

@@ -8,6 +8,7 @@ use crate::client::Context;
 use crate::commands::inspect::migration_table;
 use crate::error::CliError;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::MigrationView;
 
 /// Arguments of `rebalance`.
@@ -21,8 +22,9 @@ pub struct RebalanceArgs {
     pub mode: Option<String>,
 }
 
+/// What `rebalance` shows.
 #[derive(Debug, Serialize)]
-struct RebalanceView {
+pub(super) struct RebalanceView {
     dry_run: bool,
     moves: Vec<MoveView>,
     holds: Vec<HoldView>,
@@ -70,7 +72,7 @@ pub async fn run(context: &Context, args: RebalanceArgs) -> Result<(), CliError>
     }
 }
 
-fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
+pub(super) fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
     let moves = response.moves.into_iter().map(|m| MoveView {
         vm: m.vm,
         from: m.from_node,
@@ -96,28 +98,31 @@ fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView {
     }
 }
 
-fn text(view: &RebalanceView) -> String {
-    let mut parts = Vec::new();
+pub(super) fn text(view: &RebalanceView) -> Page {
+    let mut page = Page::default();
     if !view.moves.is_empty() {
         let rows = view
             .moves
             .iter()
             .map(|m| [&m.kind, &m.vm, &m.from, &m.to, &m.reason].map(Clone::clone));
-        parts.push(table(["WHY", "VM", "FROM", "TO", "REASON"], rows));
+        page.add(table(["WHY", "VM", "FROM", "TO", "REASON"], rows));
+        page.blank();
     }
     if !view.holds.is_empty() {
         let rows = view
             .holds
             .iter()
             .map(|hold| [&hold.action, &hold.vm, &hold.node, &hold.reason].map(Clone::clone));
-        parts.push(table(["ACTION", "VM", "NODE", "REASON"], rows));
+        page.add(table(["ACTION", "VM", "NODE", "REASON"], rows));
+        page.blank();
     }
     if !view.results.is_empty() {
-        parts.push(migration_table(&view.results));
+        page.add(migration_table(&view.results));
+        page.blank();
     }
-    parts.push(format!(
+    page.line(format!(
         "{} (score {:.3} -> {:.3})",
         view.summary, view.score_before, view.score_after
     ));
-    parts.join("\n\n")
+    page
 }

@@ -12,9 +12,6 @@ use crate::ring3;
 use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
 
-/// What a shell reports of a command that Ctrl-C ended.
-const INTERRUPTED: u8 = 130;
-
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -77,16 +74,15 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    match until_interrupted(follow(context, &mut client, &vm)).await? {
-        Some(ended) => finish(context, &ended),
-        None => {
-            let name = &vm.name;
-            context.output.note(&format!(
-                "\n{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it"
-            ));
-            Ok(ExitCode::from(INTERRUPTED))
-        }
+    let name = &vm.name;
+    let goes_on = || format!("{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it");
+    let ended = until_interrupted(follow(context, &mut client, &vm), goes_on).await;
+    if matches!(&ended, Err(error) if error.is_broken_pipe()) {
+        context
+            .output
+            .note(&format!("nobody reads the console; {}", goes_on()));
     }
+    finish(context, &ended?)
 }
 
 fn request(args: RunArgs) -> RunVmRequest {
@@ -115,9 +111,9 @@ async fn follow(context: &Context, client: &mut Client, vm: &Vm) -> Result<Vm, C
     let mut stream = client.stream_logs(request).await?.into_inner();
     while let Some(chunk) = stream.message().await? {
         if context.output.is_json() {
-            context.output.error_bytes(&chunk.data);
+            context.output.raw_to_stderr(&chunk.data);
         } else {
-            context.output.bytes(&chunk.data)?;
+            context.output.raw(&chunk.data)?;
         }
     }
     Ok(client
@@ -130,18 +126,20 @@ fn finish(context: &Context, vm: &Vm) -> Result<ExitCode, CliError> {
     if context.output.is_json() {
         context.output.show(&VmView::from(vm), |_| String::new())?;
     }
-    if vm.phase() == VmPhase::Exited {
+    if let (VmPhase::Exited, Some(status)) = (vm.phase(), vm.exit_status) {
         // A status is one byte on the guest's side; what does not fit must not look like success.
-        return Ok(ExitCode::from(
-            vm.exit_status
-                .map_or(0, |status| u8::try_from(status).unwrap_or(u8::MAX)),
-        ));
+        return Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)));
     }
-    context.output.note(&format!(
-        "error: {} is {}: {}",
-        vm.name,
-        vm_state(vm.phase()),
-        vm.message
-    ));
+    context.output.note(&format!("error: {}", no_status(vm)));
     Ok(ExitCode::FAILURE)
+}
+
+/// How a VM ended that says nothing of its workload.
+fn no_status(vm: &Vm) -> String {
+    let Vm { name, message, .. } = vm;
+    match (vm.phase(), message.as_str()) {
+        (VmPhase::Exited, "") => format!("{name} ended without an exit status"),
+        (VmPhase::Exited, how) => format!("{name} ended without an exit status: {how}"),
+        (phase, why) => format!("{name} is {}: {why}", vm_state(phase)),
+    }
 }

@@ -8,6 +8,7 @@ use shoal_simulate::{Comparison, PolicyKind, compare, load, plot};
 
 use crate::client::Context;
 use crate::error::CliError;
+use crate::page::Page;
 
 /// Arguments of `simulate`.
 #[derive(Debug, Args)]
@@ -60,6 +61,6 @@ pub fn run(context: &Context, args: &SimulateArgs) -> Result<(), CliError> {
         })?;
     }
     context.output.show(&comparison, |comparison: &Comparison| {
-        comparison.table().trim_end().to_owned()
+        comparison.table().lines().collect::<Page>()
     })
 }

@@ -5,6 +5,7 @@ use shoal_proto::cluster::{ResumeVmRequest, SuspendVmRequest};
 
 use crate::client::Context;
 use crate::error::CliError;
+use crate::page::Page;
 use crate::view::VmView;
 
 /// Arguments of `suspend`.
@@ -49,7 +50,7 @@ pub async fn resume(context: &Context, args: ResumeArgs) -> Result<(), CliError>
     context.output.show(&done, |vms| text(vms))
 }
 
-fn text(vms: &[VmView]) -> String {
+pub(super) fn text(vms: &[VmView]) -> Page {
     let lines = vms.iter().map(|vm| format!("{} is {}", vm.name, vm.state));
-    lines.collect::<Vec<_>>().join("\n")
+    lines.collect()
 }

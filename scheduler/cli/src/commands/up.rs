@@ -20,6 +20,7 @@ use crate::format::parse_size;
 use crate::local::record::{StateLock, UpProcess, UpRecord};
 use crate::local::start::{LocalCluster, LocalConfig};
 use crate::local::stop::stop;
+use crate::page::Page;
 
 /// The part of the host's available memory that the nodes share.
 const MEMORY_SHARE_PERCENT: u64 = 75;
@@ -110,7 +111,7 @@ pub async fn run(context: &Context, args: UpArgs) -> Result<ExitCode, CliError> 
     }
     context.output.note("Ctrl-C stops the cluster and its VMs");
     watch(context, &mut cluster).await?;
-    context.output.note("\nstopping");
+    context.output.note("stopping");
     let _lock = StateLock::take(&state_dir)?;
     stop(&state_dir, false).await?;
     Ok(ExitCode::SUCCESS)
@@ -223,7 +224,7 @@ async fn import_images(client: &mut Client, said: Option<&Path>) -> Result<Vec<S
     Ok(names)
 }
 
-fn text(view: &UpView) -> String {
+fn text(view: &UpView) -> Page {
     let has = |name: &str| view.images.iter().any(|image| image == name);
     let mut lines = vec![
         format!(
@@ -246,12 +247,12 @@ fn text(view: &UpView) -> String {
             "no images were found: `cargo xtask images` builds some, `shoal image import` brings them in"
                 .into(),
         );
-        return lines.join("\n");
+        return lines.into_iter().collect();
     }
     lines.push("  shoal migrate counter".into());
     lines.push("  shoal logs -f counter".into());
     lines.push(format!("  shoal down --state-dir {}", view.state_dir.display()));
-    lines.join("\n")
+    lines.into_iter().collect()
 }
 
 #[cfg(test)]

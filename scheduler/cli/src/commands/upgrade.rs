@@ -11,6 +11,7 @@ use tonic::Code;
 
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
+use crate::page::Page;
 use crate::view::{MigrationView, vm_state};
 
 /// Arguments of `upgrade`.
@@ -42,14 +43,11 @@ struct LeftView {
 pub async fn run(context: &Context, args: UpgradeArgs) -> Result<(), CliError> {
     let mut client = context.client().await?;
     let vms = vms_on(&mut client, &args.node).await?;
-    let view = until_interrupted(upgrade(context, client, vms, &args)).await?;
-    let Some(view) = view else {
-        context.output.note(&format!(
-            "\nwhat has begun goes on: `shoal migrations --node {}` shows it",
-            args.node
-        ));
-        return Ok(());
+    let goes_on = || {
+        let node = &args.node;
+        format!("what has begun goes on: `shoal migrations --node {node}` shows it")
     };
+    let view = until_interrupted(upgrade(context, client, vms, &args), goes_on).await?;
     context.output.show(&view, text)?;
     if view.left.is_empty() {
         Ok(())
@@ -145,10 +143,10 @@ async fn move_one(mut client: Client, vm: &Vm, node: &str) -> Result<Migration, 
     outcome.ok_or_else(|| CliError::Lost("the migration's stream ended without an outcome".into()))
 }
 
-fn text(view: &UpgradeView) -> String {
-    let mut text = format!("{}: {} VMs run in new VMMs", view.node, view.upgraded);
+fn text(view: &UpgradeView) -> Page {
+    let mut page = Page::from(format!("{}: {} VMs run in new VMMs", view.node, view.upgraded));
     for left in &view.left {
-        text.push_str(&format!("\n  {} stays as it was: {}", left.vm, left.reason));
+        page.line(format!("  {} stays as it was: {}", left.vm, left.reason));
     }
-    text
+    page
 }

@@ -4,6 +4,7 @@ use serde::Serialize;
 use shoal_proto::{cluster, vm};
 
 use crate::format;
+use crate::page::Page;
 
 /// A migration, for `migrate`, `migrations`, `inspect`, `rebalance` and `upgrade`.
 #[derive(Debug, Serialize)]
@@ -372,14 +373,14 @@ impl From<&cluster::MigrationDefaults> for DefaultsView {
 impl DefaultsView {
     /// For people.
     #[must_use]
-    pub fn text(&self) -> String {
-        format!(
-            "policy:   {}\nleaving:  on stall {} (VMs that leave a full or drained node)\ncluster:  {}\neach link: {}",
-            self.policy.line(),
-            self.on_stall_leaving,
-            cap(self.cluster_bandwidth_bytes_per_second),
-            cap(self.link_bandwidth_bytes_per_second),
-        )
+    pub fn text(&self) -> Page {
+        let leaving = self.on_stall_leaving;
+        Page::from_iter([
+            format!("policy:   {}", self.policy.line()),
+            format!("leaving:  on stall {leaving} (VMs that leave a full or drained node)"),
+            format!("cluster:  {}", cap(self.cluster_bandwidth_bytes_per_second)),
+            format!("each link: {}", cap(self.link_bandwidth_bytes_per_second)),
+        ])
     }
 }
 

@@ -33,6 +33,11 @@ pub async fn call(
         let mut left = before.clone();
         let mut said = None;
         loop {
+            if entry.record().cordon == Cordon::Open {
+                let end = given_back(name.as_str(), &names(&scheduler.vms.on_node(&name)));
+                let _ = sender.send(Err(end)).await;
+                return;
+            }
             let progress = drain::progress(&scheduler, &entry).await;
             let now = names(&scheduler.vms.on_node(&name));
             let gone: Vec<&str> = left.difference(&now).map(String::as_str).collect();
@@ -68,6 +73,20 @@ pub async fn call(
             }
         }
     }))
+}
+
+/// The node was uncordoned meanwhile, so nothing moves off it any more.
+fn given_back(node: &str, stay: &BTreeSet<String>) -> Status {
+    let stay = match stay.len() {
+        0 => "no VM is on it now".to_owned(),
+        _ => format!(
+            "on it stay {}",
+            stay.iter().cloned().collect::<Vec<_>>().join(", ")
+        ),
+    };
+    Status::aborted(format!(
+        "{node} is not drained any more: it was uncordoned; {stay}"
+    ))
 }
 
 fn names(vms: &[Arc<crate::vms::VmEntry>]) -> BTreeSet<String> {

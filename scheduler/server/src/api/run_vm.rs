@@ -9,7 +9,7 @@ use tonic::Status;
 
 use super::{errors, labels};
 use crate::execute::launch::{self, LaunchError};
-use crate::limits;
+use crate::limits::{self, FieldError};
 use crate::queue;
 use crate::record::{ImageRecord, Outcome, Phase, Runs, VmRecord, VmWishes, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
@@ -191,6 +191,15 @@ fn vm_name(scheduler: &Scheduler, asked: &str, image: &ImageRecord) -> Result<Vm
             .parse()
             .map_err(|error| Status::internal(format!("no name could be made: {error}")));
     }
+    given_name(asked)
+}
+
+/// A name that looks like an id would take the calls that are meant for the VM with that id.
+fn given_name(asked: &str) -> Result<VmName, Status> {
+    if asked.parse::<VmId>().is_ok() {
+        let error = FieldError::new("name", asked, "a name: it has the form of an id; choose another");
+        return Err(errors::field(&error));
+    }
     asked
         .parse()
         .map_err(|error: shoal_proto::IdError| Status::invalid_argument(error.to_string()))
@@ -213,6 +222,24 @@ fn made_name(image: &str, taken: impl Fn(&str) -> bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_looks_like_an_id_is_refused() {
+        let id = VmId::new().to_string();
+        for name in [&id, &id.replace('-', "")] {
+            let refused = given_name(name).expect_err("an id");
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            assert!(refused.message().starts_with("name: "), "{refused}");
+            assert!(refused.message().contains("has the form of an id"), "{refused}");
+        }
+        // Not the number of digits of one.
+        for name in ["deadbeef", &id[..35], &id[..8]] {
+            assert_eq!(
+                given_name(name.trim_end_matches('-')).expect("a name").as_str(),
+                name
+            );
+        }
+    }
 
     #[test]
     fn a_made_name_is_one_that_no_vm_has() {

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use shoal_proto::cluster::cluster_server::Cluster as _;
 use shoal_proto::cluster::move_vms_request::Direction;
 use shoal_proto::cluster::{
-    CancelMigrationRequest, ExplainVmRequest, GetMigrationDefaultsRequest, GetMigrationRequest,
-    GetPolicyRequest, ListMigrationsRequest, ListQueueRequest, ListVmsRequest, MigrateVmRequest, Migration,
-    MigrationDefaults, MoveVmsRequest, RemoveVmRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest,
-    UpdateNodeRequest, UpdateVmRequest, VmPhase,
+    CancelMigrationRequest, DrainNodeRequest, ExplainVmRequest, GetMigrationDefaultsRequest,
+    GetMigrationRequest, GetPolicyRequest, ListMigrationsRequest, ListQueueRequest, ListVmsRequest,
+    MigrateVmRequest, Migration, MigrationDefaults, MoveVmsRequest, RemoveVmRequest, SetMigrationRequest,
+    SetPolicyRequest, StopVmRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, VmPhase,
 };
 use shoal_proto::vm::{MigrationPolicy, MigrationResult, OnStall};
 use tokio_stream::StreamExt as _;
@@ -28,6 +28,30 @@ use crate::testing::{Cluster, Script, until};
 use crate::vms::VmEntry;
 
 const MIB: u64 = 1 << 20;
+
+#[tokio::test]
+async fn a_drain_ends_when_its_node_is_uncordoned_and_says_who_stays() {
+    let cluster = Cluster::start(2, 1024 * MIB).await;
+    start(&cluster, "a").await;
+    let node = "node1".to_owned();
+    // Nothing carries it out: without the uncordon it would not end.
+    let request = Request::new(DrainNodeRequest { node: node.clone() });
+    let drain = api(&cluster).drain_node(request).await;
+    let mut steps = drain.expect("it begins").into_inner();
+    let first = steps.next().await.expect("a step").expect("no error");
+    assert_eq!((first.done, first.remaining), (false, 1), "{first:?}");
+    let request = Request::new(UncordonNodeRequest { node });
+    let uncordoned = api(&cluster).uncordon_node(request).await;
+    uncordoned.expect("uncordoned");
+
+    let ended = steps.next().await.expect("an end").expect_err("not done");
+    assert_eq!(ended.code(), Code::Aborted, "{ended}");
+    assert_eq!(
+        ended.message(),
+        "node1 is not drained any more: it was uncordoned; on it stay a"
+    );
+    assert!(steps.next().await.is_none(), "the stream has ended");
+}
 
 async fn start(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
     let first = cluster.nodes[0].record.name.clone();

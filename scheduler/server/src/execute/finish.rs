@@ -31,7 +31,7 @@ pub async fn end_vm(scheduler: &Scheduler, entry: &VmEntry, outcome: Outcome, gu
     }
     let message = match &outcome {
         _ if preempt::comes_back(&record, &outcome) => record.message.clone(),
-        Outcome::Exited { .. } => String::new(),
+        Outcome::Exited { how, .. } => how.clone(),
         Outcome::Failed { reason } => reason.clone(),
     };
     let ending = VmRecord {
@@ -65,10 +65,12 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
         return preempt::requeue(scheduler, entry, &record).await;
     }
     let event = match outcome {
-        Outcome::Exited { status: Some(status) } => {
-            NewEvent::new(Kind::VmExited, format!("ended with status {status}"))
+        Outcome::Exited {
+            status: Some(status), ..
+        } => NewEvent::new(Kind::VmExited, format!("ended with status {status}")),
+        Outcome::Exited { how, .. } => {
+            NewEvent::new(Kind::VmExited, format!("ended without a status: {how}"))
         }
-        Outcome::Exited { status: None } => NewEvent::new(Kind::VmExited, "powered off"),
         Outcome::Failed { reason } => NewEvent::new(Kind::VmFailed, reason.clone()),
     };
     let ended = VmRecord {

@@ -126,7 +126,7 @@ fn give_way(
 
 /// Whether a VM that has ended so is to begin anew: it was stopped for another, and had not come to its own end before.
 pub fn comes_back(record: &VmRecord, outcome: &Outcome) -> bool {
-    record.giving_way.is_some() && !matches!(outcome, Outcome::Exited { status: Some(_) })
+    record.giving_way.is_some() && !matches!(outcome, Outcome::Exited { status: Some(_), .. })
 }
 
 /// A VM that has ended for another, of which nothing is left on any node, goes back to the queue: at the next epoch, and in the

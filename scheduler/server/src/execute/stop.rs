@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_proto::node;
-use shoal_proto::vm::VmState;
+use shoal_proto::vm::{VmState, VmStatus};
 
 use super::finish;
 use crate::agent::{Agent, AgentError};
@@ -155,9 +155,7 @@ pub async fn power_off(agent: &Agent, record: &VmRecord) -> Result<Outcome, Agen
     if let Ok(status) = &stopped
         && status.state() == VmState::Exited
     {
-        return Ok(Outcome::Exited {
-            status: status.exit_status,
-        });
+        return Ok(exited(status));
     }
     match agent.describe(record.id, record.epoch).await {
         Ok(facts) => match (outcome(&facts), stopped) {
@@ -176,13 +174,23 @@ pub async fn power_off(agent: &Agent, record: &VmRecord) -> Result<Outcome, Agen
     }
 }
 
+fn exited(status: &VmStatus) -> Outcome {
+    let how = match (status.exit_status, status.status_message.as_str()) {
+        (Some(_), _) => String::new(),
+        (None, "") => "its VMM does not say how".to_owned(),
+        (None, said) => crate::limits::shorten(said),
+    };
+    Outcome::Exited {
+        status: status.exit_status,
+        how,
+    }
+}
+
 /// How a VM ended by what its node knows; None if it has not.
 pub fn outcome(facts: &node::VmFacts) -> Option<Outcome> {
     let status = facts.status.clone().unwrap_or_default();
     match status.state() {
-        VmState::Exited => Some(Outcome::Exited {
-            status: status.exit_status,
-        }),
+        VmState::Exited => Some(exited(&status)),
         VmState::Failed if status.status_message.is_empty() => Some(Outcome::Failed {
             reason: "the VMM reported a fault without saying which".to_owned(),
         }),

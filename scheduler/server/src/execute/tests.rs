@@ -323,7 +323,10 @@ async fn a_vm_that_vanishes_with_its_node_is_failed_and_one_that_exits_is_cleane
     .await;
     assert_eq!(
         entry.record().phase,
-        Phase::Ended(Outcome::Exited { status: Some(7) })
+        Phase::Ended(Outcome::Exited {
+            status: Some(7),
+            how: String::new()
+        })
     );
     assert_eq!(cluster.nodes[0].vmms(), 0);
     stop::remove(&cluster.scheduler, &entry, false)

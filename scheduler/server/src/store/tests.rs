@@ -106,7 +106,10 @@ fn vm_record(name: &str) -> VmRecord {
         epoch: Epoch(3),
         last_epoch: Epoch(5),
         fenced_through: Epoch(0),
-        phase: Phase::Ended(Outcome::Exited { status: Some(3) }),
+        phase: Phase::Ended(Outcome::Exited {
+            status: Some(3),
+            how: String::new(),
+        }),
         message: String::new(),
         cpu: Some(CpuDigest("ab".repeat(32))),
         cpu_baseline: true,

@@ -7,6 +7,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::MigrationView;
 
 /// As much of an id as tells migrations apart.
@@ -47,7 +48,7 @@ pub async fn run(context: &Context, args: ListArgs) -> Result<(), CliError> {
     context.output.show(&migrations, |migrations| text(migrations))
 }
 
-fn text(migrations: &[MigrationView]) -> String {
+pub(in crate::commands) fn text(migrations: &[MigrationView]) -> Page {
     let header = [
         "ID", "STARTED", "VM", "FROM", "TO", "RESULT", "DOWNTIME", "TOTAL", "SENT", "REASON",
     ];

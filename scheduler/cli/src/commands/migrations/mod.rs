@@ -2,10 +2,10 @@
 
 mod cancel;
 mod defaults;
-mod list;
+pub(super) mod list;
 mod plot;
 mod set;
-mod show;
+pub(super) mod show;
 
 pub use show::figures;
 

@@ -10,6 +10,7 @@ use crate::client::Context;
 use crate::error::CliError;
 use crate::format;
 use crate::output::table;
+use crate::page::Page;
 use crate::view::{MigrationDetails, MigrationView};
 
 /// Arguments of `migrations show`.
@@ -38,7 +39,7 @@ pub async fn run(context: &Context, args: ShowArgs) -> Result<(), CliError> {
     context.output.show(&MigrationDetails::from(&migration), text)
 }
 
-fn text(details: &MigrationDetails) -> String {
+pub(in crate::commands) fn text(details: &MigrationDetails) -> Page {
     let m = &details.migration;
     let mut lines = vec![
         format!("id:          {}", m.id),
@@ -78,10 +79,12 @@ fn text(details: &MigrationDetails) -> String {
             ]
         });
         let header = ["PASS", "TOOK", "PAGES", "ZERO", "SENT", "DIRTIED", "THROTTLE"];
-        lines.push(String::new());
-        lines.push(table(header, rows));
+        let mut page: Page = lines.into_iter().collect();
+        page.blank();
+        page.add(table(header, rows));
+        return page;
     }
-    lines.join("\n")
+    lines.into_iter().collect()
 }
 
 fn why(m: &MigrationView) -> String {

@@ -232,7 +232,13 @@ async fn the_room_goes_to_whom_it_was_made_for() {
 
 #[tokio::test]
 async fn whatever_scheduler_ends_it_it_is_in_the_queue_once() {
-    for phase in [Phase::Stopping, Phase::Ending(Outcome::Exited { status: None })] {
+    for phase in [
+        Phase::Stopping,
+        Phase::Ending(Outcome::Exited {
+            status: None,
+            how: String::new(),
+        }),
+    ] {
         let mut cluster = Cluster::start(1, 1 << 30).await;
         let entry = low(&cluster).await;
         decide(&cluster).await;
@@ -276,7 +282,13 @@ async fn one_that_comes_to_its_own_end_first_does_not_begin_anew() {
     cluster.nodes[0].set_silent(false);
     until_runs(&cluster, "high").await;
     let record = entry.record();
-    assert_eq!(record.phase, Phase::Ended(Outcome::Exited { status: Some(3) }));
+    assert_eq!(
+        record.phase,
+        Phase::Ended(Outcome::Exited {
+            status: Some(3),
+            how: String::new()
+        })
+    );
     assert_eq!(
         (record.giving_way.clone(), queued(&cluster).await.len()),
         (None, 0)

@@ -1,0 +1,94 @@
+//! A command that is interrupted has not done what it was asked: `shoal drain n && poweroff` must not power off.
+
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, ExitStatus, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use shoal_tests::cluster::{Cluster, Shape};
+use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
+
+use crate::CALM;
+
+/// What a shell has in `$?`.
+fn in_a_shell(status: ExitStatus) -> Option<i32> {
+    status.code().or(status.signal().map(|signal| 128 + signal))
+}
+
+/// Sends a signal; answers what a shell gets, and what was said on stderr.
+fn interrupt(command: Child, signal: Signal) -> (Option<i32>, String) {
+    kill_process(Pid::from_child(&command), signal).expect("it runs");
+    let output = command.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (in_a_shell(output.status), said)
+}
+
+#[test]
+fn an_interrupted_command_does_not_exit_as_if_it_were_done() {
+    let Some(machine) = Machine::with_kvm("Ctrl-C and SIGTERM in commands that wait") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let shoal = &cluster.shoal;
+    cluster.run_probe("a", "node1", "128MiB", CALM);
+    // No move is done before the test is.
+    shoal.ok(&["migrations", "defaults", "set", "--cluster-bandwidth", "64KiB"]);
+
+    for (command, signal, status, goes_on) in [
+        (&["migrate", "a"][..], Signal::INT, 130, "the migration goes on"),
+        (&["migrate", "a"], Signal::TERM, 143, "the migration goes on"),
+        (&["expel", "node1"], Signal::INT, 130, "the VMs go on moving"),
+        (&["drain", "node1"], Signal::INT, 130, "node1 goes on draining"),
+    ] {
+        let child = shoal.start(command);
+        cluster.wait_for_state("a", "migrating", seconds(30));
+        let (ended, said) = interrupt(child, signal);
+        assert_eq!(ended, Some(status), "{command:?}: {said}");
+        assert!(
+            said.contains(&format!("interrupted; {goes_on}")),
+            "{command:?}: {said}"
+        );
+        if command[0] == "drain" {
+            shoal.ok(&["uncordon", "node1"]);
+        }
+        shoal.ok(&["migrations", "cancel", "a"]);
+        cluster.wait_for_state("a", "running", seconds(30));
+    }
+
+    for command in [&["logs", "-f", "a"][..], &["events", "-f"]] {
+        for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+            let mut child = shoal.start(command);
+            let mut first = String::new();
+            let mut lines = BufReader::new(child.stdout.take().expect("a pipe"));
+            lines.read_line(&mut first).expect("it writes");
+            assert_eq!(interrupt(child, signal).0, Some(status), "{command:?}");
+        }
+    }
+}
+
+#[test]
+fn a_console_that_nobody_reads_is_no_success() {
+    let Some(machine) = Machine::with_kvm("run into a pipe that closes") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let mut run = cluster
+        .shoal
+        .command(&["run", "probe", "--name", "a", "--", "wss=1MiB"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("shoal starts");
+    let mut first = String::new();
+    let mut lines = BufReader::new(run.stdout.take().expect("a pipe"));
+    lines.read_line(&mut first).expect("it writes");
+    drop(lines);
+    let output = run.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(in_a_shell(output.status), Some(141), "{said}");
+    assert!(said.contains("a goes on: `shoal logs -f a` shows it"), "{said}");
+    wait::until_true("the VM to go on", seconds(10), || {
+        cluster.vm("a")["state"] == "running"
+    });
+}

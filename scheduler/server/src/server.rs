@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use crate::api::{ClusterApi, Role};
+use crate::api::{ClusterApi, MOST_IMPORTS, Role};
 use crate::cluster;
 use crate::config::{SchedulerConfig, Settings};
 use crate::control;
@@ -28,6 +28,7 @@ use crate::moves::{self, MoveOrder, Moves};
 use crate::nodes::{InvalidAddress, NodeTable};
 use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
+use crate::pool::Pool;
 use crate::queue::Queue;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord, now_unix_ms};
@@ -39,6 +40,8 @@ use crate::vms::{KEPT_MIGRATIONS, VmTable};
 
 /// A heartbeat of a node with tens of thousands of VMs is a few MiB.
 const MAX_MESSAGE_BYTES: usize = 32 << 20;
+/// Calls at a time on one connection; more of them wait where they were made.
+const MAX_CALLS: u32 = 200;
 /// The store's file in the state directory.
 pub const STORE_FILE: &str = "shoal.redb";
 /// How long calls under way may take to end at shutdown.
@@ -289,6 +292,9 @@ pub fn build(
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
+        planner: Pool::new("shoal-planner", 1).map_err(ServerError::Threads)?,
+        questions: Pool::new("shoal-questions", 2).map_err(ServerError::Threads)?,
+        imports: tokio::sync::Semaphore::new(MOST_IMPORTS),
         moves: Moves::default(),
         schedulers,
         store,
@@ -330,7 +336,7 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
     let listener = listen(&base.listener)?;
     let mut shutdown = base.shutdown.clone();
     let leads = matches!(role, Role::Leader(_));
-    let cluster = ClusterServer::new(ClusterApi(role.clone()))
+    let cluster = ClusterServer::new(ClusterApi::new(role.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let registry = RegistryServer::new(RegistryApi::new(role)).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -349,6 +355,7 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
         .build_v1()?;
     let (ended, end) = tokio::sync::oneshot::channel();
     let serve = Server::builder()
+        .max_concurrent_streams(Some(MAX_CALLS))
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health)

@@ -1,9 +1,13 @@
 //! Whoever can reach the scheduler may open far more than it can serve at a time: that must not keep it from its work.
 
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt as _;
 
+use shoal_proto::TERM_HEADER;
 use shoal_proto::cluster::ImportImageRequest;
 use shoal_proto::cluster::cluster_client::ClusterClient;
+use shoal_proto::node::VmRef;
+use shoal_proto::node::agent_client::AgentClient;
+use shoal_proto::node::registry_client::RegistryClient;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::machine::Machine;
 use tokio::sync::mpsc;
@@ -40,6 +44,30 @@ fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
         "{events:?}"
     );
     drop(held);
+}
+
+#[test]
+fn a_stranger_is_refused_by_agents_and_cannot_register_as_a_node() {
+    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    let mode = std::fs::metadata(cluster.state_dir().join("cluster.secret"));
+    assert_eq!(mode.expect("`up` made it").permissions().mode() & 0o777, 0o600);
+    let address = cluster.node("node1")["address"].as_str().expect("one").to_owned();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let agent = AgentClient::connect(format!("http://{address}")).await;
+        let mut call = tonic::Request::new(VmRef::default());
+        let last = u64::MAX.to_string().parse().expect("a value");
+        call.metadata_mut().insert(TERM_HEADER, last);
+        let refused = agent.expect("connected").stop_vm(call).await;
+        assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
+
+        let registry = RegistryClient::connect(cluster.shoal.endpoint().to_owned()).await;
+        let refused = registry.expect("connected").report(tokio_stream::empty()).await;
+        assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
+    });
+    // The agent obeys its scheduler as before.
+    cluster.run_probe("web", "node1", "128MiB", CALM);
+    cluster.shoal.ok(&["stop", "web"]);
 }
 
 /// Opens them all and waits until each but a few is refused. Those few, and how many were.

@@ -1,5 +1,8 @@
 //! The service for agents: one Report stream each, and the blobs of images.
 
+#[cfg(test)]
+mod tests;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -179,6 +182,7 @@ pub async fn begin(
         ));
     }
     let bad_address = |error: InvalidAddress| invalid(error.to_string());
+    refuse_newer_term(scheduler, &name, register.term)?;
     // Against a plan that reads the node, and against a second registration at the same time.
     let _planning = scheduler.planning.lock().await;
     let known = scheduler.nodes.get(&name);
@@ -224,7 +228,7 @@ pub async fn begin(
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
     };
-    crate::agent::Agent::new(&record, scheduler.store.term()).map_err(bad_address)?;
+    crate::agent::Agent::new(&record, scheduler.nodes.caller()).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {
         let new_kind = new_kind.flatten();
         let writes = new_kind.iter().cloned().chain([Write::PutNode(record.clone())]);
@@ -244,6 +248,22 @@ pub async fn begin(
     entry.set_cpu_speed(register.cpu_speed);
     observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))
+}
+
+/// An agent that has heard of a later lead refuses whatever this scheduler asks: it is no node to plan with.
+fn refuse_newer_term(scheduler: &Shared, node: &NodeName, heard: u64) -> Result<(), Status> {
+    let own = scheduler.store.term();
+    if heard <= own.0 {
+        return Ok(());
+    }
+    let why = format!(
+        "its agent obeys a scheduler of term {heard} and refuses this one, of term {own}; if there is no such scheduler, end \
+         the agent, remove the file 'term' in its state directory, and start it again"
+    );
+    if let Some(entry) = scheduler.nodes.get(node) {
+        entry.set_trouble(why.clone());
+    }
+    Err(Status::failed_precondition(format!("node {node}: {why}")))
 }
 
 async fn listen(

@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use shoal_proto::cluster::cluster_server::ClusterServer;
 use shoal_proto::node::registry_server::RegistryServer;
+use shoal_secret::{Demand, Prove};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
+use crate::agent::Caller;
 use crate::api::{ClusterApi, MOST_IMPORTS, Role};
 use crate::cluster;
 use crate::config::{SchedulerConfig, Settings};
@@ -128,6 +131,12 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
         }
     }
     config.policy.check()?;
+    if config.cluster_secret.is_none() {
+        tracing::warn!(
+            "no --cluster-secret: whoever reaches {} can register as a node, and be sent VMs",
+            config.listen
+        );
+    }
     let listener = bind(config.listen)?;
     let metrics = config.metrics.map(bind).transpose()?;
     let bound = listener.local_addr().map_err(|source| ServerError::Listen {
@@ -180,9 +189,13 @@ pub async fn lead(
     if scheduler.schedulers.are_several() {
         let directory = scheduler.images.directory().to_owned();
         let shared = Arc::clone(&scheduler);
-        tasks.spawn(mirror::run(directory, scheduler.schedulers.clone(), move || {
-            std::future::ready(Ok(shared.blobs()))
-        }));
+        let prove = Prove::new(base.config.cluster_secret.as_ref());
+        tasks.spawn(mirror::run(
+            directory,
+            scheduler.schedulers.clone(),
+            prove,
+            move || std::future::ready(Ok(shared.blobs())),
+        ));
     }
     let metrics = serve_metrics(&base, Some(&scheduler))?;
     tracing::info!(address = %base.address, %term, state_dir = %base.config.state_dir.display(),
@@ -276,7 +289,10 @@ pub fn build(
     let (reconcile, subjects) = ReconcileQueue::new();
     let history = History::new(contents.history, contents.sampled);
     let scheduler = Scheduler {
-        nodes: NodeTable::new(contents.nodes, store.term())?,
+        nodes: NodeTable::new(
+            contents.nodes,
+            Caller::new(store.term(), config.cluster_secret.as_ref()),
+        )?,
         images,
         cpus: Cpus::new(contents.cpus),
         vms: VmTable::new(contents.vms, history.by_vm(KEPT_MIGRATIONS)),
@@ -340,6 +356,8 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let registry = RegistryServer::new(RegistryApi::new(role)).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let demand = Demand::new(base.config.cluster_secret.clone());
+    let registry = InterceptedService::new(registry, demand);
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<ClusterServer<ClusterApi>>().await;
     if leads {

@@ -147,6 +147,24 @@ fn is_dns_label(s: &str) -> bool {
 pub struct Epoch(pub u64);
 
 impl Epoch {
+    /// No VM is started and moved more often: what is higher was not counted by a scheduler.
+    pub const MOST: Self = Self(1 << 48);
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// If it is more than [`Self::MOST`].
+    pub fn from_wire(epoch: u64) -> Result<Self, IdError> {
+        if epoch > Self::MOST.0 {
+            return Err(IdError {
+                field: "epoch",
+                value: epoch.to_string(),
+                expected: "an epoch that a VM can have reached",
+            });
+        }
+        Ok(Self(epoch))
+    }
+
     /// The next epoch.
     #[must_use]
     pub fn next(self) -> Self {

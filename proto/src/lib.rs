@@ -14,6 +14,9 @@ pub const LEADER_HEADER: &str = "shoal-leader";
 /// Metadata of a scheduler's calls to agents: the term of its lead, in decimal.
 pub const TERM_HEADER: &str = "shoal-term";
 
+/// Metadata of every call between scheduler and agent: the secret of the cluster, where it has one.
+pub const SECRET_HEADER: &str = "shoal-secret";
+
 /// Encoded descriptors of every service, for gRPC server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

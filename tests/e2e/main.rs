@@ -8,6 +8,7 @@ mod cluster_postcopy;
 mod cluster_tls;
 mod commands;
 mod cpu_baseline;
+mod crowds;
 mod cut_connection;
 mod daemon_faults;
 mod fault_table;

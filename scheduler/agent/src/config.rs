@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use shoal_proto::NodeName;
 use shoal_proto::vm::MemoryBacking;
+use shoal_secret::ClusterSecret;
 
 /// Resolves when the agent should end. Its VMMs go on running.
 pub type Shutdown = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -35,6 +36,8 @@ pub struct AgentConfig {
     pub insecure: bool,
     /// Holds `ca.pem`, `cert.pem` and `key.pem` for migrations over TLS. `None`: they go over plain TCP.
     pub migration_tls: Option<PathBuf>,
+    /// What calls to and from the schedulers carry. `None`: whoever reaches the agent is obeyed.
+    pub cluster_secret: Option<ClusterSecret>,
     /// What guest memory is made of; another VMM of the node can take over shared memory without a copy.
     pub memory_backing: MemoryBacking,
     /// Between two samples of how a VM writes its memory. `None`: it is not sampled.
@@ -56,6 +59,7 @@ impl fmt::Debug for AgentConfig {
             .field("vmm_binary", &self.vmm_binary)
             .field("insecure", &self.insecure)
             .field("migration_tls", &self.migration_tls)
+            .field("cluster_secret", &self.cluster_secret)
             .field("memory_backing", &self.memory_backing)
             .field("memory_sampling", &self.memory_sampling)
             .finish_non_exhaustive()
@@ -153,6 +157,7 @@ mod tests {
             vmm_binary: "/proc/self/exe".into(),
             insecure: false,
             migration_tls: None,
+            cluster_secret: None,
             memory_backing: MemoryBacking::Auto,
             memory_sampling: None,
             shutdown: Box::pin(std::future::pending()),

@@ -17,7 +17,7 @@ impl VmKey {
     pub(crate) fn parse(vm_id: &str, epoch: u64) -> Result<Self, IdError> {
         Ok(Self {
             id: vm_id.parse()?,
-            epoch: Epoch(epoch),
+            epoch: Epoch::from_wire(epoch)?,
         })
     }
 

@@ -54,6 +54,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_proto::node::agent_server::AgentServer;
+use shoal_secret::{Demand, Prove};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::transport::Server;
@@ -66,6 +67,8 @@ pub use process::{ParseIdentityError, ProcessIdentity};
 
 /// How long calls under way may take to end after the agent is told to.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
+/// Calls at a time on one connection; more of them wait where they were made.
+const MAX_CALLS: u32 = 512;
 /// A connection that does not answer for this long is dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
@@ -115,7 +118,14 @@ pub enum AgentError {
 /// If the agent cannot start, or its server fails.
 pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     config.validate()?;
-    let schedulers = schedulers::Schedulers::new(&config.schedulers).map_err(AgentError::Endpoint)?;
+    let prove = Prove::new(config.cluster_secret.as_ref());
+    let schedulers = schedulers::Schedulers::new(&config.schedulers, &prove).map_err(AgentError::Endpoint)?;
+    if config.cluster_secret.is_none() {
+        tracing::warn!(
+            "no --cluster-secret: whoever reaches {} can start, stop and destroy VMs",
+            config.listen
+        );
+    }
     let state_error = |source| AgentError::State {
         path: config.state_dir.clone(),
         source,
@@ -152,11 +162,15 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     ));
     let (stop, stopped) = oneshot::channel::<()>();
     let server = Server::builder()
+        .max_concurrent_streams(Some(MAX_CALLS))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(AgentServer::with_interceptor(
             service::AgentService::new(Arc::clone(&node)),
-            node.terms.clone(),
+            term::Gate {
+                demand: Demand::new(config.cluster_secret),
+                terms: node.terms.clone(),
+            },
         ))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
             // An error means that `stop` was dropped, which is an order to stop too.

@@ -99,7 +99,7 @@ async fn session(
     // Apart, so that a full queue in one direction never stops the other.
     tokio::select! {
         end = read_messages(node, messages, &whole_wanted) => end,
-        end = write_heartbeats(node, &reports, welcome.deltas, &whole_wanted) => end,
+        end = write_heartbeats(node, &reports, welcome, &whole_wanted) => end,
         end = write_changes(node, &reports) => end,
     }
 }
@@ -116,6 +116,7 @@ fn registration(node: &Node, address: SocketAddr) -> Register {
         migration_tls: node.certificates.is_some(),
         cpu_speed: node.cpu_speed,
         kvm_trouble: node.kvm.trouble.clone(),
+        term: node.terms.highest(),
     }
 }
 
@@ -156,7 +157,7 @@ async fn read_messages<T>(
 async fn write_heartbeats<T>(
     node: &Arc<Node>,
     reports: &mpsc::Sender<AgentReport>,
-    deltas: bool,
+    Registered { deltas, term }: Registered,
     whole_wanted: &AtomicBool,
 ) -> Result<T, SessionEnd> {
     let mut encoder = Encoder::new(Thresholds::DEFAULT, phase(&node.name));
@@ -164,6 +165,8 @@ async fn write_heartbeats<T>(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        // Its calls are refused: it must not take this node for one that obeys.
+        node.terms.check(term)?;
         let sampled = Arc::clone(node);
         let heartbeat = tokio::task::spawn_blocking(move || sampled.heartbeat()).await;
         let heartbeat = heartbeat

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use shoal_proto::LEADER_HEADER;
 use shoal_proto::node::registry_client::RegistryClient;
+use shoal_secret::Prove;
 use tonic::Status;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
 /// A client of a scheduler's Registry service. Connects when it is used, and again after a failure.
-pub(crate) type Registry = RegistryClient<Channel>;
+pub(crate) type Registry = RegistryClient<InterceptedService<Channel, Prove>>;
 
 /// A connection that does not answer for this long is dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
@@ -19,6 +21,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) struct Schedulers {
     told: Vec<Registry>,
+    prove: Prove,
     current: Mutex<Current>,
 }
 
@@ -32,10 +35,10 @@ struct Current {
 
 impl Schedulers {
     /// By their endpoints, `http://HOST:PORT`; nothing is opened yet. The error names the one that is none.
-    pub(crate) fn new(endpoints: &[String]) -> Result<Self, String> {
+    pub(crate) fn new(endpoints: &[String], prove: &Prove) -> Result<Self, String> {
         let told: Result<Vec<_>, String> = endpoints
             .iter()
-            .map(|endpoint| registry(endpoint).map_err(|_| endpoint.clone()))
+            .map(|endpoint| registry(endpoint, prove).map_err(|_| endpoint.clone()))
             .collect();
         let told = told?;
         if told.is_empty() {
@@ -43,6 +46,7 @@ impl Schedulers {
         }
         Ok(Self {
             told,
+            prove: prove.clone(),
             current: Mutex::new(Current {
                 index: 0,
                 leader: None,
@@ -73,7 +77,12 @@ impl Schedulers {
         let named = status
             .and_then(|status| status.metadata().get(LEADER_HEADER))
             .and_then(|address| address.to_str().ok())
-            .and_then(|address| Some((address.to_owned(), registry(&format!("http://{address}")).ok()?)));
+            .and_then(|address| {
+                Some((
+                    address.to_owned(),
+                    registry(&format!("http://{address}"), &self.prove).ok()?,
+                ))
+            });
         let mut current = self.lock();
         let is_news = match (&named, &current.leader) {
             (Some((named, _)), Some((known, _))) => named != known,
@@ -93,7 +102,7 @@ impl Schedulers {
     }
 }
 
-fn registry(endpoint: &str) -> Result<Registry, tonic::transport::Error> {
+fn registry(endpoint: &str, prove: &Prove) -> Result<Registry, tonic::transport::Error> {
     let channel = Endpoint::from_shared(endpoint.to_owned())?
         .connect_timeout(CONNECT_LIMIT)
         .tcp_nodelay(true)
@@ -101,7 +110,7 @@ fn registry(endpoint: &str) -> Result<Registry, tonic::transport::Error> {
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true)
         .connect_lazy();
-    Ok(RegistryClient::new(channel))
+    Ok(RegistryClient::with_interceptor(channel, prove.clone()))
 }
 
 #[cfg(test)]
@@ -116,7 +125,7 @@ mod tests {
     #[tokio::test]
     async fn each_is_asked_in_turn_until_one_names_the_leader() {
         let endpoints = ["http://127.0.0.1:1", "http://127.0.0.1:2"].map(str::to_owned);
-        let schedulers = Schedulers::new(&endpoints).expect("endpoints");
+        let schedulers = Schedulers::new(&endpoints, &Prove::default()).expect("endpoints");
         assert!(told_of(0, &schedulers));
         assert!(!schedulers.failed(None));
         assert!(told_of(1, &schedulers));
@@ -136,8 +145,9 @@ mod tests {
 
     #[tokio::test]
     async fn endpoints_are_checked() {
-        let bad = Schedulers::new(&["http://127.0.0.1:1".to_owned(), "not an endpoint".to_owned()]);
+        let endpoints = ["http://127.0.0.1:1".to_owned(), "not an endpoint".to_owned()];
+        let bad = Schedulers::new(&endpoints, &Prove::default());
         assert_eq!(bad.expect_err("refused"), "not an endpoint");
-        assert!(Schedulers::new(&[]).is_err());
+        assert!(Schedulers::new(&[], &Prove::default()).is_err());
     }
 }

@@ -30,6 +30,7 @@ use crate::key::VmKey;
 use crate::node::Node;
 use crate::retire::{Console, retire};
 use crate::spawn::SpawnError;
+use crate::term::SaidTerm;
 use crate::vm::Vm;
 use workload::KernelError;
 
@@ -44,14 +45,19 @@ impl AgentService {
         Self { node }
     }
 
-    /// Runs the call to its end, whether or not the caller waits for it.
-    async fn run<T, Call, Work>(&self, call: Call) -> Result<Response<T>, Status>
+    /// Runs the call to its end, whether or not the caller waits for it. Its term counts from the moment when it is parsed.
+    async fn run<T, P, R, Work>(
+        &self,
+        request: Request<T>,
+        parse: impl FnOnce(T) -> Result<P, Refusal>,
+        call: impl FnOnce(Arc<Node>, P) -> Work,
+    ) -> Result<Response<R>, Status>
     where
-        T: Send + 'static,
-        Call: FnOnce(Arc<Node>) -> Work,
-        Work: Future<Output = Result<T, Refusal>> + Send + 'static,
+        R: Send + 'static,
+        Work: Future<Output = Result<R, Refusal>> + Send + 'static,
     {
-        match tokio::spawn(call(Arc::clone(&self.node))).await {
+        let parsed = self.hear(request, parse)?;
+        match tokio::spawn(call(Arc::clone(&self.node), parsed)).await {
             Ok(Ok(answer)) => Ok(Response::new(answer)),
             Ok(Err(refusal)) => Err(refusal.into()),
             Err(error) => Err(Status::internal(format!(
@@ -59,19 +65,32 @@ impl AgentService {
             ))),
         }
     }
+
+    fn hear<T, P>(
+        &self,
+        request: Request<T>,
+        parse: impl FnOnce(T) -> Result<P, Refusal>,
+    ) -> Result<P, Status> {
+        let term = request.extensions().get().copied();
+        let parsed = parse(request.into_inner())?;
+        if let Some(SaidTerm(term)) = term {
+            self.node.terms.hear(term)?;
+        }
+        Ok(parsed)
+    }
 }
 
 #[tonic::async_trait]
 impl Agent for AgentService {
     async fn launch_vm(&self, request: Request<LaunchVmRequest>) -> Result<Response<VmStatus>, Status> {
-        self.run(|node| launch::launch(node, request.into_inner())).await
+        self.run(request, launch::parse, launch::launch).await
     }
 
     async fn prepare_incoming(
         &self,
         request: Request<PrepareIncomingRequest>,
     ) -> Result<Response<PrepareIncomingResponse>, Status> {
-        self.run(|node| incoming::prepare(node, request.into_inner()))
+        self.run(request, incoming::Preparation::parse, incoming::prepare)
             .await
     }
 
@@ -79,14 +98,14 @@ impl Agent for AgentService {
         &self,
         request: Request<AbortIncomingRequest>,
     ) -> Result<Response<AbortIncomingResponse>, Status> {
-        self.run(|node| incoming::abort(node, request.into_inner())).await
+        self.run(request, incoming::parse_abort, incoming::abort).await
     }
 
     async fn start_migration(
         &self,
         request: Request<StartMigrationRequest>,
     ) -> Result<Response<StartMigrationResponse>, Status> {
-        self.run(|node| outgoing::start(node, request.into_inner())).await
+        self.run(request, outgoing::parse_start, outgoing::start).await
     }
 
     type WatchMigrationStream = Pin<Box<dyn Stream<Item = Result<MigrationProgress, Status>> + Send>>;
@@ -95,7 +114,8 @@ impl Agent for AgentService {
         &self,
         request: Request<WatchMigrationRequest>,
     ) -> Result<Response<Self::WatchMigrationStream>, Status> {
-        let progress = outgoing::watch(Arc::clone(&self.node), request.into_inner()).await?;
+        let watched = self.hear(request, outgoing::parse_watch)?;
+        let progress = outgoing::watch(Arc::clone(&self.node), watched).await?;
         Ok(Response::new(Box::pin(progress)))
     }
 
@@ -103,46 +123,41 @@ impl Agent for AgentService {
         &self,
         request: Request<CancelMigrationRequest>,
     ) -> Result<Response<CancelMigrationResponse>, Status> {
-        self.run(|node| outgoing::cancel(node, request.into_inner()))
-            .await
+        self.run(request, outgoing::parse_cancel, outgoing::cancel).await
     }
 
     async fn set_migration(
         &self,
         request: Request<SetMigrationRequest>,
     ) -> Result<Response<vm::SetMigrationResponse>, Status> {
-        self.run(|node| outgoing::set(node, request.into_inner())).await
+        self.run(request, outgoing::parse_set, outgoing::set).await
     }
 
     async fn describe_vm(&self, request: Request<VmRef>) -> Result<Response<VmFacts>, Status> {
-        self.run(|node| lifecycle::describe(node, request.into_inner()))
-            .await
+        self.run(request, parse_ref, lifecycle::describe).await
     }
 
     async fn pause_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
-        self.run(|node| lifecycle::pause(node, request.into_inner()))
-            .await
+        self.run(request, parse_ref, lifecycle::pause).await
     }
 
     async fn resume_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
-        self.run(|node| lifecycle::resume(node, request.into_inner()))
-            .await
+        self.run(request, parse_ref, lifecycle::resume).await
     }
 
     async fn stop_vm(&self, request: Request<VmRef>) -> Result<Response<VmStatus>, Status> {
-        self.run(|node| lifecycle::stop(node, request.into_inner())).await
+        self.run(request, parse_ref, lifecycle::stop).await
     }
 
     async fn destroy_vm(&self, request: Request<VmRef>) -> Result<Response<DestroyVmResponse>, Status> {
-        self.run(|node| lifecycle::destroy(node, request.into_inner()))
-            .await
+        self.run(request, parse_ref, lifecycle::destroy).await
     }
 
     async fn write_console(
         &self,
         request: Request<WriteConsoleRequest>,
     ) -> Result<Response<WriteConsoleResponse>, Status> {
-        self.run(|node| lifecycle::write_console(node, request.into_inner()))
+        self.run(request, lifecycle::parse_write, lifecycle::write_console)
             .await
     }
 }
@@ -204,6 +219,11 @@ impl From<Refusal> for Status {
             Refusal::Vmm(status) => *status,
         }
     }
+}
+
+/// For calls of which nothing else can be wrong.
+fn parse_ref(vm: VmRef) -> Result<VmKey, Refusal> {
+    key_of(Some(vm))
 }
 
 fn key_of(vm: Option<VmRef>) -> Result<VmKey, Refusal> {

@@ -5,12 +5,15 @@ mod support;
 
 use shoal_agent::{AgentError, serve};
 use shoal_proto::MigrationId;
+use shoal_proto::TERM_HEADER;
+use shoal_proto::node::agent_client::AgentClient;
 use shoal_proto::node::{
     AbortIncomingRequest, LaunchVmRequest, PrepareIncomingRequest, SoftwareKvm, StartMigrationRequest, VmRef,
     WatchMigrationRequest,
 };
 use shoal_proto::vm::{self, VmState};
-use tonic::Code;
+use shoal_secret::{ClusterSecret, Prove};
+use tonic::{Code, Request};
 
 use support::agent::{Agent, Disk, launch, new_vm, prepare};
 use support::eventually;
@@ -83,6 +86,68 @@ async fn a_vm_is_launched_reported_and_destroyed_and_only_its_epoch_stays() {
         .await
         .expect("a newer epoch may start");
     client.destroy_vm(newer).await.expect("destroyed");
+}
+
+fn in_term<T>(term: u64, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let term = term.to_string().parse().expect("a value");
+    request.metadata_mut().insert(TERM_HEADER, term);
+    request
+}
+
+#[tokio::test]
+async fn a_stranger_changes_nothing_and_no_call_that_is_wrong_raises_the_term() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let secret = ClusterSecret::read_or_create(&disk.root.path().join("secret")).expect("made");
+    let mut config = disk.config(&scheduler);
+    config.cluster_secret = Some(secret.clone());
+    let agent = Agent::start_with(config, &scheduler).await;
+    let registered = scheduler.told(|told| told.registered[0].clone());
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", registered.address));
+    let channel = endpoint.expect("an address").connect().await.expect("connected");
+    let mut client = AgentClient::with_interceptor(channel, Prove::new(Some(&secret)));
+    let term = || std::fs::read_to_string(disk.state().join("term")).unwrap_or_default();
+    let (before, vm) = (term(), new_vm(1));
+
+    let mut stranger = agent.client.clone();
+    let refused = stranger.describe_vm(in_term(7, vm.clone())).await;
+    assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
+    let refused = client.describe_vm(in_term(u64::MAX, vm.clone())).await;
+    assert_eq!(refused.expect_err("refused").code(), Code::FailedPrecondition);
+    for wrong in [
+        VmRef {
+            vm_id: "web".into(),
+            ..vm.clone()
+        },
+        VmRef {
+            epoch: u64::MAX,
+            ..vm.clone()
+        },
+    ] {
+        let refused = client.destroy_vm(in_term(7, wrong)).await;
+        assert_eq!(refused.expect_err("refused").code(), Code::InvalidArgument);
+    }
+    assert_eq!(term(), before);
+    client.destroy_vm(in_term(7, vm.clone())).await.expect("obeyed");
+    assert_eq!(term(), "7\n");
+    let refused = client.destroy_vm(in_term(6, vm)).await.expect_err("over");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_has_heard_of_a_later_lead_says_so_when_it_registers() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let agent = Agent::start(&disk, &scheduler).await;
+    assert_eq!(scheduler.told(|told| told.registered[0].term), 0);
+    // The scheduler here leads in term 0.
+    let mut client = agent.client.clone();
+    client.destroy_vm(in_term(9, new_vm(1))).await.expect("obeyed");
+    eventually("it has ended the session and says why", || {
+        scheduler.told(|told| told.registered.last().is_some_and(|last| last.term == 9))
+    })
+    .await;
+    agent.stop().await;
 }
 
 #[tokio::test]

@@ -2,9 +2,10 @@
 
 use std::env;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
+use shoal_secret::ClusterSecret;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -55,6 +56,12 @@ pub fn vmm_binary(said: Option<PathBuf>) -> Result<PathBuf, CliError> {
         "no {VMM} in {}: build it, or say where it is with --vmm-binary or SHOAL_VMM",
         own.parent().unwrap_or(&own).display()
     )))
+}
+
+/// From the file, if one is said.
+pub fn cluster_secret(said: Option<&Path>) -> Result<Option<ClusterSecret>, CliError> {
+    let read = said.map(ClusterSecret::read).transpose();
+    read.map_err(|error| CliError::Usage(format!("--cluster-secret: {error}")))
 }
 
 /// This executable.

@@ -262,6 +262,8 @@ pub struct NodeView {
     pub kvm: Option<&'static str>,
     /// Why KVM cannot be used there, if `kvm` is null, or why kernels in ring 3 cannot run, if it is software; empty: they can.
     pub kvm_trouble: String,
+    /// Why it takes no VMs although nobody has said so; empty: nothing.
+    pub trouble: String,
 }
 
 /// A NUMA node.
@@ -338,6 +340,7 @@ impl From<&cluster::Node> for NodeView {
             numa: node.numa.iter().map(NumaView::from).collect(),
             kvm: kvm_kind(node.kvm()),
             kvm_trouble: node.kvm_trouble.clone(),
+            trouble: node.trouble.clone(),
         }
     }
 }

@@ -11,7 +11,7 @@ use shoal_proto::node::{
     WriteConsoleRequest,
 };
 use shoal_proto::{Epoch, MigrationId, NodeName, VmId, vm};
-use tonic::metadata::{Ascii, MetadataValue};
+use shoal_secret::{ClusterSecret, Prove};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -75,18 +75,34 @@ impl AgentError {
 #[derive(Debug, Clone)]
 pub struct Agent {
     node: NodeName,
-    client: AgentClient<InterceptedService<Channel, SayTerm>>,
+    client: AgentClient<InterceptedService<Channel, Caller>>,
 }
 
-/// Adds to each call in which term it is made, so that agents can refuse those of a scheduler that does not lead any more.
+/// Who calls: adds to each call the secret of the cluster and in which term it is made, so that agents can refuse those of a
+/// stranger, and of a scheduler that does not lead any more.
 #[derive(Debug, Clone)]
-struct SayTerm(MetadataValue<Ascii>);
+pub struct Caller {
+    /// The term.
+    pub term: Term,
+    prove: Prove,
+}
 
-impl Interceptor for SayTerm {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+impl Caller {
+    /// In this term, with the secret if there is one.
+    pub fn new(term: Term, secret: Option<&ClusterSecret>) -> Self {
+        Self {
+            term,
+            prove: Prove::new(secret),
+        }
+    }
+}
+
+impl Interceptor for Caller {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let mut request = self.prove.call(request)?;
         request
             .metadata_mut()
-            .insert(shoal_proto::TERM_HEADER, self.0.clone());
+            .insert(shoal_proto::TERM_HEADER, self.term.0.into());
         Ok(request)
     }
 }
@@ -100,8 +116,8 @@ pub fn vm_ref(vm: VmId, epoch: Epoch) -> VmRef {
 }
 
 impl Agent {
-    /// The agent at the node's address, as it is called in this term.
-    pub fn new(node: &NodeRecord, term: Term) -> Result<Self, InvalidAddress> {
+    /// The agent at the node's address, as this scheduler calls it.
+    pub fn new(node: &NodeRecord, caller: &Caller) -> Result<Self, InvalidAddress> {
         let invalid = || InvalidAddress(crate::limits::shorten(&node.address));
         let address: SocketAddr = node.address.parse().map_err(|_| invalid())?;
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
@@ -112,7 +128,7 @@ impl Agent {
             .keep_alive_timeout(Duration::from_secs(3));
         Ok(Self {
             node: node.name.clone(),
-            client: AgentClient::with_interceptor(endpoint.connect_lazy(), SayTerm(term.0.into())),
+            client: AgentClient::with_interceptor(endpoint.connect_lazy(), caller.clone()),
         })
     }
 

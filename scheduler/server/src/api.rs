@@ -41,6 +41,7 @@ mod wait_vm;
 mod write_console;
 
 pub use errors::chain;
+pub use import_image::MOST as MOST_IMPORTS;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -73,11 +74,15 @@ use crate::nodes::NodeEntry;
 use crate::queue::Waiting;
 use crate::record::VmRecord;
 use crate::scheduler::{Scheduler, Shared};
+use crate::streams::Streams;
 use crate::vms::VmEntry;
 
 type Answer<T> = Result<Response<T>, Status>;
 type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// Calls that stream or wait, on one connection and in all.
+const MOST_STREAMS_OF_ONE: usize = 64;
+const MOST_STREAMS: usize = 1024;
 /// Messages that a stream may be ahead of its reader.
 const STREAM_DEPTH: usize = 16;
 
@@ -120,7 +125,20 @@ impl Role {
 
 /// The service.
 #[derive(Debug, Clone)]
-pub struct ClusterApi(pub Role);
+pub struct ClusterApi {
+    role: Role,
+    streams: Arc<Streams>,
+}
+
+impl ClusterApi {
+    /// For a scheduler that leads, or one that answers what is stored.
+    pub fn new(role: Role) -> Self {
+        Self {
+            role,
+            streams: Streams::new(MOST_STREAMS_OF_ONE, MOST_STREAMS),
+        }
+    }
+}
 
 #[tonic::async_trait]
 impl Cluster for ClusterApi {
@@ -132,98 +150,102 @@ impl Cluster for ClusterApi {
     type BackupStream = AnswerStream<BackupChunk>;
 
     async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Answer<Image> {
-        import_image::call(self.0.leader().await?, request.into_inner())
+        let _seat = self.streams.enter(&request)?;
+        import_image::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_images(&self, _: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
-        Ok(Response::new(list_images::call(self.0.read().await?.as_ref())))
+        Ok(Response::new(list_images::call(self.role.read().await?.as_ref())))
     }
 
     async fn run_vm(&self, request: Request<RunVmRequest>) -> Answer<Vm> {
-        run_vm::call(self.0.leader().await?, request.into_inner())
+        run_vm::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Answer<ListVmsResponse> {
-        Ok(Response::new(list_vms::call(self.0.read().await?.as_ref())))
+        Ok(Response::new(list_vms::call(self.role.read().await?.as_ref())))
     }
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
-        get_vm::call(self.0.read().await?.as_ref(), &request.into_inner()).map(Response::new)
+        get_vm::call(self.role.read().await?.as_ref(), &request.into_inner()).map(Response::new)
     }
 
     async fn wait_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
-        wait_vm::call(self.0.leader().await?, &request.into_inner())
+        let _seat = self.streams.enter(&request)?;
+        wait_vm::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn stop_vm(&self, request: Request<StopVmRequest>) -> Answer<Vm> {
-        stop_vm::call(self.0.leader().await?, &request.into_inner())
+        stop_vm::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn suspend_vm(&self, request: Request<SuspendVmRequest>) -> Answer<Vm> {
-        suspend_vm::suspend(self.0.leader().await?, request.into_inner())
+        suspend_vm::suspend(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn resume_vm(&self, request: Request<ResumeVmRequest>) -> Answer<Vm> {
-        suspend_vm::resume(self.0.leader().await?, &request.into_inner())
+        suspend_vm::resume(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn remove_vm(&self, request: Request<RemoveVmRequest>) -> Answer<RemoveVmResponse> {
-        remove_vm::call(self.0.leader().await?, &request.into_inner())
+        remove_vm::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn stream_logs(&self, request: Request<StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
-        stream_logs::call(self.0.leader().await?, &request.into_inner())
+        let seat = self.streams.enter(&request)?;
+        stream_logs::call(self.role.leader().await?, &request.into_inner())
             .await
-            .map(Response::new)
+            .map(|stream| Response::new(seat.hold(stream)))
     }
 
     async fn write_console(&self, request: Request<WriteConsoleRequest>) -> Answer<WriteConsoleResponse> {
-        write_console::call(self.0.leader().await?, request.into_inner())
+        write_console::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn migrate_vm(&self, request: Request<MigrateVmRequest>) -> Answer<Self::MigrateVmStream> {
-        migrate_vm::call(self.0.leader().await?, request.into_inner())
+        let seat = self.streams.enter(&request)?;
+        migrate_vm::call(self.role.leader().await?, request.into_inner())
             .await
-            .map(Response::new)
+            .map(|stream| Response::new(seat.hold(stream)))
     }
 
     async fn list_migrations(
         &self,
         request: Request<ListMigrationsRequest>,
     ) -> Answer<ListMigrationsResponse> {
-        list_migrations::call(self.0.read().await?.as_ref(), &request.into_inner()).map(Response::new)
+        list_migrations::call(self.role.read().await?.as_ref(), &request.into_inner()).map(Response::new)
     }
 
     async fn get_migration(&self, request: Request<GetMigrationRequest>) -> Answer<Migration> {
-        get_migration::call(self.0.read().await?.as_ref(), &request.into_inner())
+        get_migration::call(self.role.read().await?.as_ref(), &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn cancel_migration(&self, request: Request<CancelMigrationRequest>) -> Answer<Migration> {
-        cancel_migration::call(self.0.leader().await?, &request.into_inner())
+        cancel_migration::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn set_migration(&self, request: Request<SetMigrationRequest>) -> Answer<MigrationPolicy> {
-        set_migration::call(self.0.leader().await?, &request.into_inner())
+        set_migration::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
@@ -233,104 +255,109 @@ impl Cluster for ClusterApi {
         _: Request<GetMigrationDefaultsRequest>,
     ) -> Answer<MigrationDefaults> {
         Ok(Response::new(get_migration_defaults::call(
-            self.0.read().await?.as_ref(),
+            self.role.read().await?.as_ref(),
         )))
     }
 
     async fn set_migration_defaults(&self, request: Request<MigrationDefaults>) -> Answer<MigrationDefaults> {
-        set_migration_defaults::call(self.0.leader().await?, request.into_inner())
+        set_migration_defaults::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn get_cpu_baseline(&self, _: Request<GetCpuBaselineRequest>) -> Answer<CpuBaseline> {
         Ok(Response::new(get_cpu_baseline::call(
-            self.0.read().await?.as_ref(),
+            self.role.read().await?.as_ref(),
         )))
     }
 
     async fn set_cpu_baseline(&self, request: Request<SetCpuBaselineRequest>) -> Answer<CpuBaseline> {
-        set_cpu_baseline::call(self.0.leader().await?, &request.into_inner())
+        set_cpu_baseline::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn resolve_vm(&self, request: Request<ResolveVmRequest>) -> Answer<Vm> {
-        resolve_vm::call(self.0.leader().await?, &request.into_inner())
+        resolve_vm::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Answer<ListNodesResponse> {
-        Ok(Response::new(list_nodes::call(self.0.read().await?.as_ref())))
+        Ok(Response::new(list_nodes::call(self.role.read().await?.as_ref())))
     }
 
     async fn drain_node(&self, request: Request<DrainNodeRequest>) -> Answer<Self::DrainNodeStream> {
-        drain_node::call(self.0.leader().await?, &request.into_inner())
+        let seat = self.streams.enter(&request)?;
+        drain_node::call(self.role.leader().await?, &request.into_inner())
             .await
-            .map(Response::new)
+            .map(|stream| Response::new(seat.hold(stream)))
     }
 
     async fn uncordon_node(&self, request: Request<UncordonNodeRequest>) -> Answer<Node> {
-        uncordon_node::call(self.0.leader().await?, &request.into_inner())
+        uncordon_node::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn rebalance(&self, request: Request<RebalanceRequest>) -> Answer<RebalanceResponse> {
-        rebalance::call(self.0.leader().await?, &request.into_inner())
+        rebalance::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn stream_events(&self, request: Request<StreamEventsRequest>) -> Answer<Self::StreamEventsStream> {
-        Ok(Response::new(stream_events::call(&self.0, &request.into_inner())))
+        let seat = self.streams.enter(&request)?;
+        let events = stream_events::call(&self.role, &request.into_inner());
+        Ok(Response::new(seat.hold(events)))
     }
 
     async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<Node> {
-        update_node::call(self.0.leader().await?, request.into_inner())
+        update_node::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Answer<Vm> {
-        update_vm::call(self.0.leader().await?, request.into_inner())
+        update_vm::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn get_policy(&self, _: Request<GetPolicyRequest>) -> Answer<SchedulingPolicy> {
-        Ok(Response::new(self.0.read().await?.policy.view()))
+        Ok(Response::new(self.role.read().await?.policy.view()))
     }
 
     async fn explain_vm(&self, request: Request<ExplainVmRequest>) -> Answer<Explanation> {
-        explain_vm::call(self.0.leader().await?, &request.into_inner())
+        explain_vm::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_queue(&self, _: Request<ListQueueRequest>) -> Answer<ListQueueResponse> {
-        Ok(Response::new(list_queue::call(self.0.read().await?.as_ref())))
+        Ok(Response::new(list_queue::call(self.role.read().await?.as_ref())))
     }
 
     async fn move_vms(&self, request: Request<MoveVmsRequest>) -> Answer<Self::MoveVmsStream> {
-        move_vms::call(self.0.leader().await?, &request.into_inner())
+        let seat = self.streams.enter(&request)?;
+        move_vms::call(self.role.leader().await?, &request.into_inner())
             .await
-            .map(Response::new)
+            .map(|stream| Response::new(seat.hold(stream)))
     }
 
     async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Answer<SchedulingPolicy> {
-        set_policy::call(self.0.leader().await?, request.into_inner())
+        set_policy::call(self.role.leader().await?, request.into_inner())
             .await
             .map(Response::new)
     }
 
     async fn list_schedulers(&self, _: Request<ListSchedulersRequest>) -> Answer<ListSchedulersResponse> {
-        list_schedulers::call(&self.0).await.map(Response::new)
+        list_schedulers::call(&self.role).await.map(Response::new)
     }
 
-    async fn backup(&self, _: Request<BackupRequest>) -> Answer<Self::BackupStream> {
-        Ok(Response::new(backup::call(self.0.read().await?)))
+    async fn backup(&self, request: Request<BackupRequest>) -> Answer<Self::BackupStream> {
+        let seat = self.streams.enter(&request)?;
+        Ok(Response::new(seat.hold(backup::call(self.role.read().await?))))
     }
 }
 
@@ -397,7 +424,6 @@ where
 }
 
 /// A call's own task did not come to its end, which happens only when the scheduler ends.
-#[expect(clippy::needless_pass_by_value, reason = "used with map_err")]
-fn ended(error: tokio::task::JoinError) -> Status {
+fn ended(error: impl std::error::Error) -> Status {
     Status::unavailable(format!("the scheduler is shutting down: {error}"))
 }

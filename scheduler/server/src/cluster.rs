@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_secret::Prove;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
@@ -144,6 +145,7 @@ async fn follow(follower: Arc<Follower>) -> Result<(), ServerError> {
     tokio::spawn(mirror::run(
         follower.blob_directory(),
         follower.schedulers().clone(),
+        Prove::new(base.config.cluster_secret.as_ref()),
         {
             let follower = Arc::clone(&follower);
             move || {

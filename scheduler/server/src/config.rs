@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use shoal_plan::Policy;
+use shoal_secret::ClusterSecret;
 
 /// Ends the scheduler when it completes.
 pub type Shutdown = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -32,6 +33,8 @@ pub struct SchedulerConfig {
     pub metrics: Option<SocketAddr>,
     /// What plans are made with, and whether they are carried out, unless operators have set otherwise.
     pub policy: Policy,
+    /// What calls to and from agents carry. None: whoever reaches the scheduler may register as a node.
+    pub cluster_secret: Option<ClusterSecret>,
     /// The scheduler ends when this completes. VMs go on running.
     pub shutdown: Shutdown,
 }
@@ -60,6 +63,8 @@ pub struct Settings {
     pub vmm_binary: Option<PathBuf>,
     /// See [`SchedulerConfig::policy`].
     pub policy: Policy,
+    /// See [`SchedulerConfig::cluster_secret`].
+    pub cluster_secret: Option<ClusterSecret>,
 }
 
 impl SchedulerConfig {
@@ -71,6 +76,7 @@ impl SchedulerConfig {
             lease: self.lease,
             vmm_binary: self.vmm_binary,
             policy: self.policy,
+            cluster_secret: self.cluster_secret,
         };
         (settings, self.shutdown)
     }

@@ -12,6 +12,7 @@ use crate::events::{Kind, NewEvent};
 use crate::execute::{migrate, suspend};
 use crate::migrations::OpenMigration;
 use crate::observe;
+use crate::pool::Pool;
 use crate::queue;
 use crate::record::Cordon;
 use crate::scheduler::Shared;
@@ -43,7 +44,13 @@ pub async fn run(scheduler: Shared) {
         };
         let (mut plan, _) = round(&scheduler, wanted).await;
         if automation == Automation::Advise {
-            plan = self::plan(&scheduler, Wanted::All).await;
+            plan = plan_on(
+                &scheduler.planner,
+                &scheduler,
+                Wanted::All,
+                scheduler.policy.get(),
+            )
+            .await;
         }
         advise(&scheduler, automation, &plan, &mut advised);
         announce_stuck(&scheduler, &plan.notes, &mut told);
@@ -52,7 +59,7 @@ pub async fn run(scheduler: Shared) {
     }
 }
 
-/// Plans without doing anything. Off the async threads: a large cluster takes a while.
+/// Plans without doing anything, for someone who asks.
 pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
     let policy = scheduler.policy.get();
     plan_with(scheduler, wanted, policy).await
@@ -60,8 +67,13 @@ pub async fn plan(scheduler: &Shared, wanted: Wanted) -> Plan {
 
 /// The same with another policy.
 pub async fn plan_with(scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) -> Plan {
+    plan_on(&scheduler.questions, scheduler, wanted, policy).await
+}
+
+/// Off the async threads: a large cluster takes a while.
+async fn plan_on(threads: &Pool, scheduler: &Shared, wanted: Wanted, policy: Arc<Policy>) -> Plan {
     let shared = Arc::clone(scheduler);
-    let planned = tokio::task::spawn_blocking(move || {
+    let planned = threads.run(move || {
         let started = Instant::now();
         let snapshot = observe::snapshot(&shared);
         let plan = match wanted {
@@ -99,7 +111,7 @@ pub async fn round_with(
     policy: Arc<Policy>,
 ) -> (Plan, Vec<Arc<OpenMigration>>) {
     let _planning = scheduler.planning.lock().await;
-    let plan = plan_with(scheduler, wanted, policy).await;
+    let plan = plan_on(&scheduler.planner, scheduler, wanted, policy).await;
     let begun = begin(scheduler, &plan).await;
     (plan, begun)
 }

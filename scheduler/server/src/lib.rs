@@ -6,6 +6,7 @@
 //! - several schedulers: `cluster` (who leads, and what each does), `follower` (what one that does not lead answers),
 //!   `schedulers` (who there is)
 //! - what is durable: `record` (the types), `store` (redb or etcd, backups), `images` (blobs), `logs` (consoles), `events`, `history`
+//! - `pool`: threads for what must not wait for anything else; `streams`: how many long calls one may have open
 //! - `seed`: what load tests start from
 //! - what is in memory: `vms`, `nodes`, `migrations`
 //! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
@@ -35,6 +36,7 @@ mod nodes;
 mod observe;
 mod planner_policy;
 mod policy;
+mod pool;
 mod queue;
 mod reconcile;
 mod record;
@@ -45,6 +47,7 @@ mod schedulers;
 pub mod seed;
 mod server;
 mod store;
+mod streams;
 #[cfg(test)]
 mod testing;
 mod view;

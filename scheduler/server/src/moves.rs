@@ -142,7 +142,7 @@ async fn end(scheduler: &Shared, order: &MoveOrder) {
 
 async fn plan(scheduler: &Shared, node: &NodeName, direction: Direction) -> Plan {
     let (shared, node) = (Arc::clone(scheduler), shoal_plan::NodeName::new(node.as_str()));
-    let planned = tokio::task::spawn_blocking(move || {
+    let planned = scheduler.planner.run(move || {
         let (snapshot, policy) = (observe::snapshot(&shared), shared.policy.get());
         match direction {
             Direction::Expel => shoal_plan::expel(&snapshot, &policy, &node),

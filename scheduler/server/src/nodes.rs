@@ -9,9 +9,8 @@ use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Caller};
 use crate::record::{Cordon, NodeRecord, NodeWishes};
-use crate::store::Term;
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
 /// nothing is restarted.
@@ -94,6 +93,7 @@ pub struct Observed {
 #[derive(Debug)]
 struct Session {
     id: u64,
+    begun: Instant,
     sender: ReportSender,
 }
 
@@ -101,7 +101,9 @@ struct Session {
 struct Inner {
     record: NodeRecord,
     agent: Agent,
-    term: Term,
+    caller: Caller,
+    /// Why its agent is of no use to this scheduler.
+    trouble: Option<String>,
     session: Option<Session>,
     last_report: Option<Instant>,
     /// When this scheduler began to listen for it.
@@ -127,13 +129,14 @@ pub struct NodeEntry {
 }
 
 impl NodeEntry {
-    fn new(record: NodeRecord, known: bool, term: Term) -> Result<Self, InvalidAddress> {
-        let agent = Agent::new(&record, term)?;
+    fn new(record: NodeRecord, known: bool, caller: Caller) -> Result<Self, InvalidAddress> {
+        let agent = Agent::new(&record, &caller)?;
         Ok(Self {
             inner: Mutex::new(Inner {
                 record,
                 agent,
-                term,
+                caller,
+                trouble: None,
                 session: None,
                 last_report: None,
                 since: Instant::now(),
@@ -261,7 +264,8 @@ impl NodeEntry {
         self.lock().record.wishes = wishes;
     }
 
-    /// Begins a session; the caller has stored the record.
+    /// Begins a session; the caller has stored the record. It counts as a report only when one comes: an agent may register
+    /// and then find that it cannot obey.
     pub fn begin_session(
         &self,
         record: NodeRecord,
@@ -270,19 +274,35 @@ impl NodeEntry {
     ) -> Result<(), InvalidAddress> {
         let mut inner = self.lock();
         if inner.record.address != record.address {
-            inner.agent = Agent::new(&record, inner.term)?;
+            inner.agent = Agent::new(&record, &inner.caller)?;
         }
         inner.record = record;
         inner.forget |= inner.liveness() == Liveness::Lost;
-        inner.session = Some(Session { id, sender });
-        inner.last_report = Some(Instant::now());
+        inner.trouble = None;
+        inner.session = Some(Session {
+            id,
+            begun: Instant::now(),
+            sender,
+        });
         Ok(())
     }
 
     /// Another agent than one at this address holds a session that is alive.
     pub fn is_taken_by_other(&self, address: &str) -> bool {
         let inner = self.lock();
-        inner.session.is_some() && inner.is_reachable() && inner.record.address != address
+        let begun = inner.session.as_ref().map(|session| session.begun.elapsed());
+        let lives = begun.is_some_and(|begun| begun < SILENCE || inner.is_reachable());
+        lives && inner.record.address != address
+    }
+
+    /// Why its agent is of no use to this scheduler, until it registers.
+    pub fn trouble(&self) -> Option<String> {
+        self.lock().trouble.clone()
+    }
+
+    /// Says so.
+    pub fn set_trouble(&self, why: String) {
+        self.lock().trouble = Some(why);
     }
 
     /// Ends a session, unless a newer one has begun.
@@ -442,23 +462,31 @@ impl ObservedVm {
 pub struct InvalidAddress(pub String);
 
 /// All nodes that have ever registered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct NodeTable {
-    term: Term,
+    caller: Caller,
     nodes: RwLock<BTreeMap<NodeName, Arc<NodeEntry>>>,
 }
 
 impl NodeTable {
-    /// From what was stored; agents are called in this term.
-    pub fn new(records: Vec<NodeRecord>, term: Term) -> Result<Self, InvalidAddress> {
+    /// From what was stored; agents are called so.
+    pub fn new(records: Vec<NodeRecord>, caller: Caller) -> Result<Self, InvalidAddress> {
         let mut nodes = BTreeMap::new();
         for record in records {
-            nodes.insert(record.name.clone(), Arc::new(NodeEntry::new(record, true, term)?));
+            nodes.insert(
+                record.name.clone(),
+                Arc::new(NodeEntry::new(record, true, caller.clone())?),
+            );
         }
         Ok(Self {
-            term,
+            caller,
             nodes: RwLock::new(nodes),
         })
+    }
+
+    /// As whom agents are called.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
     }
 
     /// By name.
@@ -477,7 +505,7 @@ impl NodeTable {
             return Ok(Arc::clone(entry));
         }
         let name = record.name.clone();
-        let entry = Arc::new(NodeEntry::new(record, false, self.term)?);
+        let entry = Arc::new(NodeEntry::new(record, false, self.caller.clone())?);
         nodes.insert(name, Arc::clone(&entry));
         Ok(entry)
     }

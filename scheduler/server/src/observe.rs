@@ -193,7 +193,10 @@ fn key(facts: &node::VmFacts) -> Option<(VmId, Epoch)> {
         .parse()
         .map_err(|error| tracing::warn!(%error, "a report names a VM that cannot be"))
         .ok()?;
-    Some((id, Epoch(status.epoch)))
+    let epoch = Epoch::from_wire(status.epoch)
+        .map_err(|error| tracing::warn!(%error, "a report names an epoch that cannot be"))
+        .ok()?;
+    Some((id, epoch))
 }
 
 /// What has to be looked at because a report and the records do not say the same.

@@ -276,9 +276,9 @@ async fn try_enqueue_with_room(
     scheduler.queue.check_name(&draft.name)?;
     let shared = Arc::clone(scheduler);
     let (name, request) = (draft.name.to_string(), launch::request(scheduler, draft, pinned));
-    let planned = tokio::task::spawn_blocking(move || {
-        make_room(&observe::snapshot(&shared), &shared.policy.get(), &name, &request)
-    });
+    let planned = scheduler
+        .planner
+        .run(move || make_room(&observe::snapshot(&shared), &shared.policy.get(), &name, &request));
     let Some(preemption) = planned.await.unwrap_or_else(|error| {
         tracing::error!(%error, "the planner failed");
         None
@@ -344,9 +344,9 @@ pub async fn advance(scheduler: &Shared) {
         .iter()
         .map(|waiting| for_planner(scheduler, waiting))
         .collect();
-    let planned = tokio::task::spawn_blocking(move || {
-        take_turns(&observe::snapshot(&shared), &shared.policy.get(), &waiting)
-    });
+    let planned = scheduler
+        .planner
+        .run(move || take_turns(&observe::snapshot(&shared), &shared.policy.get(), &waiting));
     let turns = match planned.await {
         Ok(turns) => turns,
         Err(error) => return tracing::error!(%error, "the planner failed"),

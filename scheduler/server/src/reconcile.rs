@@ -24,6 +24,8 @@ const PARALLEL: usize = 64;
 const STRAY_PATIENCE: Duration = Duration::from_secs(1);
 /// A node that has not reported this long after the scheduler's start is not waited for before a VM counts as lost.
 const ALL_REPORT: Duration = Duration::from_secs(60);
+/// Starts and moves of one VM that this scheduler may not know of, as its store was put back to an old state.
+const BELIEVED: u64 = 1 << 20;
 /// VMs that no record knows are announced once each, up to this many.
 const ANNOUNCED_STRANGERS: usize = 10_000;
 
@@ -229,6 +231,17 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
         .parse()
         .unwrap_or_else(|_| MigrationId::new());
     if seen.state() == vm::VmState::PostCopy && owner_misses_memory(scheduler, &record) {
+        return;
+    }
+    if epoch.0 > record.last_epoch.0.saturating_add(BELIEVED) {
+        if scheduler.reconcile.is_new_stranger(node, vm) {
+            let message = format!(
+                "{node} says that it has VM {} at epoch {epoch}, which no scheduler can have given it; it is left alone",
+                record.name
+            );
+            let event = NewEvent::new(Kind::VmUnknown, message).vm(&record);
+            scheduler.events.publish(event.node(node));
+        }
         return;
     }
     if epoch > record.epoch && epoch > record.fenced_through && !record.phase.is_over() {

@@ -1,5 +1,8 @@
 //! The service for agents: one Report stream each, and the blobs of images.
 
+#[cfg(test)]
+mod tests;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +18,7 @@ use shoal_proto::node::{
 use shoal_proto::{Epoch, NodeName, VmId};
 use shoal_report::Decoder;
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -28,11 +31,22 @@ use crate::observe;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
 use crate::scheduler::Shared;
 use crate::store::Write;
+use crate::streams::Streams;
 
 /// Messages to an agent that may be under way: acknowledgements, each made up for by the next.
 const DEPTH: usize = 256;
 const BLOB_CHUNK_BYTES: usize = 1 << 20;
 const BLOB_DEPTH: usize = 2;
+/// Blobs that are sent at a time, and those that wait for their turn.
+const BLOBS: usize = 64;
+const BLOBS_WAITING: usize = 4096;
+/// How long a blob waits for its turn, and a piece of one for its reader.
+const BLOB_PATIENCE: Duration = Duration::from_secs(15);
+/// Report streams on one connection, and in all. Agents have one each, and a connection each; load tests have not.
+const REPORTS_OF_ONE: usize = 128;
+const REPORTS: usize = 20_000;
+/// How long an agent may take to say who it is.
+const REGISTER_TIME: Duration = Duration::from_secs(5);
 const MAX_NODE_CPUS: u32 = 65_536;
 /// An agent that was asked for a whole report and sends deltas is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -42,6 +56,9 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 pub struct RegistryApi {
     role: Role,
     sessions: AtomicU64,
+    reports: Arc<Streams>,
+    blobs: Arc<Streams>,
+    sending: Arc<Semaphore>,
 }
 
 type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -52,6 +69,9 @@ impl RegistryApi {
         Self {
             role,
             sessions: AtomicU64::new(1),
+            reports: Streams::new(REPORTS_OF_ONE, REPORTS),
+            blobs: Streams::new(BLOBS, BLOBS_WAITING),
+            sending: Arc::new(Semaphore::new(BLOBS)),
         }
     }
 }
@@ -66,8 +86,14 @@ impl Registry for RegistryApi {
         request: Request<Streaming<AgentReport>>,
     ) -> Result<Response<Self::ReportStream>, Status> {
         let scheduler = self.role.leader().await?;
+        let seat = self.reports.enter(&request)?;
         let mut reports = request.into_inner();
-        let first = reports.message().await?.and_then(|message| message.report);
+        let first = tokio::time::timeout(REGISTER_TIME, reports.message())
+            .await
+            .map_err(|_| {
+                Status::deadline_exceeded("report: nothing came; the first message has to be Register")
+            })?;
+        let first = first?.and_then(|message| message.report);
         let Some(agent_report::Report::Register(register)) = first else {
             return Err(Status::invalid_argument(
                 "report: the first message has to be Register",
@@ -91,21 +117,26 @@ impl Registry for RegistryApi {
             tracing::info!(node = %name, ?end, "agent's report stream ended");
             entry.end_session(id);
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(seat.hold(ReceiverStream::new(receiver))))
     }
 
     async fn fetch_blob(
         &self,
         request: Request<FetchBlobRequest>,
     ) -> Result<Response<Self::FetchBlobStream>, Status> {
+        let seat = self.blobs.enter(&request)?;
         let sha256 = request.into_inner().sha256;
         let path = self.role.blob(&sha256);
         let path = path.ok_or_else(|| Status::invalid_argument("sha256: is not 64 lower-case hex digits"))?;
         let mut file = tokio::fs::File::open(path)
             .await
             .map_err(|_| Status::not_found(format!("sha256: there is no blob {sha256}")))?;
+        let turn = tokio::time::timeout(BLOB_PATIENCE, Arc::clone(&self.sending).acquire_owned()).await;
+        let turn =
+            turn.map_err(|_| Status::resource_exhausted("too many blobs are fetched at a time; try again"))?;
         let (sender, receiver) = mpsc::channel(BLOB_DEPTH);
         tokio::spawn(async move {
+            let _turn = turn;
             loop {
                 let mut data = vec![0; BLOB_CHUNK_BYTES];
                 let chunk = match file.read(&mut data).await {
@@ -117,12 +148,13 @@ impl Registry for RegistryApi {
                     Err(error) => Err(Status::internal(format!("blob {sha256}: {error}"))),
                 };
                 let failed = chunk.is_err();
-                if sender.send(chunk).await.is_err() || failed {
+                // A reader that takes nothing for so long has gone, or means ill.
+                if sender.send_timeout(chunk, BLOB_PATIENCE).await.is_err() || failed {
                     return;
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(seat.hold(ReceiverStream::new(receiver))))
     }
 }
 
@@ -150,6 +182,7 @@ pub async fn begin(
         ));
     }
     let bad_address = |error: InvalidAddress| invalid(error.to_string());
+    refuse_newer_term(scheduler, &name, register.term)?;
     // Against a plan that reads the node, and against a second registration at the same time.
     let _planning = scheduler.planning.lock().await;
     let known = scheduler.nodes.get(&name);
@@ -195,7 +228,7 @@ pub async fn begin(
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
     };
-    crate::agent::Agent::new(&record, scheduler.store.term()).map_err(bad_address)?;
+    crate::agent::Agent::new(&record, scheduler.nodes.caller()).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {
         let new_kind = new_kind.flatten();
         let writes = new_kind.iter().cloned().chain([Write::PutNode(record.clone())]);
@@ -215,6 +248,22 @@ pub async fn begin(
     entry.set_cpu_speed(register.cpu_speed);
     observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))
+}
+
+/// An agent that has heard of a later lead refuses whatever this scheduler asks: it is no node to plan with.
+fn refuse_newer_term(scheduler: &Shared, node: &NodeName, heard: u64) -> Result<(), Status> {
+    let own = scheduler.store.term();
+    if heard <= own.0 {
+        return Ok(());
+    }
+    let why = format!(
+        "its agent obeys a scheduler of term {heard} and refuses this one, of term {own}; if there is no such scheduler, end \
+         the agent, remove the file 'term' in its state directory, and start it again"
+    );
+    if let Some(entry) = scheduler.nodes.get(node) {
+        entry.set_trouble(why.clone());
+    }
+    Err(Status::failed_precondition(format!("node {node}: {why}")))
 }
 
 async fn listen(

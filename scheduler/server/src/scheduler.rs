@@ -18,6 +18,7 @@ use crate::moves::Moves;
 use crate::nodes::NodeTable;
 use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
+use crate::pool::Pool;
 use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
@@ -63,6 +64,12 @@ pub struct Scheduler {
     /// Held from a snapshot until what was decided on it is stored, so that no room is given away twice. Taken after
     /// a VM's own lock, or with only `try_lock` on VMs.
     pub planning: tokio::sync::Mutex<()>,
+    /// Where plans are made that are carried out.
+    pub planner: Pool,
+    /// Where what users ask is thought about: as large a question as a plan, but nothing waits for it.
+    pub questions: Pool,
+    /// Imports of images that may begin.
+    pub imports: tokio::sync::Semaphore,
     /// Moves that someone asked for.
     pub moves: Moves,
     /// This one and the others.

@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use shoal_proto::cluster::cluster_server::ClusterServer;
 use shoal_proto::node::registry_server::RegistryServer;
+use shoal_secret::{Demand, Prove};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use crate::api::{ClusterApi, Role};
+use crate::agent::Caller;
+use crate::api::{ClusterApi, MOST_IMPORTS, Role};
 use crate::cluster;
 use crate::config::{SchedulerConfig, Settings};
 use crate::control;
@@ -28,6 +31,7 @@ use crate::moves::{self, MoveOrder, Moves};
 use crate::nodes::{InvalidAddress, NodeTable};
 use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
+use crate::pool::Pool;
 use crate::queue::Queue;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord, now_unix_ms};
@@ -39,6 +43,8 @@ use crate::vms::{KEPT_MIGRATIONS, VmTable};
 
 /// A heartbeat of a node with tens of thousands of VMs is a few MiB.
 const MAX_MESSAGE_BYTES: usize = 32 << 20;
+/// Calls at a time on one connection; more of them wait where they were made.
+const MAX_CALLS: u32 = 200;
 /// The store's file in the state directory.
 pub const STORE_FILE: &str = "shoal.redb";
 /// How long calls under way may take to end at shutdown.
@@ -125,6 +131,12 @@ pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
         }
     }
     config.policy.check()?;
+    if config.cluster_secret.is_none() {
+        tracing::warn!(
+            "no --cluster-secret: whoever reaches {} can register as a node, and be sent VMs",
+            config.listen
+        );
+    }
     let listener = bind(config.listen)?;
     let metrics = config.metrics.map(bind).transpose()?;
     let bound = listener.local_addr().map_err(|source| ServerError::Listen {
@@ -177,9 +189,13 @@ pub async fn lead(
     if scheduler.schedulers.are_several() {
         let directory = scheduler.images.directory().to_owned();
         let shared = Arc::clone(&scheduler);
-        tasks.spawn(mirror::run(directory, scheduler.schedulers.clone(), move || {
-            std::future::ready(Ok(shared.blobs()))
-        }));
+        let prove = Prove::new(base.config.cluster_secret.as_ref());
+        tasks.spawn(mirror::run(
+            directory,
+            scheduler.schedulers.clone(),
+            prove,
+            move || std::future::ready(Ok(shared.blobs())),
+        ));
     }
     let metrics = serve_metrics(&base, Some(&scheduler))?;
     tracing::info!(address = %base.address, %term, state_dir = %base.config.state_dir.display(),
@@ -273,7 +289,10 @@ pub fn build(
     let (reconcile, subjects) = ReconcileQueue::new();
     let history = History::new(contents.history, contents.sampled);
     let scheduler = Scheduler {
-        nodes: NodeTable::new(contents.nodes, store.term())?,
+        nodes: NodeTable::new(
+            contents.nodes,
+            Caller::new(store.term(), config.cluster_secret.as_ref()),
+        )?,
         images,
         cpus: Cpus::new(contents.cpus),
         vms: VmTable::new(contents.vms, history.by_vm(KEPT_MIGRATIONS)),
@@ -289,6 +308,9 @@ pub fn build(
         started: std::time::Instant::now(),
         vmm_binary: config.vmm_binary.clone(),
         planning: tokio::sync::Mutex::default(),
+        planner: Pool::new("shoal-planner", 1).map_err(ServerError::Threads)?,
+        questions: Pool::new("shoal-questions", 2).map_err(ServerError::Threads)?,
+        imports: tokio::sync::Semaphore::new(MOST_IMPORTS),
         moves: Moves::default(),
         schedulers,
         store,
@@ -330,10 +352,12 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
     let listener = listen(&base.listener)?;
     let mut shutdown = base.shutdown.clone();
     let leads = matches!(role, Role::Leader(_));
-    let cluster = ClusterServer::new(ClusterApi(role.clone()))
+    let cluster = ClusterServer::new(ClusterApi::new(role.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let registry = RegistryServer::new(RegistryApi::new(role)).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let demand = Demand::new(base.config.cluster_secret.clone());
+    let registry = InterceptedService::new(registry, demand);
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<ClusterServer<ClusterApi>>().await;
     if leads {
@@ -350,6 +374,7 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
     };
     let (ended, end) = tokio::sync::oneshot::channel();
     let serve = Server::builder()
+        .max_concurrent_streams(Some(MAX_CALLS))
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health)

@@ -655,6 +655,7 @@ async fn open(directory: &std::path::Path) -> Shared {
             automation: shoal_plan::Automation::Manual,
             ..shoal_plan::Policy::default()
         },
+        cluster_secret: None,
     };
     let (scheduler, subjects, unfinished) = crate::server::open(&config).await.expect("opened");
     unfinished.take_up(&scheduler).await;

@@ -159,13 +159,11 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
             None => (VmPhase::Migrating, format!("to {}: {}", intent.to, intent.reason)),
         };
     }
-    if !scheduler.schedulers.follows()
-        && !scheduler
-            .nodes
-            .get(&record.node)
-            .is_some_and(|node| node.is_reachable())
-    {
-        return (VmPhase::Unknown, format!("node {} does not answer", record.node));
+    let node = scheduler.nodes.get(&record.node);
+    if !scheduler.schedulers.follows() && !node.as_ref().is_some_and(|node| node.is_reachable()) {
+        let why = node.and_then(|node| node.trouble());
+        let why = why.unwrap_or_else(|| "does not answer".to_owned());
+        return (VmPhase::Unknown, format!("node {}: {why}", record.node));
     }
     match &record.suspended {
         Some(suspension) if record.phase == Phase::Running => (VmPhase::Suspended, suspension.reason.clone()),
@@ -233,6 +231,7 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
         numa: figures.numa.iter().map(numa).collect(),
         kvm: kvm(record.kvm).into(),
         kvm_trouble: record.kvm_trouble,
+        trouble: entry.trouble().unwrap_or_default(),
     }
 }
 

@@ -28,16 +28,40 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(1);
 const OWN_DIRECTORY: &str = "/proc/self/cwd";
 const MIGRATION_SOCKET: &str = "migration.sock";
 
+/// A checked [`PrepareIncomingRequest`].
+#[derive(Debug)]
+pub(super) struct Preparation {
+    workload: Workload,
+    migration: MigrationId,
+    token: String,
+    source_node: String,
+}
+
+impl Preparation {
+    pub(super) fn parse(request: PrepareIncomingRequest) -> Result<Self, Refusal> {
+        Ok(Self {
+            workload: Workload::parse(request.spec)?,
+            migration: request.migration_id.parse()?,
+            token: request.token,
+            source_node: request.source_node,
+        })
+    }
+}
+
 pub(super) async fn prepare(
     node: Arc<Node>,
-    request: PrepareIncomingRequest,
+    preparation: Preparation,
 ) -> Result<PrepareIncomingResponse, Refusal> {
-    let workload = Workload::parse(request.spec)?;
-    let migration: MigrationId = request.migration_id.parse()?;
+    let Preparation {
+        workload,
+        migration,
+        token,
+        source_node,
+    } = preparation;
     let key = workload.key;
     let _launching = node.begin_launch(key);
     let _turn = node.turns.lock(&key.id).await;
-    let within_node = request.source_node == node.name.as_str();
+    let within_node = source_node == node.name.as_str();
     if within_node {
         let from = predecessor(&node, key)?;
         node.epochs.claim_handover(from, key).await?;
@@ -49,7 +73,7 @@ pub(super) async fn prepare(
     let request = vm::PrepareIncomingRequest {
         spec: Some(workload.vm_spec(node.memory_backing, None)),
         migration_id: migration.to_string(),
-        token: request.token,
+        token,
         listen_address: if within_node {
             format!("unix:{OWN_DIRECTORY}/{MIGRATION_SOCKET}")
         } else {
@@ -57,7 +81,7 @@ pub(super) async fn prepare(
         },
         commit_timeout_ms: 0,
         accept_timeout_ms: 0,
-        tls: node.migration_tls(&request.source_node),
+        tls: node.migration_tls(&source_node),
     };
     match listen(&node, &vm, request).await {
         Ok(address) => {
@@ -101,13 +125,15 @@ fn reachable(address: &str, node_ip: IpAddr) -> Option<SocketAddr> {
     Some(address)
 }
 
+pub(super) fn parse_abort(request: AbortIncomingRequest) -> Result<(VmKey, MigrationId), Refusal> {
+    Ok((key_of(request.vm)?, request.migration_id.parse()?))
+}
+
 /// After `committed = false` nothing can run here at this epoch, now or later.
 pub(super) async fn abort(
     node: Arc<Node>,
-    request: AbortIncomingRequest,
+    (key, migration): (VmKey, MigrationId),
 ) -> Result<AbortIncomingResponse, Refusal> {
-    let key = key_of(request.vm)?;
-    let migration: MigrationId = request.migration_id.parse()?;
     let _turn = node.turns.lock(&key.id).await;
     let vm = node.vm(key);
     if let Some(vm) = &vm

@@ -13,8 +13,11 @@ use crate::node::Node;
 /// How long a VMM may take to build a VM and start it.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
-pub(super) async fn launch(node: Arc<Node>, request: LaunchVmRequest) -> Result<VmStatus, Refusal> {
-    let workload = Workload::parse(request.spec)?;
+pub(super) fn parse(request: LaunchVmRequest) -> Result<Workload, Refusal> {
+    Workload::parse(request.spec)
+}
+
+pub(super) async fn launch(node: Arc<Node>, workload: Workload) -> Result<VmStatus, Refusal> {
     let key = workload.key;
     let boot = workload.boot(&node.kvm)?;
     let _launching = node.begin_launch(key);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_proto::node::{DestroyVmResponse, VmFacts, VmRef, WriteConsoleRequest, WriteConsoleResponse};
+use shoal_proto::node::{DestroyVmResponse, VmFacts, WriteConsoleRequest, WriteConsoleResponse};
 use shoal_proto::vm::{self, VmState, VmStatus};
 
 use super::{Refusal, check_current, find, key_of};
@@ -15,8 +15,7 @@ use crate::vm::ANSWER_LIMIT;
 /// How long a VMM may take to stop its vCPUs.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-pub(super) async fn describe(node: Arc<Node>, vm: VmRef) -> Result<VmFacts, Refusal> {
-    let key = key_of(Some(vm))?;
+pub(super) async fn describe(node: Arc<Node>, key: VmKey) -> Result<VmFacts, Refusal> {
     let Some(vm) = node.vm(key) else {
         // A launch that has begun will end in a VM or in an error: "not here" would be a guess.
         return if node.is_launching(key) {
@@ -50,8 +49,7 @@ fn facts_of_launch(key: VmKey) -> VmFacts {
     }
 }
 
-pub(super) async fn pause(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {
-    let key = key_of(Some(vm))?;
+pub(super) async fn pause(node: Arc<Node>, key: VmKey) -> Result<VmStatus, Refusal> {
     let _turn = node.turns.lock(&key.id).await;
     check_current(&node, key).await?;
     let vm = find(&node, key)?;
@@ -64,8 +62,7 @@ pub(super) async fn pause(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusa
     Ok(vm.status())
 }
 
-pub(super) async fn resume(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {
-    let key = key_of(Some(vm))?;
+pub(super) async fn resume(node: Arc<Node>, key: VmKey) -> Result<VmStatus, Refusal> {
     let _turn = node.turns.lock(&key.id).await;
     check_current(&node, key).await?;
     let vm = find(&node, key)?;
@@ -81,8 +78,7 @@ pub(super) async fn resume(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refus
     Ok(vm.status())
 }
 
-pub(super) async fn stop(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal> {
-    let key = key_of(Some(vm))?;
+pub(super) async fn stop(node: Arc<Node>, key: VmKey) -> Result<VmStatus, Refusal> {
     let _turn = node.turns.lock(&key.id).await;
     let vm = find(&node, key)?;
     if !vm.process.is_gone() {
@@ -94,8 +90,7 @@ pub(super) async fn stop(node: Arc<Node>, vm: VmRef) -> Result<VmStatus, Refusal
     Ok(vm.status())
 }
 
-pub(super) async fn destroy(node: Arc<Node>, vm: VmRef) -> Result<DestroyVmResponse, Refusal> {
-    let key = key_of(Some(vm))?;
+pub(super) async fn destroy(node: Arc<Node>, key: VmKey) -> Result<DestroyVmResponse, Refusal> {
     // First, and before its turn: a launch that is still fetching its image must find the epoch used up.
     node.epochs.fence(key).await?;
     let _turn = node.turns.lock(&key.id).await;
@@ -110,13 +105,17 @@ pub(super) async fn destroy(node: Arc<Node>, vm: VmRef) -> Result<DestroyVmRespo
     Ok(DestroyVmResponse {})
 }
 
+pub(super) fn parse_write(request: WriteConsoleRequest) -> Result<(VmKey, Vec<u8>), Refusal> {
+    Ok((key_of(request.vm)?, request.data))
+}
+
 pub(super) async fn write_console(
     node: Arc<Node>,
-    request: WriteConsoleRequest,
+    (key, data): (VmKey, Vec<u8>),
 ) -> Result<WriteConsoleResponse, Refusal> {
-    let vm = find(&node, key_of(request.vm)?)?;
+    let vm = find(&node, key)?;
     let mut client = vm.client();
-    let write = vm::WriteConsoleRequest { data: request.data };
+    let write = vm::WriteConsoleRequest { data };
     vm.call(ANSWER_LIMIT, client.write_console(write)).await?;
     Ok(WriteConsoleResponse {})
 }

@@ -13,20 +13,29 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::{Refusal, check_current, find, key_of};
+use crate::key::VmKey;
 use crate::node::Node;
 use crate::vm::{ANSWER_LIMIT, Vm};
 
 /// Progress messages that may wait for a slow watcher.
 const QUEUE: usize = 16;
 
+/// A VM that is to go to a node, and how.
+type Start = (VmKey, String, vm::StartMigrationRequest);
+
+pub(super) fn parse_start(request: StartMigrationRequest) -> Result<Start, Refusal> {
+    let key = key_of(request.vm)?;
+    let migration = request.migration.ok_or(Refusal::Missing("migration"))?;
+    Ok((key, request.destination_node, migration))
+}
+
 pub(super) async fn start(
     node: Arc<Node>,
-    request: StartMigrationRequest,
+    (key, destination, migration): Start,
 ) -> Result<StartMigrationResponse, Refusal> {
-    let key = key_of(request.vm)?;
     let migration = vm::StartMigrationRequest {
-        tls: node.migration_tls(&request.destination_node),
-        ..request.migration.ok_or(Refusal::Missing("migration"))?
+        tls: node.migration_tls(&destination),
+        ..migration
     };
     check_current(&node, key).await?;
     let vm = find(&node, key)?;
@@ -36,16 +45,18 @@ pub(super) async fn start(
     Ok(StartMigrationResponse {})
 }
 
+pub(super) fn parse_watch(request: WatchMigrationRequest) -> Result<(VmKey, String), Refusal> {
+    Ok((key_of(request.vm)?, request.migration_id))
+}
+
 /// Relays the VMM's stream; its breaking is explained by the VMM's end where that is the cause.
 pub(super) async fn watch(
     node: Arc<Node>,
-    request: WatchMigrationRequest,
+    (key, migration_id): (VmKey, String),
 ) -> Result<impl Stream<Item = Result<MigrationProgress, Status>> + Send + use<>, Refusal> {
-    let vm = find(&node, key_of(request.vm)?)?;
+    let vm = find(&node, key)?;
     let mut client = vm.client();
-    let request = vm::WatchMigrationRequest {
-        migration_id: request.migration_id,
-    };
+    let request = vm::WatchMigrationRequest { migration_id };
     let progress = vm.call(ANSWER_LIMIT, client.watch_migration(request)).await?;
     let (relay, relayed) = mpsc::channel(QUEUE);
     tokio::spawn(async move { relay_progress(&vm, progress, relay).await });
@@ -74,29 +85,30 @@ async fn relay_progress(
     }
 }
 
+pub(super) fn parse_cancel(request: CancelMigrationRequest) -> Result<(VmKey, String), Refusal> {
+    Ok((key_of(request.vm)?, request.migration_id))
+}
+
 pub(super) async fn cancel(
     node: Arc<Node>,
-    request: CancelMigrationRequest,
+    (key, migration_id): (VmKey, String),
 ) -> Result<CancelMigrationResponse, Refusal> {
-    let vm = find(&node, key_of(request.vm)?)?;
-    let request = vm::CancelMigrationRequest {
-        migration_id: request.migration_id,
-    };
+    let vm = find(&node, key)?;
+    let request = vm::CancelMigrationRequest { migration_id };
     let mut client = vm.client();
     vm.call(ANSWER_LIMIT, client.cancel_migration(request)).await?;
     Ok(CancelMigrationResponse {})
 }
 
+pub(super) fn parse_set(request: SetMigrationRequest) -> Result<(VmKey, vm::SetMigrationRequest), Refusal> {
+    Ok((key_of(request.vm)?, request.change.unwrap_or_default()))
+}
+
 pub(super) async fn set(
     node: Arc<Node>,
-    request: SetMigrationRequest,
+    (key, change): (VmKey, vm::SetMigrationRequest),
 ) -> Result<vm::SetMigrationResponse, Refusal> {
-    let vm = find(&node, key_of(request.vm)?)?;
+    let vm = find(&node, key)?;
     let mut client = vm.client();
-    Ok(vm
-        .call(
-            ANSWER_LIMIT,
-            client.set_migration(request.change.unwrap_or_default()),
-        )
-        .await?)
+    Ok(vm.call(ANSWER_LIMIT, client.set_migration(change)).await?)
 }

@@ -46,6 +46,7 @@ impl Disk {
             vmm_binary: self.vmm.clone(),
             insecure: false,
             migration_tls: None,
+            cluster_secret: None,
             memory_backing: shoal_proto::vm::MemoryBacking::Auto,
             memory_sampling: Some(std::time::Duration::from_millis(100)),
             shutdown: Box::pin(std::future::pending()),
@@ -107,12 +108,16 @@ pub struct Agent {
 impl Agent {
     /// Starts it and waits until it is registered and has reported all its VMs.
     pub async fn start(disk: &Disk, scheduler: &Scheduler) -> Self {
+        Self::start_with(disk.config(scheduler), scheduler).await
+    }
+
+    /// The same, configured so.
+    pub async fn start_with(mut config: AgentConfig, scheduler: &Scheduler) -> Self {
         scheduler.told(|told| {
             told.heartbeat = None;
             told.registered.clear();
         });
         let (stop, stopped) = oneshot::channel();
-        let mut config = disk.config(scheduler);
         config.shutdown = Box::pin(async { stopped.await.unwrap_or_default() });
         let task = tokio::spawn(serve(config));
         eventually("a heartbeat", || {

@@ -44,6 +44,10 @@ pub struct AgentArgs {
     /// Migrate over TLS only, with the ca.pem, cert.pem and key.pem in this directory (see `shoal certs`).
     #[arg(long, value_name = "DIR")]
     pub migration_tls: Option<PathBuf>,
+    /// The secret that all daemons of the cluster share, in a file of mode 0600: calls without it are refused. `shoal up`
+    /// makes one.
+    #[arg(long, value_name = "FILE")]
+    pub cluster_secret: Option<PathBuf>,
     /// What guest memory is made of. A new VMM on the node takes over shared memory without a copy (`shoal upgrade`); auto:
     /// shared where the host gives it huge pages.
     #[arg(long, value_name = "WHAT", default_value = "auto")]
@@ -105,6 +109,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         vmm_binary: daemon::vmm_binary(args.vmm_binary)?,
         insecure: args.insecure,
         migration_tls: args.migration_tls,
+        cluster_secret: daemon::cluster_secret(args.cluster_secret.as_deref())?,
         memory_backing: args.memory_backing.into(),
         memory_sampling: args.memory_sampling.0,
         shutdown: daemon::shutdown()?,

@@ -34,10 +34,10 @@ pub async fn run(context: &Context, _args: NodesArgs) -> Result<(), CliError> {
     context.output.show(&nodes, shown)
 }
 
-/// Nodes as a table.
+/// Nodes as a table, and below it what is wrong with some.
 #[must_use]
 pub fn node_table(nodes: &[NodeView]) -> Page {
-    table(
+    let mut page = table(
         [
             "NAME",
             "STATE",
@@ -66,7 +66,11 @@ pub fn node_table(nodes: &[NodeView]) -> Page {
                 node.taints.join(","),
             ]
         }),
-    )
+    );
+    for node in nodes.iter().filter(|node| !node.trouble.is_empty()) {
+        page.line(format!("{}: {}", node.name, node.trouble));
+    }
+    page
 }
 
 /// What nodes measure, as a table.
@@ -152,6 +156,17 @@ mod tests {
     use shoal_proto::cluster::{KvmKind, Node};
 
     use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_node_is_below_the_table() {
+        let node = NodeView::from(&Node {
+            name: "node1".to_owned(),
+            trouble: "its agent obeys another".to_owned(),
+            ..Node::default()
+        });
+        let text = node_table(&[node]).to_string();
+        assert!(text.ends_with("\nnode1: its agent obeys another"), "{text}");
+    }
 
     #[test]
     fn the_wide_table_shows_the_kind_of_kvm_and_that_something_is_wrong() {

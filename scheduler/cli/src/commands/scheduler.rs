@@ -40,6 +40,10 @@ pub struct SchedulerArgs {
     /// Serve metrics for Prometheus at http://ADDRESS/metrics; otherwise nowhere.
     #[arg(long, value_name = "ADDRESS")]
     pub metrics: Option<SocketAddr>,
+    /// The secret that all daemons of the cluster share, in a file of mode 0600: calls without it are refused. `shoal up`
+    /// makes one.
+    #[arg(long, value_name = "FILE")]
+    pub cluster_secret: Option<PathBuf>,
     /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
@@ -77,6 +81,7 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
         metrics: args.metrics,
         policy,
+        cluster_secret: daemon::cluster_secret(args.cluster_secret.as_deref())?,
         shutdown: daemon::shutdown()?,
     };
     shoal_server::serve(config)

@@ -11,6 +11,7 @@ use clap::ValueEnum as _;
 use shoal_agent::ProcessIdentity;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::{ListNodesRequest, NodeState};
+use shoal_secret::ClusterSecret;
 use tokio::time::{Instant, sleep};
 
 use crate::certificates::{self, Authority};
@@ -28,6 +29,8 @@ const POLL: Duration = Duration::from_millis(50);
 const AUTHORITY_DAYS: u32 = 3650;
 /// Of the nodes' certificates, which every `up` makes anew.
 const NODE_DAYS: u32 = 365;
+/// In the state directory, kept from one start to the next.
+const SECRET: &str = "cluster.secret";
 /// How much of a log is shown when its daemon ends early.
 const LOG_TAIL: usize = 2_000;
 
@@ -73,6 +76,8 @@ impl LocalCluster {
             endpoint: endpoint(config.listen),
             processes: Vec::new(),
         };
+        let secret = config.state_dir.join(SECRET);
+        ClusterSecret::read_or_create(&secret).map_err(|error| CliError::Failed(error.to_string()))?;
         let mut cluster = Self {
             config,
             record,
@@ -159,7 +164,9 @@ impl LocalCluster {
         command
             .arg(subcommand)
             .arg("--vmm-binary")
-            .arg(&self.config.vmm_binary);
+            .arg(&self.config.vmm_binary)
+            .arg("--cluster-secret")
+            .arg(self.config.state_dir.join(SECRET));
         Ok(command)
     }
 

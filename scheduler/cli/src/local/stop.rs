@@ -157,6 +157,7 @@ fn remove_state(state_dir: &Path) -> Result<(), CliError> {
     }
     for name in [
         "certs",
+        "cluster.secret",
         "scheduler",
         "scheduler.log",
         "up.json",

@@ -26,8 +26,9 @@ pub async fn call(scheduler: &Shared, request: &ExplainVmRequest) -> Result<Expl
     let record = entry.record();
     let id = shoal_plan::VmId::new(&record.id.to_string());
     let shared = Arc::clone(scheduler);
-    let explained =
-        tokio::task::spawn_blocking(move || explain(&observe::snapshot(&shared), &shared.policy.get(), &id));
+    let explained = scheduler
+        .questions
+        .run(move || explain(&observe::snapshot(&shared), &shared.policy.get(), &id));
     let Some(why) = explained.await.map_err(super::ended)? else {
         let name = &record.name;
         return Err(Status::failed_precondition(format!(

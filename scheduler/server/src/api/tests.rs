@@ -68,7 +68,7 @@ async fn start(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
 }
 
 fn api(cluster: &Cluster) -> ClusterApi {
-    ClusterApi(Role::Leader(Arc::clone(&cluster.scheduler)))
+    ClusterApi::new(Role::Leader(Arc::clone(&cluster.scheduler)))
 }
 
 /// Begins a migration and does not wait for its end.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use shoal_proto::node::FetchBlobRequest;
 use shoal_proto::node::registry_client::RegistryClient;
+use shoal_secret::Prove;
 use tonic::transport::Endpoint;
 
 use super::{STAGING_PREFIX, blob_path, hex, is_sha256};
@@ -21,7 +22,7 @@ const PIECE_TIME: Duration = Duration::from_secs(10);
 const MAX_BLOB: u64 = 4 << 30;
 
 /// Fetches what is missing as long as it is polled. `needed` names all blobs that should be there.
-pub async fn run<F, W>(directory: PathBuf, schedulers: Schedulers, needed: F)
+pub async fn run<F, W>(directory: PathBuf, schedulers: Schedulers, prove: Prove, needed: F)
 where
     F: Fn() -> W + Send,
     W: Future<Output = Result<Vec<String>, ServerError>> + Send,
@@ -47,7 +48,7 @@ where
         others.sort_by_key(|other| !other.leads);
         for sha256 in missing {
             for other in &others {
-                match fetch(&directory, &other.address, sha256).await {
+                match fetch(&directory, &other.address, &prove, sha256).await {
                     Ok(()) => {
                         tracing::info!(sha256, from = other.address, "fetched a blob");
                         break;
@@ -59,11 +60,12 @@ where
     }
 }
 
-async fn fetch(directory: &Path, address: &str, sha256: &str) -> Result<(), String> {
+async fn fetch(directory: &Path, address: &str, prove: &Prove, sha256: &str) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| error.to_string();
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| text(&e))?;
     let connected = endpoint.connect_timeout(CONNECT_TIME).connect().await;
-    let mut client = RegistryClient::new(connected.map_err(|e| text(&e))?);
+    let connected = connected.map_err(|e| text(&e))?;
+    let mut client = RegistryClient::with_interceptor(connected, prove.clone());
     let request = FetchBlobRequest {
         sha256: sha256.to_owned(),
     };

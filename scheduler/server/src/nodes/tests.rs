@@ -16,7 +16,7 @@ fn entry() -> NodeEntry {
         kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
     };
-    NodeEntry::new(record, true, Term::default()).expect("an address")
+    NodeEntry::new(record, true, Caller::new(Term::default(), None)).expect("an address")
 }
 
 /// As if the last report, or the scheduler's start, lay so far back.

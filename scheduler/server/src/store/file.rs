@@ -8,6 +8,7 @@ use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefi
 
 use super::backend::{Backend, Change, Record, Snapshot, Table};
 use super::{SCHEMA_VERSION, StoreError, Term, upgrade};
+use crate::pool::Pool;
 
 pub type Bytes = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
@@ -19,12 +20,15 @@ const TERM: &str = "term";
 /// Of a page.
 const PAGE_RECORDS: usize = 1000;
 const PAGE_BYTES: usize = 4 << 20;
+/// Of the store. Commits wait for each other, reads do not.
+const THREADS: usize = 4;
 
 /// An open file.
 #[derive(Debug, Clone)]
 pub struct FileBackend {
     pub database: Arc<Database>,
     name: Arc<str>,
+    threads: Pool,
 }
 
 /// Where a table is in a file.
@@ -51,6 +55,7 @@ impl FileBackend {
         })?;
         let backend = Self {
             database: Arc::new(database),
+            threads: Pool::new("shoal-store", THREADS).map_err(|error| StoreError::database(&name, error))?,
             name: name.into(),
         };
         let term = backend.prepare()?;
@@ -162,23 +167,25 @@ impl Backend for FileBackend {
         Ok(Box::new(FileSnapshot {
             transaction: Arc::new(transaction),
             name: Arc::clone(&self.name),
+            threads: self.threads.clone(),
         }))
     }
 
     async fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         let (backend, key) = (self.clone(), key.to_vec());
-        blocking(move || backend.get_blocking(table, &key)).await
+        blocking(&self.threads, move || backend.get_blocking(table, &key)).await
     }
 
     async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
         let backend = self.clone();
-        blocking(move || backend.commit_blocking(&changes)).await
+        blocking(&self.threads, move || backend.commit_blocking(&changes)).await
     }
 }
 
 struct FileSnapshot {
     transaction: Arc<ReadTransaction>,
     name: Arc<str>,
+    threads: Pool,
 }
 
 #[tonic::async_trait]
@@ -191,7 +198,10 @@ impl Snapshot for FileSnapshot {
     ) -> Result<Vec<Record>, StoreError> {
         let (transaction, name) = (Arc::clone(&self.transaction), Arc::clone(&self.name));
         let after = after.map(<[u8]>::to_vec);
-        blocking(move || page(&transaction, &name, table, after.as_deref(), keys_only)).await
+        blocking(&self.threads, move || {
+            page(&transaction, &name, table, after.as_deref(), keys_only)
+        })
+        .await
     }
 }
 
@@ -227,11 +237,10 @@ fn page(
     Ok(found)
 }
 
-/// Off the async threads.
+/// Off the async threads, and not where anything else may keep it waiting.
 async fn blocking<T: Send + 'static>(
+    threads: &Pool,
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| StoreError::Interrupted)?
+    threads.run(work).await.map_err(|_| StoreError::Interrupted)?
 }

@@ -1,0 +1,95 @@
+//! Whoever can reach the scheduler may open far more than it can serve at a time: that must not keep it from its work.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use shoal_proto::TERM_HEADER;
+use shoal_proto::cluster::ImportImageRequest;
+use shoal_proto::cluster::cluster_client::ClusterClient;
+use shoal_proto::node::VmRef;
+use shoal_proto::node::agent_client::AgentClient;
+use shoal_proto::node::registry_client::RegistryClient;
+use shoal_tests::cluster::{Cluster, Shape};
+use shoal_tests::machine::Machine;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+use tonic::transport::Channel;
+
+use crate::CALM;
+
+/// More on each of three connections than a scheduler takes.
+const STREAMS: usize = 190;
+
+#[test]
+fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
+    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    cluster.run_probe("before", "node1", "128MiB", CALM);
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let endpoint = cluster.shoal.endpoint().to_owned();
+    let (held, refused) = runtime.block_on(open_imports(&endpoint));
+    // Those that were taken are held until the end of the test, or as long as the scheduler lets them.
+    assert!(refused >= 3 * STREAMS - 8, "{refused} were refused");
+
+    cluster.run_probe("amid", "node2", "128MiB", CALM);
+    for vm in ["before", "amid"] {
+        cluster.wait_for_heartbeats(vm, 5);
+    }
+    for node in ["node1", "node2"] {
+        assert_eq!(cluster.node(node)["state"], "ready");
+    }
+    let events = cluster.events();
+    assert!(
+        !events.iter().any(|event| event["kind"] == "node-unreachable"),
+        "{events:?}"
+    );
+    drop(held);
+}
+
+#[test]
+fn a_stranger_is_refused_by_agents_and_cannot_register_as_a_node() {
+    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    let mode = std::fs::metadata(cluster.state_dir().join("cluster.secret"));
+    assert_eq!(mode.expect("`up` made it").permissions().mode() & 0o777, 0o600);
+    let address = cluster.node("node1")["address"].as_str().expect("one").to_owned();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let agent = AgentClient::connect(format!("http://{address}")).await;
+        let mut call = tonic::Request::new(VmRef::default());
+        let last = u64::MAX.to_string().parse().expect("a value");
+        call.metadata_mut().insert(TERM_HEADER, last);
+        let refused = agent.expect("connected").stop_vm(call).await;
+        assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
+
+        let registry = RegistryClient::connect(cluster.shoal.endpoint().to_owned()).await;
+        let refused = registry.expect("connected").report(tokio_stream::empty()).await;
+        assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
+    });
+    // The agent obeys its scheduler as before.
+    cluster.run_probe("web", "node1", "128MiB", CALM);
+    cluster.shoal.ok(&["stop", "web"]);
+}
+
+/// Opens them all and waits until each but a few is refused. Those few, and how many were.
+async fn open_imports(endpoint: &str) -> (JoinSet<Code>, usize) {
+    let mut calls = JoinSet::new();
+    for _ in 0..3 {
+        let channel = Channel::from_shared(endpoint.to_owned()).expect("an endpoint");
+        let channel = channel.connect().await.expect("connected");
+        for _ in 0..STREAMS {
+            let mut client = ClusterClient::new(channel.clone());
+            calls.spawn(async move {
+                let (_silent, parts) = mpsc::channel::<ImportImageRequest>(1);
+                let answer = client.import_image(ReceiverStream::new(parts)).await;
+                answer.expect_err("nothing was sent").code()
+            });
+        }
+    }
+    let mut refused = 0;
+    while calls.len() > 4 {
+        let code = calls.join_next().await.expect("one").expect("no panic");
+        assert_eq!(code, Code::ResourceExhausted);
+        refused += 1;
+    }
+    (calls, refused)
+}

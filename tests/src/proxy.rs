@@ -237,9 +237,9 @@ fn relay(mut from: TcpStream, mut to: TcpStream, towards: Towards, number: Optio
             None => return,
         }
     }
-    for stream in [from, to] {
-        drop(stream.shutdown(Shutdown::Both)); // it may be closed already
-    }
+    // Only this way: what the other still has to bring, such as the last words of a process that died, arrives.
+    drop(to.shutdown(Shutdown::Write)); // it may be closed already
+    drop(from.shutdown(Shutdown::Read));
 }
 
 /// Counts, damages and records bytes; answers how many may go on before the cut. `None` at the end of a silence.

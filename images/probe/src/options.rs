@@ -153,8 +153,7 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let line =
-            "wss=1MiB rate=20000 fill=512M pattern=zero beat=200 seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
+        let line = "wss=1MiB rate=20000 fill=512M pattern=zero beat=200 seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
         let options = Options::parse(line).expect("valid");
         assert_eq!(
             options,

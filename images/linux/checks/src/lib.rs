@@ -1,6 +1,7 @@
 //! What a Linux guest must do right, tried from within: each check in a process of its own, all at once as stress, and how
 //! long the usual things take.
 
+pub mod break_entry;
 pub mod check;
 pub mod faults;
 pub mod files;
@@ -33,7 +34,8 @@ use check::{Check, Verdict};
 const USAGE: &str = "usage: checks [NAME...]             run the checks, or those whose name begins so
        checks list                  their names
        checks stress SECONDS [SEED] run them all at once, at random, with a heartbeat each second
-       checks measure               how long system calls, forks, faults and the like take";
+       checks measure               how long system calls, forks, faults and the like take
+       checks break-entry           break a ring-3 kernel, which must notice and end the VM";
 /// A check that takes as long hangs; in stress it shares the machine, which may also be moved or slowed down.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -80,6 +82,7 @@ pub fn run(words: &[&str]) -> ExitCode {
             }
             ExitCode::from(u8::from(measured.is_err()))
         }
+        ["break-entry"] => break_entry::run(),
         ["stress", seconds, seed @ ..] => match (seconds.parse(), seed.first().unwrap_or(&"1").parse()) {
             (Ok(seconds), Ok(seed)) => run_stress(Duration::from_secs(seconds), seed),
             _ => usage(),

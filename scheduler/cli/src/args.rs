@@ -5,6 +5,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::commands;
 use crate::output::{Format, Output};
 
+const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:7470";
+
 /// Many small machines used as one big one: every workload in its own microVM, moved live between hosts.
 #[derive(Debug, Parser)]
 #[command(
@@ -32,7 +34,7 @@ pub struct GlobalArgs {
         visible_alias = "endpoint",
         global = true,
         env = "SHOAL_ENDPOINT",
-        default_value = "http://127.0.0.1:7470",
+        default_value = DEFAULT_ENDPOINT,
         value_delimiter = ',',
         value_name = "URL[,URL...]"
     )]
@@ -57,7 +59,13 @@ impl GlobalArgs {
                 text.clone()
             }
         };
-        self.scheduler.iter().map(url).collect()
+        let said = self.scheduler.iter().filter(|said| !said.trim().is_empty());
+        let said: Vec<String> = said.map(url).collect();
+        // A variable that is set to nothing is not set.
+        if said.is_empty() {
+            return vec![DEFAULT_ENDPOINT.to_owned()];
+        }
+        said
     }
 
     /// Where and how results are written.
@@ -170,6 +178,14 @@ mod tests {
             cli.global.endpoints(),
             ["http://10.0.0.1:7470", "http://b:1", "ftp:x", "http://[::1]:7470"]
         );
+    }
+
+    #[test]
+    fn an_empty_endpoint_is_none() {
+        for empty in ["--scheduler=", "--scheduler=,", "--scheduler= "] {
+            let cli = Cli::try_parse_from(["shoal", "ps", empty]).expect("well formed");
+            assert_eq!(cli.global.endpoints(), [DEFAULT_ENDPOINT], "{empty}");
+        }
     }
 
     #[test]

@@ -97,7 +97,7 @@ pub enum Command {
     Image(commands::image::ImageCommand),
     /// Run a workload in a new microVM.
     Run(commands::run::RunArgs),
-    /// List VMs.
+    /// List the VMs that have not ended.
     #[command(visible_alias = "vms")]
     Ps(commands::ps::PsArgs),
     /// List nodes.
@@ -112,7 +112,7 @@ pub enum Command {
     Migrations(commands::migrations::MigrationsArgs),
     /// Power a VM off.
     Stop(commands::stop::StopArgs),
-    /// Remove a VM that has ended.
+    /// Remove VMs that have ended.
     Rm(commands::rm::RmArgs),
     /// Move every VM off a node and keep new ones away.
     Drain(commands::drain::DrainArgs),
@@ -206,6 +206,9 @@ mod tests {
             "shoal migrations defaults set --on-stall throttle --link-bandwidth 1GiB --cluster-bandwidth 0 --reset",
             "shoal upgrade node1 --parallel 4",
             "shoal ps -o json",
+            "shoal ps --all",
+            "shoal rm a b --force",
+            "shoal run probe --rm -- seconds=1",
             "shoal run linux --label app=web,user=ada --selector zone=a --selector disk!=slow --tolerate gpu",
             "shoal run linux --affinity app=db --anti-affinity app=web --priority 0",
             "shoal node label node1 zone=a disk-",
@@ -255,6 +258,8 @@ mod tests {
             "shoal migrate",
             "shoal run",
             "shoal run x --memory lots",
+            "shoal run x --rm --detach",
+            "shoal rm",
             "shoal migrate a --max-downtime 0s",
             "shoal migrate a --on-stall hope",
             "shoal migrate a --priority 10",

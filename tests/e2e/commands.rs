@@ -139,7 +139,25 @@ fn run_streams_the_console_and_exits_with_the_workloads_status() {
     );
     let vm = ended["id"].as_str().expect("an id");
     wait::until_true("its VMM to be gone", seconds(20), || cluster.vmms(vm).is_empty());
-    cluster.shoal.ok(&["rm", "brief"]);
+    assert!(!cluster.shoal.ok(&["ps"]).contains("brief"), "it has ended");
+    assert!(cluster.shoal.ok(&["ps", "--all"]).contains("exited (5)"));
+
+    let once = [
+        "run",
+        "probe",
+        "--rm",
+        "--name",
+        "once",
+        "--",
+        "seconds=1",
+        "status=3",
+    ];
+    assert_eq!(cluster.shoal.output(&once).status.code(), Some(3));
+    assert_eq!(cluster.shoal.fails(&["inspect", "once"]).code, 1, "it is removed");
+    let again = ["run", "probe", "--name", "again", "--", "seconds=1"];
+    assert!(cluster.shoal.output(&again).status.success());
+    cluster.shoal.ok(&["rm", "brief", "again"]);
+    assert_eq!(cluster.shoal.json(&["ps", "--all"]), serde_json::json!([]));
     assert_eq!(cluster.shoal.fails(&["inspect", "brief"]).code, 1);
 }
 

@@ -33,6 +33,7 @@ mod scheduling;
 mod soak;
 mod strangers;
 mod suspend;
+mod up;
 mod upgrade;
 mod vmm_faults;
 

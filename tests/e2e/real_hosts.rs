@@ -143,7 +143,7 @@ impl Hosts {
     }
 
     fn vm(&self) -> Value {
-        self.shoal.json(&["ps"])[0].clone()
+        self.shoal.json(&["ps", "--all"])[0].clone()
     }
 
     fn node(&self, name: &str) -> Value {

@@ -38,7 +38,7 @@ fn what_fits_nowhere_is_refused_with_a_reason_for_every_node() {
         );
     }
     assert_eq!(
-        cluster.shoal.json(&["ps"]),
+        cluster.shoal.json(&["ps", "--all"]),
         serde_json::json!([]),
         "what was refused must not stay"
     );

@@ -25,6 +25,8 @@ fn every_vm_of_a_node_gets_a_new_vmm_there_and_shared_memory_is_not_copied() {
     let old: Vec<VmmProcess> = vms.iter().map(|vm| cluster.only_vmm(vm)).collect();
     let not_touched = cluster.only_vmm(&elsewhere);
 
+    cluster.shoal.ok(&["suspend", "b"]);
+
     let upgraded = cluster.shoal.json(&["upgrade", "node1", "--parallel", "2"]);
     assert_eq!(
         (&upgraded["node"], &upgraded["upgraded"], &upgraded["left"]),
@@ -40,10 +42,17 @@ fn every_vm_of_a_node_gets_a_new_vmm_there_and_shared_memory_is_not_copied() {
         );
         assert_eq!(migration["handed_over"], true, "{migration}");
         assert_eq!(migration["pages_sent"], 0, "nothing is copied: {migration}");
-        assert!(migration["downtime_ms"].as_f64() > Some(0.0), "{migration}");
+        let suspended = migration["vm"] == "b";
+        assert_eq!(migration["suspended"], suspended, "{migration}");
+        assert!(
+            suspended || migration["downtime_ms"].as_f64() > Some(0.0),
+            "{migration}"
+        );
         let reason = migration["requested_because"].as_str().expect("text");
         assert!(reason.contains("its memory is handed over"), "{reason}");
     }
+    assert_eq!(cluster.vm("b")["state"], "suspended");
+    cluster.shoal.ok(&["resume", "b"]);
     for (vm, old) in vms.iter().zip(&old) {
         runs_in_a_new_vmm(&cluster, vm, old);
     }

@@ -133,5 +133,5 @@ fn a_vm_whose_vmm_dies_is_reported_failed_with_what_is_known() {
     let refusal = cluster.shoal.fails(&["migrate", "victim", "--to", "node2"]);
     assert_eq!(refusal.code, 1, "{refusal:?}");
     cluster.shoal.ok(&["rm", "victim"]);
-    assert_eq!(cluster.shoal.json(&["ps"]), serde_json::json!([]));
+    assert_eq!(cluster.shoal.json(&["ps", "--all"]), serde_json::json!([]));
 }

@@ -142,7 +142,7 @@ impl Cluster {
     /// What `ps` says of a VM.
     #[must_use]
     pub fn vm(&self, name: &str) -> Value {
-        let vms = self.shoal.json(&["ps"]);
+        let vms = self.shoal.json(&["ps", "--all"]);
         let found = vms
             .as_array()
             .expect("a list")
@@ -384,8 +384,8 @@ impl Cluster {
                 tail(&fs::read_to_string(&log).unwrap_or_default())
             );
         }
-        for args in [["ps"], ["nodes"], ["events"]] {
-            let output = self.shoal.output(&args);
+        for args in [&["ps", "--all"][..], &["nodes"], &["events"]] {
+            let output = self.shoal.output(args);
             eprintln!(
                 "--- shoal {}:\n{}",
                 args[0],

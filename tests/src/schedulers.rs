@@ -171,7 +171,7 @@ impl Schedulers {
     /// What `ps` says of a VM.
     #[must_use]
     pub fn vm(&self, name: &str) -> Value {
-        self.find(&["-o", "json", "ps"], name)
+        self.find(&["-o", "json", "ps", "--all"], name)
     }
 
     /// One of a list by name; null if it is not there, or the command fails as it may while none leads.

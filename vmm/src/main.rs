@@ -34,6 +34,7 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
        shoal-vmm --self-test                    say, as one line of JSON, how this host's KVM runs guests: kvm is
                                                 software or hardware, ring3_kernel whether kernels that run in
                                                 ring 3 can run here, reason why
+       shoal-vmm --version                      print its version
        shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
@@ -56,7 +57,8 @@ struct Options {
     cpus: u32,
 }
 
-fn parse() -> Result<Option<Options>, lexopt::Error> {
+/// What was asked for, or a text that is all there is to say.
+fn parse() -> Result<Result<Options, String>, lexopt::Error> {
     let mut options = Options {
         memory_bytes: 128 << 20,
         cpus: 1,
@@ -75,11 +77,14 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
             Long("cmdline") => options.cmdline = parser.value()?.string()?,
             Long("memory") => options.memory_bytes = parser.value()?.parse::<bytesize::ByteSize>()?.as_u64(),
             Long("cpus") => options.cpus = parser.value()?.parse()?,
-            Short('h') | Long("help") => return Ok(None),
+            Short('h') | Long("help") => return Ok(Err(USAGE.to_owned())),
+            Short('V') | Long("version") => {
+                return Ok(Err(format!("shoal-vmm {}", env!("CARGO_PKG_VERSION"))));
+            }
             other => return Err(other.unexpected()),
         }
     }
-    Ok(Some(options))
+    Ok(Ok(options))
 }
 
 fn main() -> ExitCode {
@@ -99,9 +104,9 @@ fn main() -> ExitCode {
         return fail(USAGE_ERROR, &error.to_string());
     }
     let options = match parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
+        Ok(Ok(options)) => options,
+        Ok(Err(text)) => {
+            println!("{text}");
             return ExitCode::SUCCESS;
         }
         Err(error) => return fail(USAGE_ERROR, &format!("{error}\n{USAGE}")),

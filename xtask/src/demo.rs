@@ -229,7 +229,7 @@ fn check(cluster: &Cluster) -> Result<()> {
             );
         }
     }
-    for vm in cluster.list(&["ps"])? {
+    for vm in cluster.list(&["ps", "--all"])? {
         ensure!(
             vm["state"] == "running",
             "{} is {}: {}",

@@ -5,6 +5,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::commands;
 use crate::output::{Format, Output};
 
+const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:7470";
+
 /// Many small machines used as one big one: every workload in its own microVM, moved live between hosts.
 #[derive(Debug, Parser)]
 #[command(
@@ -32,7 +34,7 @@ pub struct GlobalArgs {
         visible_alias = "endpoint",
         global = true,
         env = "SHOAL_ENDPOINT",
-        default_value = "http://127.0.0.1:7470",
+        default_value = DEFAULT_ENDPOINT,
         value_delimiter = ',',
         value_name = "URL[,URL...]"
     )]
@@ -57,7 +59,13 @@ impl GlobalArgs {
                 text.clone()
             }
         };
-        self.scheduler.iter().map(url).collect()
+        let said = self.scheduler.iter().filter(|said| !said.trim().is_empty());
+        let said: Vec<String> = said.map(url).collect();
+        // A variable that is set to nothing is not set.
+        if said.is_empty() {
+            return vec![DEFAULT_ENDPOINT.to_owned()];
+        }
+        said
     }
 
     /// Where and how results are written.
@@ -89,7 +97,7 @@ pub enum Command {
     Image(commands::image::ImageCommand),
     /// Run a workload in a new microVM.
     Run(commands::run::RunArgs),
-    /// List VMs.
+    /// List the VMs that have not ended.
     #[command(visible_alias = "vms")]
     Ps(commands::ps::PsArgs),
     /// List nodes.
@@ -104,7 +112,7 @@ pub enum Command {
     Migrations(commands::migrations::MigrationsArgs),
     /// Power a VM off.
     Stop(commands::stop::StopArgs),
-    /// Remove a VM that has ended.
+    /// Remove VMs that have ended.
     Rm(commands::rm::RmArgs),
     /// Move every VM off a node and keep new ones away.
     Drain(commands::drain::DrainArgs),
@@ -173,6 +181,14 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_endpoint_is_none() {
+        for empty in ["--scheduler=", "--scheduler=,", "--scheduler= "] {
+            let cli = Cli::try_parse_from(["shoal", "ps", empty]).expect("well formed");
+            assert_eq!(cli.global.endpoints(), [DEFAULT_ENDPOINT], "{empty}");
+        }
+    }
+
+    #[test]
     fn what_the_readme_shows_can_be_typed() {
         for line in [
             "shoal up --nodes 3 --node-memory 1GiB --node-cpus 1 --state-dir d --listen 127.0.0.1:1 --detach",
@@ -190,6 +206,9 @@ mod tests {
             "shoal migrations defaults set --on-stall throttle --link-bandwidth 1GiB --cluster-bandwidth 0 --reset",
             "shoal upgrade node1 --parallel 4",
             "shoal ps -o json",
+            "shoal ps --all",
+            "shoal rm a b --force",
+            "shoal run probe --rm -- seconds=1",
             "shoal run linux --label app=web,user=ada --selector zone=a --selector disk!=slow --tolerate gpu",
             "shoal run linux --affinity app=db --anti-affinity app=web --priority 0",
             "shoal node label node1 zone=a disk-",
@@ -239,6 +258,8 @@ mod tests {
             "shoal migrate",
             "shoal run",
             "shoal run x --memory lots",
+            "shoal run x --rm --detach",
+            "shoal rm",
             "shoal migrate a --max-downtime 0s",
             "shoal migrate a --on-stall hope",
             "shoal migrate a --priority 10",

@@ -78,9 +78,7 @@ enum Answer {
 /// Connects to the scheduler that leads, among those at these endpoints. While none leads waits for an election; should
 /// there be none, one that only answers what is stored has to do.
 pub async fn connect(endpoints: &[String]) -> Result<Client, CliError> {
-    for endpoint in endpoints {
-        channel(endpoint)?;
-    }
+    check_endpoints(endpoints)?;
     let deadline = Instant::now() + ELECTION;
     loop {
         let mut unreachable = None;
@@ -143,7 +141,19 @@ async fn who_leads(client: &Client, endpoint: &str) -> Result<Option<Option<Stri
     Ok(Some(leader.map(|leader| leader.address)))
 }
 
+/// Refuses what is no endpoint of a scheduler. They speak no TLS yet: `https` would get plain text.
+pub fn check_endpoints(endpoints: &[String]) -> Result<(), CliError> {
+    endpoints
+        .iter()
+        .try_for_each(|endpoint| channel(endpoint).map(drop))
+}
+
 fn channel(endpoint: &str) -> Result<Endpoint, CliError> {
+    if endpoint.starts_with("https:") {
+        return Err(CliError::Usage(format!(
+            "--scheduler: '{endpoint}': schedulers do not speak TLS yet; use http://HOST:PORT on a network you trust"
+        )));
+    }
     Endpoint::from_shared(endpoint.to_owned())
         .ok()
         .filter(|e| e.uri().scheme_str() == Some("http") && e.uri().host().is_some())

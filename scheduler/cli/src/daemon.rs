@@ -5,6 +5,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use shoal_secret::ClusterSecret;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -42,9 +43,33 @@ pub fn shutdown() -> Result<Pin<Box<dyn Future<Output = ()> + Send>>, CliError> 
     }))
 }
 
+/// Completes at a signal, with its number.
+pub type Signals = Pin<Box<dyn Future<Output = u8> + Send>>;
+
+/// What ends `up`, from its first moment on: Ctrl-C, SIGTERM, and the end of its terminal.
+pub fn signals_to_up() -> Result<Signals, CliError> {
+    let failed = |error| CliError::Failed(format!("cannot wait for signals: {error}"));
+    let number = |kind: SignalKind| u8::try_from(kind.as_raw_value()).unwrap_or(u8::MAX);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
+    Ok(Box::pin(async move {
+        tokio::select! {
+            _ = terminate.recv() => number(SignalKind::terminate()),
+            _ = interrupt.recv() => number(SignalKind::interrupt()),
+            _ = hangup.recv() => number(SignalKind::hangup()),
+        }
+    }))
+}
+
+/// Takes an empty path, too: a variable that is set to nothing is not set.
+pub fn path_or_nothing() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
 /// The VMM's executable: as said, or beside this one.
 pub fn vmm_binary(said: Option<PathBuf>) -> Result<PathBuf, CliError> {
-    if let Some(path) = said {
+    if let Some(path) = said.filter(|path| !path.as_os_str().is_empty()) {
         return Ok(path);
     }
     let own = own_binary()?;

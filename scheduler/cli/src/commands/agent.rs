@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use shoal_agent::AgentConfig;
 use shoal_proto::{NodeName, vm};
 
-use crate::client::Context;
+use crate::client::{self, Context};
 use crate::daemon;
 use crate::error::CliError;
 use crate::format::{parse_duration, parse_size};
@@ -36,7 +36,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
     /// The VMM; otherwise `shoal-vmm` beside this program.
-    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM", value_parser = daemon::path_or_nothing())]
     pub vmm_binary: Option<PathBuf>,
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
@@ -98,6 +98,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         Some(dir) => dir,
         None => daemon::default_state_dir()?.join("agent"),
     };
+    client::check_endpoints(&context.endpoints)?;
     let config = AgentConfig {
         node: args.name.map_or_else(host_name, Ok)?,
         listen: args.listen,

@@ -24,6 +24,12 @@ pub struct DownArgs {
 /// Stops the local cluster and removes its VMs. Images stay unless `--purge`. Nothing to stop is no error.
 pub async fn run(context: &Context, args: DownArgs) -> Result<(), CliError> {
     let state_dir = args.state_dir.map_or_else(daemon::default_state_dir, Ok)?;
+    // The lock would make it.
+    if !state_dir.exists() {
+        return context.output.show(&Stopped::default(), |_| {
+            format!("nothing was up: there is no {}", state_dir.display())
+        });
+    }
     let lock = StateLock::take(&state_dir)?;
     let stopped = stop(&state_dir, args.purge).await?;
     drop(lock);

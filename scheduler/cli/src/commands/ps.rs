@@ -1,7 +1,7 @@
 //! `shoal ps`
 
 use clap::Args;
-use shoal_proto::cluster::ListVmsRequest;
+use shoal_proto::cluster::{ListVmsRequest, Vm, VmPhase};
 
 use crate::client::Context;
 use crate::error::CliError;
@@ -12,17 +12,23 @@ use crate::view::VmView;
 
 /// Arguments of `ps`.
 #[derive(Debug, Args)]
-pub struct PsArgs {}
+pub struct PsArgs {
+    /// Also those that have ended and were not removed.
+    #[arg(long, short)]
+    pub all: bool,
+}
 
-/// Lists every VM that has not been removed.
-pub async fn run(context: &Context, _args: PsArgs) -> Result<(), CliError> {
+/// Lists the VMs that have not ended; with `--all` every one that has not been removed.
+pub async fn run(context: &Context, args: PsArgs) -> Result<(), CliError> {
     let response = context
         .client()
         .await?
         .list_vms(ListVmsRequest {})
         .await?
         .into_inner();
-    let vms: Vec<VmView> = response.vms.iter().map(VmView::from).collect();
+    let has_ended = |vm: &Vm| matches!(vm.phase(), VmPhase::Exited | VmPhase::Failed);
+    let shown = response.vms.iter().filter(|vm| args.all || !has_ended(vm));
+    let vms: Vec<VmView> = shown.map(VmView::from).collect();
     let wide = context.output.is_wide();
     let shown = |vms: &Vec<VmView>| if wide { wide_table(vms) } else { vm_table(vms) };
     context.output.show(&vms, shown)
@@ -39,7 +45,7 @@ pub fn vm_table(vms: &[VmView]) -> Page {
         vms.iter().map(|vm| {
             [
                 vm.name.clone(),
-                vm.state.to_owned(),
+                state(vm),
                 vm.node.clone(),
                 vm.image.clone(),
                 vm.cpus.to_string(),
@@ -52,6 +58,14 @@ pub fn vm_table(vms: &[VmView]) -> Page {
             ]
         }),
     )
+}
+
+/// With the exit status, if it has ended with one.
+fn state(vm: &VmView) -> String {
+    match vm.exit_status {
+        Some(status) => format!("{} ({status})", vm.state),
+        None => vm.state.to_owned(),
+    }
 }
 
 /// What their nodes measure of VMs, as a table.
@@ -83,7 +97,7 @@ pub fn wide_table(vms: &[VmView]) -> Page {
         vms.iter().map(|vm| {
             [
                 vm.name.clone(),
-                vm.state.to_owned(),
+                state(vm),
                 vm.node.clone(),
                 vm.cpus.to_string(),
                 format!("{:.2}", vm.cpu_use),

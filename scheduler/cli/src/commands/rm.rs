@@ -1,4 +1,4 @@
-//! `shoal rm VM`
+//! `shoal rm VM…`
 
 use clap::Args;
 use serde_json::json;
@@ -10,21 +10,26 @@ use crate::error::CliError;
 /// Arguments of `rm`.
 #[derive(Debug, Args)]
 pub struct RmArgs {
-    /// Name or id.
-    pub vm: String,
+    /// Names or ids.
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
     /// Stop it first if it runs.
     #[arg(long, short)]
     pub force: bool,
 }
 
-/// Removes an ended VM and its logs.
+/// Removes ended VMs and their logs, one after the other; the first that cannot be removed ends it.
 pub async fn run(context: &Context, args: RmArgs) -> Result<(), CliError> {
-    let request = RemoveVmRequest {
-        vm: args.vm.clone(),
-        force: args.force,
-    };
-    context.client().await?.remove_vm(request).await?;
-    context
-        .output
-        .show(&json!({ "removed": args.vm }), |_| format!("{} removed", args.vm))
+    let mut client = context.client().await?;
+    for vm in args.vms {
+        let request = RemoveVmRequest {
+            vm: vm.clone(),
+            force: args.force,
+        };
+        client.remove_vm(request).await?;
+        context
+            .output
+            .show_line(&json!({ "removed": vm }), |_| format!("{vm} removed"))?;
+    }
+    Ok(())
 }

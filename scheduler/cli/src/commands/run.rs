@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use shoal_proto::cluster::{GetVmRequest, RunVmRequest, StreamLogsRequest, Vm, VmPhase};
+use shoal_proto::cluster::{GetVmRequest, RemoveVmRequest, RunVmRequest, StreamLogsRequest, Vm, VmPhase};
 
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
@@ -43,6 +43,9 @@ pub struct RunArgs {
     /// Return when it runs, instead of showing its console until it ends.
     #[arg(long, short)]
     pub detach: bool,
+    /// Remove the VM and its log when it has ended.
+    #[arg(long, conflicts_with_all = ["detach", "queue"])]
+    pub rm: bool,
     /// For the workload: a bare kernel's command line, or the command that Linux runs.
     #[arg(last = true)]
     pub args: Vec<String>,
@@ -52,7 +55,7 @@ pub struct RunArgs {
 /// goes to stderr and the VM to stdout.
 pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError> {
     let mut client = context.client().await?;
-    let detach = args.detach;
+    let (detach, remove) = (args.detach, args.rm);
     let vm = client.run_vm(request(args)).await?.into_inner();
     if vm.phase() == VmPhase::Pending {
         context.output.show(&VmView::from(&vm), |vm| {
@@ -82,7 +85,15 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
             .output
             .note(&format!("nobody reads the console; {}", goes_on()));
     }
-    finish(context, &ended?)
+    let ended = ended?;
+    if remove {
+        let request = RemoveVmRequest {
+            vm: ended.id.clone(),
+            force: false,
+        };
+        client.remove_vm(request).await?;
+    }
+    finish(context, &ended)
 }
 
 fn request(args: RunArgs) -> RunVmRequest {

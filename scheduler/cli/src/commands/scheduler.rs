@@ -32,7 +32,7 @@ pub struct SchedulerArgs {
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// The VMM, which checks kernels at import; otherwise `shoal-vmm` beside this program.
-    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM", value_parser = daemon::path_or_nothing())]
     pub vmm_binary: Option<PathBuf>,
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
@@ -76,7 +76,8 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         advertise: args.advertise,
         insecure: args.insecure,
         state_dir,
-        store: args.store,
+        // A variable that is set to nothing is not set.
+        store: args.store.filter(|url| !url.is_empty()),
         lease: args.lease,
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
         metrics: args.metrics,

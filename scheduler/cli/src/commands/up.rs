@@ -1,7 +1,7 @@
 //! `shoal up`
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread::available_parallelism;
@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
+use shoal_proto::cluster::ListNodesRequest;
 
 use crate::client::{Client, Context};
 use crate::commands::agent::MemoryBacking;
 use crate::commands::image::import;
-use crate::daemon;
+use crate::daemon::{self, Signals};
 use crate::error::CliError;
 use crate::format;
 use crate::format::parse_size;
@@ -54,7 +55,7 @@ pub struct UpArgs {
     #[arg(long, value_name = "DIR")]
     pub images_dir: Option<PathBuf>,
     /// The VMM; otherwise `shoal-vmm` beside this program.
-    #[arg(long, value_name = "FILE", env = "SHOAL_VMM")]
+    #[arg(long, value_name = "FILE", env = "SHOAL_VMM", value_parser = daemon::path_or_nothing())]
     pub vmm_binary: Option<PathBuf>,
     /// Listen on an address that is not loopback although nothing is encrypted or authenticated yet.
     #[arg(long)]
@@ -68,6 +69,10 @@ pub struct UpArgs {
     /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
+    /// End what is left of an earlier cluster, its VMs too, and begin anew. Otherwise daemons that have ended are started again as they
+    /// were, and adopt the VMs.
+    #[arg(long)]
+    pub fresh: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,67 +83,95 @@ struct UpView {
     node_memory_bytes: u64,
     node_cpus: u32,
     images: Vec<String>,
+    /// Daemons of an earlier cluster that had ended; empty for a new one.
+    restarted: Vec<String>,
     processes: Vec<UpProcess>,
 }
 
-/// Starts a cluster on this machine. What was started is stopped again if it does not come up.
+/// Starts a cluster on this machine, or what has ended of one. A new one that does not come up is stopped again.
 pub async fn run(context: &Context, args: UpArgs) -> Result<ExitCode, CliError> {
+    let mut signals = daemon::signals_to_up()?;
     let config = config(&args)?;
     let state_dir = config.state_dir.clone();
     let lock = StateLock::take(&state_dir)?;
-    if let Some(record) = UpRecord::load(&state_dir)?.filter(UpRecord::is_running) {
+    let record = UpRecord::load(&state_dir)?.filter(|record| !record.processes.is_empty());
+    if let Some(record) = record.as_ref().filter(|record| record.is_running()) {
         return Err(CliError::Failed(format!(
             "a cluster is up already at {} (state in {}): `shoal down` stops it, --state-dir and --listen make another",
             record.endpoint,
             state_dir.display()
         )));
     }
-    // What an earlier cluster left when the machine or its daemons were killed.
-    stop(&state_dir, false).await?;
-    let mut cluster = match start(config, args.images_dir.as_deref()).await {
-        Ok((cluster, view)) => {
-            context.output.show(&view, text)?;
-            cluster
-        }
+    let earlier = record.filter(|_| !args.fresh);
+    let is_new = earlier.is_none();
+    if is_new {
+        stop(&state_dir, false).await?;
+    }
+    let begun = tokio::select! {
+        begun = start(config, earlier, args.images_dir.as_deref()) => begun,
+        signal = &mut signals => Err(CliError::Interrupted {
+            signal,
+            goes_on: if is_new { "what was started is stopped" } else { "what runs goes on" }.to_owned(),
+        }),
+    };
+    let (mut cluster, view) = match begun {
+        Ok(begun) => begun,
         Err(error) => {
-            stop(&state_dir, false).await?;
+            // VMs of an earlier cluster are not to pay for it.
+            if is_new {
+                stop(&state_dir, false).await?;
+            }
             return Err(error);
         }
     };
+    context.output.show(&view, text)?;
     drop(lock);
     if args.detach {
         return Ok(ExitCode::SUCCESS);
     }
     context.output.note("Ctrl-C stops the cluster and its VMs");
-    watch(context, &mut cluster).await?;
+    watch(context, &mut cluster, signals).await;
     context.output.note("stopping");
     let _lock = StateLock::take(&state_dir)?;
     stop(&state_dir, false).await?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn start(config: LocalConfig, images_dir: Option<&Path>) -> Result<(LocalCluster, UpView), CliError> {
-    let (cluster, mut client) = LocalCluster::start(config.clone()).await?;
+async fn start(
+    config: LocalConfig,
+    earlier: Option<UpRecord>,
+    images_dir: Option<&Path>,
+) -> Result<(LocalCluster, UpView), CliError> {
+    let state_dir = config.state_dir.clone();
+    let (cluster, mut client, restarted) = match earlier {
+        None => {
+            let (cluster, client) = LocalCluster::start(config).await?;
+            (cluster, client, Vec::new())
+        }
+        Some(record) => LocalCluster::complete(config, record).await?,
+    };
     let images = import_images(&mut client, images_dir).await?;
+    let nodes = client.list_nodes(ListNodesRequest {}).await?.into_inner().nodes;
+    let agents = cluster.record.processes.len() - 1;
     let view = UpView {
         endpoint: cluster.record.endpoint.clone(),
-        state_dir: config.state_dir,
-        nodes: config.nodes,
-        node_memory_bytes: config.node_memory,
-        node_cpus: config.node_cpus,
+        state_dir,
+        nodes: u32::try_from(agents).unwrap_or(u32::MAX),
+        node_memory_bytes: nodes.first().map_or(0, |node| node.memory_bytes),
+        node_cpus: nodes.first().map_or(0, |node| node.cpus),
         images,
+        restarted,
         processes: cluster.record.processes.clone(),
     };
     Ok((cluster, view))
 }
 
-/// Until Ctrl-C or SIGTERM; says if a daemon ends by itself.
-async fn watch(context: &Context, cluster: &mut LocalCluster) -> Result<(), CliError> {
-    let mut shutdown = daemon::shutdown()?;
+/// Until a signal; says if a daemon ends by itself.
+async fn watch(context: &Context, cluster: &mut LocalCluster, mut signals: Signals) {
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     loop {
         tokio::select! {
-            () = &mut shutdown => return Ok(()),
+            _ = &mut signals => return,
             _ = ticks.tick() => {
                 for name in cluster.ended() {
                     context.output.note(&format!("{name} has ended; see {name}.log; its VMs, if any, go on"));
@@ -161,7 +194,7 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
     let cpus = available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
     Ok(LocalConfig {
         state_dir,
-        listen: args.listen,
+        listen: with_port(args.listen)?,
         nodes: args.nodes,
         node_memory: args.node_memory.map_or_else(|| default_memory(args.nodes), Ok)?,
         node_cpus: args.node_cpus.unwrap_or((cpus / args.nodes).max(1)),
@@ -171,6 +204,16 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
         memory_backing: args.memory_backing,
         vmm_binary: daemon::vmm_binary(args.vmm_binary.clone())?,
     })
+}
+
+/// Port 0 asks for a free one, which is chosen here: the scheduler is started again at the same.
+fn with_port(listen: SocketAddr) -> Result<SocketAddr, CliError> {
+    if listen.port() != 0 {
+        return Ok(listen);
+    }
+    TcpListener::bind(listen)
+        .and_then(|free| free.local_addr())
+        .map_err(|error| CliError::Failed(format!("--listen: {listen}: no free port: {error}")))
 }
 
 fn default_memory(nodes: u32) -> Result<u64, CliError> {
@@ -226,7 +269,14 @@ async fn import_images(client: &mut Client, said: Option<&Path>) -> Result<Vec<S
 
 fn text(view: &UpView) -> Page {
     let has = |name: &str| view.images.iter().any(|image| image == name);
-    let mut lines = vec![
+    let mut lines = vec![];
+    if !view.restarted.is_empty() {
+        lines.push(format!(
+            "started again as before: {}; VMs that outlived them go on (--fresh: ends them and begins anew)",
+            view.restarted.join(", ")
+        ));
+    }
+    lines.extend([
         format!(
             "the cluster is up at {}: {} nodes of {} and {} CPUs (state in {})",
             view.endpoint,
@@ -236,7 +286,7 @@ fn text(view: &UpView) -> Page {
             view.state_dir.display()
         ),
         format!("  export SHOAL_ENDPOINT={}", view.endpoint),
-    ];
+    ]);
     if has("linux") {
         lines.push("  shoal run --detach --name counter linux -- \\".into());
         lines.push("    sh -c 'i=0; while :; do echo count $i; i=$((i+1)); sleep 1; done'".into());

@@ -127,7 +127,7 @@ async fn upgrade(
 }
 
 async fn move_one(mut client: Client, vm: &Vm, node: &str) -> Result<Migration, CliError> {
-    if vm.phase() != VmPhase::Running {
+    if !matches!(vm.phase(), VmPhase::Running | VmPhase::Suspended) {
         return Err(CliError::Failed(format!("it is {}", vm_state(vm.phase()))));
     }
     let request = MigrateVmRequest {

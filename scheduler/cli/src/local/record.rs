@@ -81,12 +81,14 @@ impl UpRecord {
         }
     }
 
-    /// True if any of its processes runs.
+    /// True if all of its processes run.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.processes
-            .iter()
-            .any(|process| process.identity().is_running())
+        !self.processes.is_empty()
+            && self
+                .processes
+                .iter()
+                .all(|process| process.identity().is_running())
     }
 }
 

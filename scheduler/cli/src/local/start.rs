@@ -1,5 +1,6 @@
 //! Starts the daemons of a local cluster and waits until every node is ready.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use clap::ValueEnum as _;
 use shoal_agent::ProcessIdentity;
 use shoal_proto::NodeName;
-use shoal_proto::cluster::{ListNodesRequest, NodeState};
+use shoal_proto::cluster::{ListNodesRequest, Node, NodeState};
 use shoal_secret::ClusterSecret;
 use tokio::time::{Instant, sleep};
 
@@ -59,13 +60,17 @@ pub struct LocalConfig {
     pub vmm_binary: PathBuf,
 }
 
-/// A local cluster that was started by this process.
+/// A local cluster, of whose daemons this process started some or all.
 #[derive(Debug)]
 pub struct LocalCluster {
     config: LocalConfig,
     /// What `up.json` says.
     pub record: UpRecord,
-    children: Vec<(String, Child)>,
+    /// Those that this process started, and so has to wait for.
+    children: Vec<Child>,
+    /// Names of daemons whose end was told.
+    told: HashSet<String>,
+    begun: Instant,
 }
 
 impl LocalCluster {
@@ -78,11 +83,7 @@ impl LocalCluster {
         };
         let secret = config.state_dir.join(SECRET);
         ClusterSecret::read_or_create(&secret).map_err(|error| CliError::Failed(error.to_string()))?;
-        let mut cluster = Self {
-            config,
-            record,
-            children: Vec::new(),
-        };
+        let mut cluster = Self::new(config, record);
         cluster.start_scheduler()?;
         let client = cluster.scheduler_ready().await?;
         let authority = cluster.authority()?;
@@ -93,30 +94,61 @@ impl LocalCluster {
         Ok((cluster, client))
     }
 
+    /// Starts those daemons of an earlier cluster that have ended, as they were started then. VMs that outlived them are adopted.
+    /// Answers their names, too.
+    pub async fn complete(
+        config: LocalConfig,
+        record: UpRecord,
+    ) -> Result<(Self, Client, Vec<String>), CliError> {
+        let mut cluster = Self::new(config, record);
+        let mut restarted = Vec::new();
+        for number in 0..cluster.record.processes.len() {
+            let process = cluster.record.processes[number].clone();
+            if !process.identity().is_running() {
+                cluster.record.processes[number] = cluster.launch(&process.name, process.args)?;
+                cluster.record.save(&cluster.config.state_dir)?;
+                restarted.push(process.name);
+            }
+        }
+        let client = cluster.scheduler_ready().await?;
+        cluster.nodes_ready(client.clone()).await?;
+        Ok((cluster, client, restarted))
+    }
+
+    fn new(config: LocalConfig, record: UpRecord) -> Self {
+        Self {
+            config,
+            record,
+            children: Vec::new(),
+            told: HashSet::new(),
+            begun: Instant::now(),
+        }
+    }
+
     /// Names of daemons that have ended since the last call.
     pub fn ended(&mut self) -> Vec<String> {
-        let mut names = Vec::new();
-        self.children.retain_mut(|(name, child)| {
-            let running = matches!(child.try_wait(), Ok(None));
-            if !running {
-                names.push(name.clone());
-            }
-            running
-        });
-        names
+        self.children
+            .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        let ended = self
+            .record
+            .processes
+            .iter()
+            .filter(|process| !process.identity().is_running());
+        let names = ended.map(|process| process.name.clone());
+        names.filter(|name| self.told.insert(name.clone())).collect()
     }
 
     fn start_scheduler(&mut self) -> Result<(), CliError> {
         let config = self.config.clone();
-        let mut command = self.daemon("scheduler")?;
-        command.arg("--listen").arg(config.listen.to_string());
+        let mut args = self.daemon("scheduler")?;
+        args.extend(["--listen".to_owned(), config.listen.to_string()]);
         if config.insecure {
-            command.arg("--insecure");
+            args.push("--insecure".to_owned());
         }
         if config.manual {
-            command.arg("--manual");
+            args.push("--manual".to_owned());
         }
-        self.spawn("scheduler", command, &config.state_dir.join("scheduler"))
+        self.spawn("scheduler", args, &config.state_dir.join("scheduler"))
     }
 
     /// The cluster's own, kept from one start to the next.
@@ -140,37 +172,41 @@ impl LocalCluster {
     fn start_node(&mut self, name: &str, authority: Option<&Authority>) -> Result<(), CliError> {
         let config = self.config.clone();
         let certificates = self.certificates_dir().join(name);
-        let mut command = self.daemon("agent")?;
-        command
-            .args(["--name", name, "--listen", "127.0.0.1:0"])
-            .args(["--scheduler", &self.record.endpoint])
-            .args(["--memory", &config.node_memory.to_string()])
-            .args(["--cpus", &config.node_cpus.to_string()]);
+        let mut args = self.daemon("agent")?;
+        let mut say = |option: &str, value: &str| args.extend([option.to_owned(), value.to_owned()]);
+        say("--name", name);
+        say("--listen", "127.0.0.1:0");
+        say("--scheduler", &self.record.endpoint);
+        say("--memory", &config.node_memory.to_string());
+        say("--cpus", &config.node_cpus.to_string());
         if let Some(backing) = config.memory_backing.to_possible_value() {
-            command.args(["--memory-backing", backing.get_name()]);
+            say("--memory-backing", backing.get_name());
         }
         if let Some(authority) = authority {
             let node: NodeName = name
                 .parse()
                 .map_err(|error| CliError::Failed(format!("cannot name a node: {error}")))?;
             authority.issue(&node, NODE_DAYS, &certificates)?;
-            command.arg("--migration-tls").arg(&certificates);
+            say("--migration-tls", &text(&certificates)?);
         }
-        self.spawn(name, command, &config.state_dir.join(name))
+        self.spawn(name, args, &config.state_dir.join(name))
     }
 
-    fn daemon(&self, subcommand: &str) -> Result<Command, CliError> {
-        let mut command = Command::new(daemon::own_binary()?);
-        command
-            .arg(subcommand)
-            .arg("--vmm-binary")
-            .arg(&self.config.vmm_binary)
-            .arg("--cluster-secret")
-            .arg(self.config.state_dir.join(SECRET));
-        Ok(command)
+    fn daemon(&self, subcommand: &str) -> Result<Vec<String>, CliError> {
+        let vmm = text(&self.config.vmm_binary)?;
+        let secret = text(&self.config.state_dir.join(SECRET))?;
+        let args = [subcommand, "--vmm-binary", &vmm, "--cluster-secret", &secret];
+        Ok(args.map(str::to_owned).to_vec())
     }
 
-    fn spawn(&mut self, name: &str, mut command: Command, state_dir: &Path) -> Result<(), CliError> {
+    fn spawn(&mut self, name: &str, mut args: Vec<String>, state_dir: &Path) -> Result<(), CliError> {
+        args.extend(["--state-dir".to_owned(), text(state_dir)?]);
+        let process = self.launch(name, args)?;
+        self.record.processes.push(process);
+        self.record.save(&self.config.state_dir)
+    }
+
+    fn launch(&mut self, name: &str, args: Vec<String>) -> Result<UpProcess, CliError> {
         let log_path = self.log_path(name);
         let log_error = |error| file_error(log_path.clone(), "cannot write", error);
         let log = File::options()
@@ -178,9 +214,8 @@ impl LocalCluster {
             .append(true)
             .open(&log_path)
             .map_err(log_error)?;
-        let child = command
-            .arg("--state-dir")
-            .arg(state_dir)
+        let child = Command::new(daemon::own_binary()?)
+            .args(&args)
             .env_remove("SHOAL_ENDPOINT")
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(log_error)?)
@@ -191,17 +226,13 @@ impl LocalCluster {
         // Not yet waited for, so the pid is still its own.
         let identity = ProcessIdentity::of(child.id())
             .map_err(|error| CliError::Failed(format!("cannot look at {name}: {error}")))?;
-        self.children.push((name.to_owned(), child));
-        self.record.processes.push(UpProcess {
+        self.children.push(child);
+        Ok(UpProcess {
             name: name.to_owned(),
             pid: identity.pid,
             start_ticks: identity.start_ticks,
-            args: command
-                .get_args()
-                .map(|arg| arg.to_string_lossy().into_owned())
-                .collect(),
-        });
-        self.record.save(&self.config.state_dir)
+            args,
+        })
     }
 
     async fn scheduler_ready(&mut self) -> Result<Client, CliError> {
@@ -221,16 +252,17 @@ impl LocalCluster {
         loop {
             self.check_running()?;
             let nodes = client.list_nodes(ListNodesRequest {}).await?.into_inner().nodes;
+            // One whose agent has ended is not unreachable at once.
+            let since = self.begun.elapsed().as_millis();
+            let reports = |node: &Node| node.silent_ms.is_some_and(|ms| u128::from(ms) < since);
             let answers = |name: &str| {
                 nodes
                     .iter()
-                    .any(|n| n.name == name && n.state() != NodeState::Unreachable)
+                    .any(|n| n.name == name && n.state() != NodeState::Unreachable && reports(n))
             };
-            let missing: Vec<&str> = self
-                .children
-                .iter()
-                .skip(1)
-                .map(|(name, _)| name.as_str())
+            let agents = self.record.processes.iter().skip(1);
+            let missing: Vec<&str> = agents
+                .map(|process| process.name.as_str())
                 .filter(|name| !answers(name))
                 .collect();
             if missing.is_empty() {
@@ -265,6 +297,12 @@ impl LocalCluster {
     fn log_path(&self, name: &str) -> PathBuf {
         self.config.state_dir.join(format!("{name}.log"))
     }
+}
+
+/// A path as it stands in `up.json`, from which daemons are started again.
+fn text(path: &Path) -> Result<String, CliError> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| CliError::Usage(format!("{}: up: paths must be UTF-8", path.display())))
 }
 
 /// How clients on this machine reach a scheduler that listens there.

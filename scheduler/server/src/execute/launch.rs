@@ -55,7 +55,7 @@ pub enum LaunchError {
     },
     /// It is not known what became of it.
     #[error(
-        "{error} while VM {vm} was started; it is brought to an end when the node answers: `shoal inspect {vm}`"
+        "{error} while VM {vm} was started; the start is completed, or undone, when the node answers: `shoal inspect {vm}`"
     )]
     Unclear {
         /// The VM's name.

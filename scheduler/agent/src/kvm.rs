@@ -2,13 +2,19 @@
 
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::process::Command;
 
+use crate::node::Node;
+
 /// For the whole self-test, on a host with much else to do.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Between two tests, and before one that has failed is believed.
+const AGAIN: Duration = Duration::from_secs(30);
+const ONCE_MORE: Duration = Duration::from_secs(1);
 /// Of what a VMM says to explain itself.
 const MAX_WORDS: usize = 300;
 
@@ -42,7 +48,7 @@ struct SelfTest {
 }
 
 impl HostKvm {
-    /// Has the VMM test it, and warns of what is wrong.
+    /// Has the VMM test it.
     pub(crate) async fn test(vmm_binary: &Path) -> Self {
         let tested = Command::new(vmm_binary)
             .arg("--self-test")
@@ -65,12 +71,26 @@ impl HostKvm {
             Ok(Err(error)) => format!("{}: {error}", vmm_binary.display()),
             Err(_) => format!("the self-test did not end within {} s", LIMIT.as_secs()),
         };
-        let trouble = shorten(&why);
-        tracing::warn!(
-            trouble,
-            "shoal-vmm --self-test: no VM can start on this node; mend it and start the agent again"
-        );
-        Self { kind: None, trouble }
+        Self {
+            kind: None,
+            trouble: shorten(&why),
+        }
+    }
+
+    /// Warns of what is wrong.
+    pub(crate) fn warn(&self) {
+        let trouble = self.trouble.as_str();
+        match self.kind {
+            _ if trouble.is_empty() => {}
+            None => tracing::warn!(
+                trouble,
+                "shoal-vmm --self-test: no VM can start on this node until that is mended; it is tested again"
+            ),
+            Some(_) => tracing::warn!(
+                trouble,
+                "shoal-vmm --self-test: images with a kernel for KVM without hardware virtualization cannot run on this node"
+            ),
+        }
     }
 
     fn of(answer: &SelfTest) -> Self {
@@ -80,15 +100,32 @@ impl HostKvm {
             (true, "") => "the self-test does not say why".to_owned(),
             (true, why) => shorten(why),
         };
-        if !trouble.is_empty() {
-            tracing::warn!(
-                trouble,
-                "shoal-vmm --self-test: images with a kernel for KVM without hardware virtualization cannot run on this node"
-            );
-        }
         Self {
             kind: Some(answer.kvm),
             trouble,
+        }
+    }
+}
+
+/// Tests KVM again from time to time, and when a VM did not start: it may be taken away, or come back, at any time. What has
+/// changed is told to the scheduler.
+pub(crate) async fn keep_testing(node: Arc<Node>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(AGAIN) => {}
+            () = node.kvm_doubted.notified() => {}
+        }
+        let mut found = HostKvm::test(node.vmm_binary()).await;
+        let known = node.kvm.borrow().clone();
+        if found.kind.is_none() && known.kind.is_some() {
+            // A host that is very busy may fail one test.
+            tokio::time::sleep(ONCE_MORE).await;
+            found = HostKvm::test(node.vmm_binary()).await;
+        }
+        if found != known {
+            tracing::info!(kind = ?found.kind, "KVM of this node is not as it was");
+            found.warn();
+            node.kvm.send_replace(found);
         }
     }
 }

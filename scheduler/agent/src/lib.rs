@@ -137,10 +137,13 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         .transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
     let mut node = node::Node::open(&config, certificates, &state_dir, schedulers).map_err(state_error)?;
-    (node.cpuid, node.kvm) = tokio::join!(
+    let (cpuid, kvm) = tokio::join!(
         cpuid::of_host(&config.vmm_binary),
         kvm::HostKvm::test(&config.vmm_binary),
     );
+    kvm.warn();
+    node.cpuid = cpuid;
+    node.kvm.send_replace(kvm);
     // Nodes that share a host have the same CPUs, and start at the same time.
     if !node.capacity.budgeted {
         node.cpu_speed = tokio::task::spawn_blocking(speed::measure).await.unwrap_or(0.0);
@@ -160,6 +163,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         Arc::clone(&node),
         config.advertise.unwrap_or(bound),
     ));
+    let tester = tokio::spawn(kvm::keep_testing(Arc::clone(&node)));
     let (stop, stopped) = oneshot::channel::<()>();
     let server = Server::builder()
         .max_concurrent_streams(Some(MAX_CALLS))
@@ -186,6 +190,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         }
     };
     reporter.abort();
+    tester.abort();
     node.stop_supervising();
     tracing::info!(node = %node.name, "agent ends; its VMMs go on");
     Ok(result?)

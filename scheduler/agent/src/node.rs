@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use shoal_proto::node::Heartbeat;
 use shoal_proto::vm::{self, VmState};
 use shoal_proto::{Epoch, NodeName, VmId};
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::blobs::BlobCache;
@@ -35,8 +36,10 @@ pub(crate) struct Node {
     pub(crate) capacity: Capacity,
     /// What CPU guests get here; empty if that is not known.
     pub(crate) cpuid: Vec<u8>,
-    /// How KVM runs guests here.
-    pub(crate) kvm: HostKvm,
+    /// How KVM runs guests here, as it was tested last.
+    pub(crate) kvm: watch::Sender<HostKvm>,
+    /// A VM did not start: KVM is tested at once.
+    pub(crate) kvm_doubted: Notify,
     /// Of one CPU; 0 if it was not measured.
     pub(crate) cpu_speed: f64,
     /// Between two samples of how a VM writes its memory; `None`: it is not sampled.
@@ -79,7 +82,8 @@ impl Node {
             name: config.node.clone(),
             capacity,
             cpuid: Vec::new(),
-            kvm: HostKvm::default(),
+            kvm: watch::Sender::default(),
+            kvm_doubted: Notify::new(),
             cpu_speed: 0.0,
             memory_sampling: config.memory_sampling,
             migration_ip: config.listen.ip(),
@@ -104,6 +108,10 @@ impl Node {
     /// What a VMM is told when it is to migrate to or from that node; `None`: plain TCP.
     pub(crate) fn migration_tls(&self, peer: &str) -> Option<vm::MigrationTls> {
         self.certificates.as_ref().map(|own| own.with_peer(peer))
+    }
+
+    pub(crate) fn vmm_binary(&self) -> &Path {
+        &self.vmm_binary
     }
 
     pub(crate) fn vms_dir(&self) -> &Path {

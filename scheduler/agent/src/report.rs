@@ -18,7 +18,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::kvm::KvmKind;
+use crate::kvm::{HostKvm, KvmKind};
 use crate::node::Node;
 use crate::term::TermError;
 
@@ -41,6 +41,8 @@ enum SessionEnd {
     NotRegistered,
     #[error(transparent)]
     Term(#[from] TermError),
+    #[error("KVM of the node is not as it was registered")]
+    Kvm,
     #[error("the node's load cannot be read: {0}")]
     Load(io::Error),
 }
@@ -60,6 +62,10 @@ pub(crate) async fn report_for_ever(node: Arc<Node>, address: SocketAddr) {
         node.uplink.close();
         if registered {
             pause = FIRST_PAUSE;
+        }
+        if matches!(end, SessionEnd::Kvm) {
+            tracing::info!(%end, "registering again");
+            continue;
         }
         let status = match &end {
             SessionEnd::Status(status) => Some(status.as_ref()),
@@ -82,7 +88,9 @@ async fn session(
     registered: &mut bool,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     let (reports, queue) = mpsc::channel(QUEUE);
-    send(&reports, Report::Register(registration(node, address))).await?;
+    let mut kvm = node.kvm.subscribe();
+    let registration = registration(node, address, &kvm.borrow_and_update());
+    send(&reports, Report::Register(registration)).await?;
     let mut registry = node.schedulers.current();
     let welcome = async {
         let mut messages = registry.report(ReceiverStream::new(queue)).await?.into_inner();
@@ -101,21 +109,22 @@ async fn session(
         end = read_messages(node, messages, &whole_wanted) => end,
         end = write_heartbeats(node, &reports, welcome, &whole_wanted) => end,
         end = write_changes(node, &reports) => end,
+        _ = kvm.changed() => Err(SessionEnd::Kvm),
     }
 }
 
-fn registration(node: &Node, address: SocketAddr) -> Register {
+fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
     Register {
         node: node.name.to_string(),
         address: address.to_string(),
         cpus: node.capacity.cpus,
         memory_bytes: node.capacity.memory_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        software_kvm: node.kvm.kind.map(|kind| kind == KvmKind::Software),
+        software_kvm: kvm.kind.map(|kind| kind == KvmKind::Software),
         cpuid: node.cpuid.clone(),
         migration_tls: node.certificates.is_some(),
         cpu_speed: node.cpu_speed,
-        kvm_trouble: node.kvm.trouble.clone(),
+        kvm_trouble: kvm.trouble.clone(),
         term: node.terms.highest(),
     }
 }

@@ -283,6 +283,7 @@ async fn check_current(node: &Node, key: VmKey) -> Result<(), Refusal> {
 /// wrong once nothing is left.
 async fn discard(node: &Arc<Node>, vm: Arc<Vm>, cause: Status) -> Refusal {
     tracing::warn!(vm = %vm.key.id, epoch = %vm.key.epoch, %cause, "could not be started");
+    node.kvm_doubted.notify_one();
     if let Err(error) = retire(node, &vm, Console::Drop).await {
         tracing::error!(vm = %vm.key.id, %error, "the VMM is still here");
         node.keep(vm); // so that it is reported, and can be destroyed

@@ -136,6 +136,46 @@ async fn a_stranger_changes_nothing_and_no_call_that_is_wrong_raises_the_term() 
 }
 
 #[tokio::test]
+async fn kvm_that_comes_back_is_found_and_told() {
+    let scheduler = Scheduler::start();
+    let disk = Disk::with_self_test(
+        r#"test -e "$(dirname "$0")/kvm" || { echo 'no /dev/kvm' >&2; exit 1; }
+        echo '{"kvm":"hardware","ring3_kernel":false,"reason":"not needed"}'"#,
+    );
+    let agent = Agent::start(&disk, &scheduler).await;
+    let mut client = agent.client.clone();
+    let (kernel, vm) = (scheduler.add_blob(b"a kernel"), new_vm(1));
+    scheduler.told(|told| {
+        let first = &told.registered[0];
+        assert_eq!(
+            (first.software_kvm, first.kvm_trouble.as_str()),
+            (None, "no /dev/kvm")
+        );
+    });
+    std::fs::write(disk.root.path().join("kvm"), "").expect("written");
+    // It is refused, and has KVM tested again.
+    let refused = client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect_err("refused");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    eventually("it is registered with KVM", || {
+        scheduler.told(|told| {
+            told.registered
+                .last()
+                .is_some_and(|last| last.software_kvm == Some(false))
+        })
+    })
+    .await;
+    client
+        .launch_vm(launch(&vm, &kernel, "hello"))
+        .await
+        .expect("launched");
+    client.destroy_vm(vm).await.expect("destroyed");
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn an_agent_that_has_heard_of_a_later_lead_says_so_when_it_registers() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;

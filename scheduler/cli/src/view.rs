@@ -310,6 +310,7 @@ impl From<&cluster::Node> for NodeView {
                 NodeState::Draining => "draining",
                 NodeState::Cordoned => "cordoned",
                 NodeState::Unreachable => "unreachable",
+                NodeState::NotReady => "not-ready",
                 // Asked of a scheduler that does not lead, and so does not hear from nodes.
                 NodeState::Unspecified => "unknown",
             },

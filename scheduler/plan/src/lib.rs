@@ -44,8 +44,8 @@ pub use kvm::{Kernels, KvmKind, SoftwareKernel};
 pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use last_resort::LastResort;
 pub use model::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, InFlight,
-    NodeName, NodeState, NodeView, VmId, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, Failing,
+    InFlight, NodeName, NodeState, NodeView, VmId, VmView,
 };
 pub use place::{
     LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_launches,

@@ -127,6 +127,10 @@ impl fmt::Display for NodeState {
 /// What a node's CPU lacks of each class of VMs that cannot run there, for people to read. Cloning it is cheap.
 pub type CpuLacks = Arc<[(CpuClass, Arc<str>)]>;
 
+/// What failed on the way to a node, in words, by the node that VMs came from; without one: whatever comes there. Cloning it is
+/// cheap.
+pub type Failing = Arc<[(Option<NodeName>, Arc<str>)]>;
+
 /// One node, as last reported and smoothed. Loads are in CPUs: 2.0 means two threads that want to run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeView {
@@ -162,6 +166,8 @@ pub struct NodeView {
     /// What is wrong with its KVM, in words: it cannot be used at all if its kind is not known, and cannot run kernels in ring
     /// 3 otherwise.
     pub kvm_trouble: Option<Arc<str>>,
+    /// What has failed there lately, and is not tried again yet.
+    pub failing: Failing,
     /// What selectors ask about.
     pub labels: Labels,
     /// VMs that do not tolerate each of these do not come here; those here stay.
@@ -194,12 +200,21 @@ impl NodeView {
             cpu_lacks: Arc::from([]),
             kvm: None,
             kvm_trouble: None,
+            failing: Arc::from([]),
             labels: Labels::default(),
             taints: Labels::default(),
             reserved_memory: Bytes(0),
             reserved_cpus: 0.0,
             link_rate: None,
         }
+    }
+
+    /// Why nothing is to come here now, from that node or at all.
+    #[must_use]
+    pub fn fails(&self, from: Option<&NodeName>) -> Option<&Arc<str>> {
+        let counts = |of: &Option<NodeName>| of.is_none() || of.as_ref() == from;
+        let found = self.failing.iter().find(|(of, _)| counts(of));
+        found.map(|(_, why)| why)
     }
 
     /// CPU features that a VM of this class has and the node lacks.

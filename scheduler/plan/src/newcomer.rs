@@ -1,5 +1,7 @@
 //! A VM that looks for a node, and the filters: each says why a node cannot take it.
 
+use std::sync::Arc;
+
 use crate::cluster::{Cluster, Node, Vm, bytes, expected_resident};
 use crate::failover::{Change, Failover, need};
 use crate::kvm::{Kernels, KvmNeed};
@@ -40,6 +42,8 @@ pub(crate) struct Newcomer<'a> {
     from: Option<usize>,
     /// It leaves whether or not those stay that it asks to be with.
     must_leave: bool,
+    /// Someone asked for this node: what failed there is tried again.
+    pub undeterred: bool,
     /// The cluster must fit without any one node afterwards.
     pub n_plus_one: bool,
     /// What else comes to the node, or leaves it in exchange.
@@ -71,6 +75,7 @@ impl<'a> Newcomer<'a> {
             marks: cluster.together.marks_of(&request.labels, rules),
             from: None,
             must_leave: false,
+            undeterred: request.node.is_some(),
             n_plus_one: true,
             beside: Beside::default(),
             patient: false,
@@ -94,6 +99,7 @@ impl<'a> Newcomer<'a> {
             marks: cluster.together.marks(number).clone(),
             from: Some(vm.node),
             must_leave: false,
+            undeterred: false,
             n_plus_one: false,
             beside: Beside::default(),
             patient: false,
@@ -197,6 +203,10 @@ impl<'a> Newcomer<'a> {
         }
         if node.view.state != NodeState::Ready {
             return Err(RejectReason::NotReady(node.view.state));
+        }
+        let from = self.from.map(|from| &cluster.nodes[from].view.name);
+        if let Some(why) = node.view.fails(from).filter(|_| !self.undeterred) {
+            return Err(RejectReason::Failing { why: Arc::clone(why) });
         }
         self.check_rules(cluster, number)?;
         if self.cpus > node.view.cpus {

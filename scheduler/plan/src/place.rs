@@ -244,7 +244,8 @@ pub fn place_migration(
             reason,
         });
     }
-    let newcomer = Newcomer::migration(&cluster, number);
+    let mut newcomer = Newcomer::migration(&cluster, number);
+    newcomer.undeterred = asked.is_some();
     if let Some(asked) = asked {
         let target = cluster.nodes[asked].view;
         match newcomer.check(&cluster, asked) {

@@ -50,6 +50,11 @@ pub enum RejectReason {
     },
     /// It takes no VMs.
     NotReady(NodeState),
+    /// What was tried there lately has failed, and is not tried again yet.
+    Failing {
+        /// What, and until when.
+        why: Arc<str>,
+    },
     /// Its labels are not as the VM asks.
     Selector {
         /// What is asked.
@@ -179,6 +184,7 @@ impl fmt::Display for RejectReason {
                 "its KVM has hardware virtualization, and the VM was started without: only a new start can bring it there",
             ),
             Self::NotReady(state) => write!(f, "it is {state}"),
+            Self::Failing { why } => f.write_str(why),
             Self::Selector { term } => write!(f, "its labels are not '{term}', which the VM asks for"),
             Self::Taint { taint } => write!(f, "it has the taint '{taint}', which the VM does not tolerate"),
             Self::Affinity { term } => {

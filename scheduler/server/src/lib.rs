@@ -8,7 +8,7 @@
 //! - what is durable: `record` (the types), `store` (redb or etcd, backups), `images` (blobs), `logs` (consoles), `events`, `history`
 //! - `pool`: threads for what must not wait for anything else; `streams`: how many long calls one may have open
 //! - `seed`: what load tests start from
-//! - what is in memory: `vms`, `nodes`, `migrations`
+//! - what is in memory: `vms`, `nodes`, `migrations`, `failures` (what is not tried again yet)
 //! - what plans are made with: `planner_policy`; how migrations are to go: `policy`, `bandwidth`; what is counted of them: `metrics`
 //! - what changes the cluster: `control` (each second), `execute` (launch, migrate, settle, stop), `reconcile` (what does
 //!   not agree), `drain`, `moves` (all VMs of a node), `queue` (VMs that wait); `agent` is how a node is told
@@ -24,6 +24,7 @@ mod cpus;
 mod drain;
 mod events;
 mod execute;
+mod failures;
 mod follower;
 mod history;
 mod images;

@@ -11,6 +11,8 @@ use std::time::Instant;
 use shoal_proto::VmId;
 use tokio::sync::watch;
 
+use crate::pool::Pool;
+
 use file::LogFile;
 pub use file::Piece;
 
@@ -24,6 +26,8 @@ struct VmLog {
 #[derive(Debug, Clone)]
 pub struct LogStore {
     directory: PathBuf,
+    /// A disk that hangs holds up these, and nothing else.
+    threads: Pool,
     logs: Arc<Mutex<HashMap<VmId, Arc<VmLog>>>>,
     /// Logs with bytes that wait for those before them.
     waiting: Arc<Mutex<HashSet<VmId>>>,
@@ -31,18 +35,19 @@ pub struct LogStore {
 
 impl LogStore {
     /// Logs under this directory, one directory a VM.
-    pub fn new(directory: PathBuf) -> Self {
+    pub fn new(directory: PathBuf, threads: Pool) -> Self {
         Self {
             directory,
+            threads,
             logs: Arc::default(),
             waiting: Arc::default(),
         }
     }
 
-    /// Stores bytes and returns the offset up to which the sender may forget them.
+    /// Stores bytes, and returns the offset up to which the sender may forget them: those before it are on the disk.
     pub async fn append(&self, vm: VmId, offset: u64, data: Vec<u8>) -> io::Result<u64> {
         let store = self.clone();
-        blocking(move || {
+        self.blocking(move || {
             let log = store.get(vm)?;
             let mut file = log.file.lock().unwrap_or_else(PoisonError::into_inner);
             file.append(offset, &data, Instant::now())?;
@@ -71,14 +76,14 @@ impl LogStore {
             return Vec::new();
         }
         let store = self.clone();
-        let expired = blocking(move || Ok(store.expire_early_blocking())).await;
+        let expired = self.blocking(move || Ok(store.expire_early_blocking())).await;
         expired.unwrap_or_default()
     }
 
     /// What has not come by now is lost; returns where the log ends.
     pub async fn settle(&self, vm: VmId) -> io::Result<u64> {
         let store = self.clone();
-        blocking(move || {
+        self.blocking(move || {
             let log = store.get(vm)?;
             let mut file = log.file.lock().unwrap_or_else(PoisonError::into_inner);
             file.accept_gaps()?;
@@ -91,7 +96,7 @@ impl LogStore {
     /// Reads from an offset on; None if there is nothing yet.
     pub async fn read(&self, vm: VmId, from: u64, limit: usize) -> io::Result<Option<Piece>> {
         let store = self.clone();
-        blocking(move || {
+        self.blocking(move || {
             let log = store.get(vm)?;
             let file = log.file.lock().unwrap_or_else(PoisonError::into_inner);
             file.read(from, limit)
@@ -102,7 +107,7 @@ impl LogStore {
     /// Tells when the log grows.
     pub async fn follow(&self, vm: VmId) -> io::Result<watch::Receiver<u64>> {
         let store = self.clone();
-        blocking(move || Ok(store.get(vm)?.end.subscribe())).await
+        self.blocking(move || Ok(store.get(vm)?.end.subscribe())).await
     }
 
     /// Deletes the log of a VM that was removed.
@@ -115,6 +120,19 @@ impl LogStore {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
+    }
+
+    /// Where a VM's log is.
+    #[cfg(test)]
+    pub fn directory_of(&self, vm: VmId) -> PathBuf {
+        self.directory.join(vm.to_string())
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        self.threads.run(work).await.map_err(io::Error::other)?
     }
 
     fn get(&self, vm: VmId) -> io::Result<Arc<VmLog>> {
@@ -161,10 +179,4 @@ impl LogStore {
         }
         expired
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(io::Error::other)?
 }

@@ -153,7 +153,9 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     for entry in all {
         let record = entry.record();
         let cpu = record.cpu.clone();
+        let failing = scheduler.failures.of(&record.name);
         let mut view = node_view(&entry, record);
+        view.failing = failing;
         view.speed = relative_speed(&entry, typical);
         if let Some(cpu) = cpu {
             let of_kind = lacks

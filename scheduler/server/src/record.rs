@@ -459,6 +459,13 @@ pub struct NodeRecord {
     pub wishes: NodeWishes,
 }
 
+impl NodeRecord {
+    /// Its agent has found that no VM can start there.
+    pub fn kvm_is_unusable(&self) -> bool {
+        self.kvm.is_none() && !self.kvm_trouble.is_empty()
+    }
+}
+
 /// What the operator of a node wishes. The default is what older records mean.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

@@ -47,6 +47,9 @@ const REPORTS_OF_ONE: usize = 128;
 const REPORTS: usize = 20_000;
 /// How long an agent may take to say who it is.
 const REGISTER_TIME: Duration = Duration::from_secs(5);
+/// Console pieces of one node that wait for the disk. Agents send 64 KiB at a time.
+const CONSOLE_DEPTH: usize = 32;
+const MAX_PIECE_BYTES: usize = 1 << 20;
 const MAX_NODE_CPUS: u32 = 65_536;
 /// An agent that was asked for a whole report and sends deltas is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -266,13 +269,22 @@ fn refuse_newer_term(scheduler: &Shared, node: &NodeName, heard: u64) -> Result<
     Err(Status::failed_precondition(format!("node {node}: {why}")))
 }
 
+/// Takes what an agent reports. Its console bytes are written by another task: a slow disk does not make a node silent.
 async fn listen(
     scheduler: &Shared,
     name: &NodeName,
-    entry: &NodeEntry,
+    entry: &Arc<NodeEntry>,
     reports: &mut Streaming<AgentReport>,
     sender: &ReportSender,
 ) -> Result<(), Status> {
+    let (console, pieces) = mpsc::channel(CONSOLE_DEPTH);
+    // It ends with the other half of its channel.
+    tokio::spawn(write_console(
+        Arc::clone(scheduler),
+        name.clone(),
+        Arc::clone(entry),
+        pieces,
+    ));
     let mut decoder = Decoder::default();
     // When a whole report was asked for last.
     let mut asked: Option<Instant> = None;
@@ -306,14 +318,30 @@ async fn listen(
             Some(agent_report::Report::VmChanged(facts)) => {
                 observe::vm_changed(scheduler, name, entry, facts);
             }
-            Some(agent_report::Report::Console(console)) => {
-                take_console(scheduler, name, entry, console).await;
+            Some(agent_report::Report::Console(piece)) if piece.data.len() > MAX_PIECE_BYTES => {
+                return Err(Status::invalid_argument(format!(
+                    "console: {} bytes; at most {MAX_PIECE_BYTES} at a time",
+                    piece.data.len()
+                )));
             }
+            // One that finds no room is not acknowledged, and comes again.
+            Some(agent_report::Report::Console(piece)) => drop(console.try_send(piece)),
             Some(agent_report::Report::Register(_)) => {
                 return Err(Status::invalid_argument("report: registered twice on one stream"));
             }
             None => tracing::debug!(node = %name, "a report of a kind this scheduler does not know"),
         }
+    }
+}
+
+async fn write_console(
+    scheduler: Shared,
+    name: NodeName,
+    entry: Arc<NodeEntry>,
+    mut pieces: mpsc::Receiver<ConsoleData>,
+) {
+    while let Some(piece) = pieces.recv().await {
+        take_console(&scheduler, &name, &entry, piece).await;
     }
 }
 

@@ -9,6 +9,7 @@ use shoal_proto::{NodeName, node};
 use crate::agent::{Agent, AgentError};
 use crate::cpus::Cpus;
 use crate::events::Events;
+use crate::failures::Failures;
 use crate::history::History;
 use crate::images::ImageStore;
 use crate::logs::LogStore;
@@ -35,6 +36,8 @@ pub struct Scheduler {
     pub vms: VmTable,
     /// Nodes.
     pub nodes: NodeTable,
+    /// What has failed at nodes lately.
+    pub failures: Failures,
     /// Migrations under way.
     pub migrations: MigrationTable,
     /// Migrations that have ended.

@@ -22,6 +22,7 @@ use crate::config::{SchedulerConfig, Settings};
 use crate::control;
 use crate::cpus::Cpus;
 use crate::events::Events;
+use crate::failures::Failures;
 use crate::history::History;
 use crate::images::{ImageStore, mirror};
 use crate::logs::LogStore;
@@ -47,6 +48,8 @@ const MAX_MESSAGE_BYTES: usize = 32 << 20;
 const MAX_CALLS: u32 = 200;
 /// The store's file in the state directory.
 pub const STORE_FILE: &str = "shoal.redb";
+/// That write and read console logs.
+const LOG_THREADS: usize = 4;
 /// How long calls under way may take to end at shutdown.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -296,11 +299,15 @@ pub fn build(
         images,
         cpus: Cpus::new(contents.cpus),
         vms: VmTable::new(contents.vms, history.by_vm(KEPT_MIGRATIONS)),
+        failures: Failures::default(),
         migrations: MigrationTable::default(),
         history,
         metrics: Metrics::default(),
         defaults: Defaults::new(contents.migration_defaults),
-        logs: LogStore::new(config.state_dir.join("logs")),
+        logs: LogStore::new(
+            config.state_dir.join("logs"),
+            Pool::new("shoal-logs", LOG_THREADS).map_err(ServerError::Threads)?,
+        ),
         events: Events::new(contents.events),
         queue: Queue::new(contents.queue),
         reconcile,

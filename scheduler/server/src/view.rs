@@ -6,7 +6,7 @@ use shoal_proto::cluster::{self, NodeState, VmPhase};
 use crate::nodes::{Liveness, NodeEntry};
 use crate::observe;
 use crate::queue::Waiting;
-use crate::record::{Cordon, ImageRecord, Outcome, Phase, VmRecord};
+use crate::record::{Cordon, ImageRecord, NodeRecord, Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
 
@@ -193,11 +193,13 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
     let state = match record.cordon {
         Cordon::Open if follows => NodeState::Unspecified,
         _ if !reachable && !follows => NodeState::Unreachable,
+        Cordon::Open if record.kvm_is_unusable() => NodeState::NotReady,
         Cordon::Open => NodeState::Ready,
         Cordon::Draining => NodeState::Draining,
         Cordon::Cordoned => NodeState::Cordoned,
     };
     let vms = scheduler.vms.count_on_node(&record.name);
+    let trouble = trouble(scheduler, entry, &record);
     cluster::Node {
         name: record.name.to_string(),
         address: record.address,
@@ -231,8 +233,19 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
         numa: figures.numa.iter().map(numa).collect(),
         kvm: kvm(record.kvm).into(),
         kvm_trouble: record.kvm_trouble,
-        trouble: entry.trouble().unwrap_or_default(),
+        trouble,
     }
+}
+
+/// Why a node takes no VMs, or not all, although nobody has said that it should not.
+fn trouble(scheduler: &Scheduler, entry: &NodeEntry, record: &NodeRecord) -> String {
+    let kvm = record
+        .kvm_is_unusable()
+        .then(|| format!("KVM cannot be used there: {}", record.kvm_trouble));
+    let failing = scheduler.failures.of(&record.name);
+    let failing = failing.iter().map(|(_, why)| why.to_string());
+    let all: Vec<String> = entry.trouble().into_iter().chain(kvm).chain(failing).collect();
+    all.join("; ")
 }
 
 fn liveness(entry: &NodeEntry) -> cluster::Liveness {

@@ -19,7 +19,11 @@ pub(super) fn parse(request: LaunchVmRequest) -> Result<Workload, Refusal> {
 
 pub(super) async fn launch(node: Arc<Node>, workload: Workload) -> Result<VmStatus, Refusal> {
     let key = workload.key;
-    let boot = workload.boot(&node.kvm)?;
+    let kvm = node.kvm.borrow().clone();
+    if kvm.kind.is_none() {
+        node.kvm_doubted.notify_one();
+    }
+    let boot = workload.boot(&kvm)?;
     let _launching = node.begin_launch(key);
     refuse_company(&node, key)?;
     super::check_current(&node, key).await?;

@@ -12,8 +12,8 @@ use super::{HEADER, KERNELS};
 use crate::kvm::{Kernels, KvmKind, SoftwareKernel};
 use crate::labels::{Rules, parse_terms};
 use crate::model::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, InFlight, NodeName, NodeState,
-    NodeView, VmId, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, Failing, InFlight, NodeName,
+    NodeState, NodeView, VmId, VmView,
 };
 use crate::place::LaunchRequest;
 use crate::policy::Policy;
@@ -194,6 +194,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
         trouble,
         &mut node.kvm_trouble,
     )?;
+    let failing = "NODE:WORDS, separated by ;";
+    fields.set("failing", failing, parse_failing, &mut node.failing)?;
     fields.set("labels", LABELS, parse_from_str, &mut node.labels)?;
     fields.set("taints", LABELS, parse_from_str, &mut node.taints)?;
     fields.set("reserved_memory", SIZE, parse_size, &mut node.reserved_memory.0)?;
@@ -396,6 +398,16 @@ fn parse_cpu_lacks(text: &str) -> Option<CpuLacks> {
     let one = |text: &str| {
         let (class, lacking) = text.split_once(':')?;
         Some((CpuClass::new(class), Arc::from(lacking)))
+    };
+    text.split(';').map(one).collect()
+}
+
+fn parse_failing(text: &str) -> Option<Failing> {
+    let text = parse_name(text)?;
+    let one = |text: &str| {
+        let (from, why) = text.split_once(':')?;
+        let from = (!from.is_empty()).then(|| NodeName::new(from));
+        Some((from, Arc::from(why)))
     };
     text.split(';').map(one).collect()
 }

@@ -158,6 +158,13 @@ fn print_node(node: &NodeView) -> String {
     if let Some(why) = node.kvm_trouble.as_deref().filter(|why| !why.is_empty()) {
         line.field("kvm_trouble", &print_name(why));
     }
+    if !node.failing.is_empty() {
+        let failing = node.failing.iter().map(|(from, why)| {
+            let from = from.as_ref().map_or("", NodeName::as_str);
+            format!("{from}:{}", why.replace(';', ","))
+        });
+        line.field("failing", &print_name(&failing.collect::<Vec<_>>().join(";")));
+    }
     line.labels("labels", &node.labels);
     line.labels("taints", &node.taints);
     line.size_unless_zero("reserved_memory", node.reserved_memory.0);

@@ -40,11 +40,8 @@ pub(super) async fn run_now(
     draft: VmRecord,
     pinned: Option<NodeName>,
 ) -> Result<Arc<VmEntry>, LaunchError> {
-    let refused = match launch::submit(scheduler, draft.clone(), pinned.as_ref()).await {
-        Ok((entry, guard)) => {
-            launch::start(scheduler, &entry, &guard).await?;
-            return Ok(entry);
-        }
+    let refused = match launch::submit_and_start(scheduler, draft.clone(), pinned.as_ref()).await {
+        Ok(entry) => return Ok(entry),
         Err(error @ LaunchError::Place(PlaceError::NothingFits { .. })) => error,
         Err(error) => return Err(error),
     };
@@ -71,11 +68,8 @@ async fn run_or_wait(
     pinned: Option<NodeName>,
 ) -> Result<Vm, LaunchError> {
     if scheduler.queue.is_empty() {
-        match launch::submit(scheduler, draft.clone(), pinned.as_ref()).await {
-            Ok((entry, guard)) => {
-                launch::start(scheduler, &entry, &guard).await?;
-                return Ok(view::vm(scheduler, &entry));
-            }
+        match launch::submit_and_start(scheduler, draft.clone(), pinned.as_ref()).await {
+            Ok(entry) => return Ok(view::vm(scheduler, &entry)),
             Err(LaunchError::Place(PlaceError::NothingFits { .. })) => {}
             Err(error) => return Err(error),
         }

@@ -754,3 +754,37 @@ async fn what_fits_nowhere_waits_for_its_turn() {
         Some("node1")
     );
 }
+
+#[tokio::test]
+async fn a_start_that_fails_goes_to_the_next_best_node_which_is_then_the_first_choice() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    let scheduler = &cluster.scheduler;
+    cluster.nodes[0].refuse_launches();
+    for name in ["one", "two"] {
+        let entry = super::run_vm::run_now(scheduler, cluster.draft(name, 64 * MIB), None).await;
+        assert_eq!(entry.expect("started").record().node.as_str(), "node2", "{name}");
+    }
+    let shown = crate::view::nodes(scheduler);
+    assert!(
+        shown[0].trouble.starts_with("the last 1 starts there failed"),
+        "{:?}",
+        shown[0].trouble
+    );
+    assert_eq!(shown[1].trouble, "");
+    // Who asks for it is told what it says.
+    let first = &cluster.nodes[0].record.name;
+    let refused =
+        super::run_vm::run_now(scheduler, cluster.draft("three", 64 * MIB), Some(first.clone())).await;
+    assert!(
+        matches!(refused, Err(launch::LaunchError::Failed { .. })),
+        "{refused:?}"
+    );
+    // With nothing else left the reason is that of the node.
+    cluster.nodes[1].refuse_launches();
+    let refused = super::run_vm::run_now(scheduler, cluster.draft("four", 64 * MIB), None).await;
+    let refused = refused.expect_err("no node").to_string();
+    assert!(refused.contains("node2 could not start VM four"), "{refused}");
+    let refused = super::run_vm::run_now(scheduler, cluster.draft("five", 64 * MIB), None).await;
+    let refused = refused.expect_err("no node").to_string();
+    assert!(refused.contains("tried again in"), "{refused}");
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_plan as plan;
-use shoal_proto::{NodeName, VmName, vm};
+use shoal_proto::{NodeName, VmId, VmName, vm};
 
 use super::stop::outcome;
 use super::{Backoff, finish};
@@ -153,10 +153,54 @@ async fn console_offset(scheduler: &Scheduler, draft: &VmRecord) -> u64 {
     }
 }
 
+/// Nodes that are tried for one start.
+const TRIES: usize = 3;
+
+/// Chooses a node and starts a VM there. Should the node fail, the next best is tried, unless one was asked for.
+pub async fn submit_and_start(
+    scheduler: &Scheduler,
+    draft: VmRecord,
+    pinned: Option<&NodeName>,
+) -> Result<Arc<VmEntry>, LaunchError> {
+    let mut failed = None;
+    for _ in 0..TRIES {
+        // Its epochs are used up where it was tried.
+        let draft = VmRecord {
+            id: VmId::new(),
+            ..draft.clone()
+        };
+        let (entry, guard) = match submit(scheduler, draft, pinned).await {
+            Ok(submitted) => submitted,
+            // What the first one said tells more than that there is no other.
+            Err(error) => return Err(failed.unwrap_or(error)),
+        };
+        match start(scheduler, &entry, &guard).await {
+            Ok(()) => return Ok(entry),
+            Err(error) if pinned.is_none() && is_of_the_node(&error) => {
+                tracing::info!(%error, "the next best node is tried");
+                failed.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(failed.unwrap_or(LaunchError::QueueFull))
+}
+
+/// Another node may do better: what is wrong is neither the request nor known only to be unclear.
+fn is_of_the_node(error: &LaunchError) -> bool {
+    use tonic::Code;
+    let LaunchError::Failed { code, .. } = error else {
+        return false;
+    };
+    !matches!(code, Code::InvalidArgument | Code::AlreadyExists | Code::Aborted)
+}
+
 /// Starts a submitted VM and waits until it runs. If it does not, nothing is left of it.
 pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> Result<(), LaunchError> {
     let record = entry.record();
-    match tell(scheduler, &record, Some(Instant::now() + PATIENCE)).await {
+    let told = tell(scheduler, &record, Some(Instant::now() + PATIENCE)).await;
+    learn(scheduler, &record.node, &told);
+    match told {
         Told::Runs => {
             mark_running(scheduler, entry, guard).await;
             Ok(())
@@ -217,6 +261,20 @@ pub async fn resume_start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuar
             let reason = format!("node {} could not start it: {reason}", record.node);
             finish::end_vm(scheduler, entry, Outcome::Failed { reason }, guard).await;
         }
+    }
+}
+
+/// A node where starts fail is not the first choice for a while.
+fn learn(scheduler: &Scheduler, node: &NodeName, told: &Told) {
+    use tonic::Code;
+    match told {
+        Told::Runs => scheduler.failures.clear(node, None),
+        Told::Failed {
+            code: Code::InvalidArgument | Code::AlreadyExists | Code::Aborted,
+            ..
+        }
+        | Told::NoAnswer(_) => {}
+        Told::Failed { reason, .. } => scheduler.failures.note(node, None, reason),
     }
 }
 

@@ -525,7 +525,23 @@ impl Settlement {
         self.scheduler.migrations.close(intent.vm);
         self.scheduler.share_bandwidth();
         self.scheduler.metrics.count(&migration);
+        self.learn(&migration);
         migration
+    }
+
+    /// What failed before anything was copied is a fault of the way, or of its end; later it may be the guest's.
+    fn learn(&self, migration: &cluster::Migration) {
+        let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
+        let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {
+            return;
+        };
+        match report.result() {
+            MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
+            MigrationResult::Failed if report.passes == 0 => {
+                failures.note(&intent.to, Some(&intent.from), &report.reason);
+            }
+            _ => {}
+        }
     }
 
     fn own_report(&self, result: MigrationResult, reason: &str) -> MigrationReport {

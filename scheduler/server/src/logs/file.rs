@@ -226,9 +226,15 @@ impl LogFile {
     }
 
     fn create_segment(&mut self, start: u64) -> io::Result<Segment> {
+        let first = !self.directory.exists();
         fs::create_dir_all(&self.directory)?;
         let segment = Segment { start, length: 0 };
         fs::File::create(self.path(start))?;
+        // The names are to last, too.
+        fs::File::open(&self.directory)?.sync_all()?;
+        if let Some(above) = self.directory.parent().filter(|_| first) {
+            fs::File::open(above)?.sync_all()?;
+        }
         self.segments.push(segment);
         Ok(segment)
     }
@@ -244,11 +250,13 @@ impl LogFile {
     }
 }
 
-/// Appends at a known length, so that the rest of a write that failed half-way is overwritten by the next.
+/// Appends at a known length, so that the rest of a write that failed half-way is overwritten by the next. The bytes are on
+/// the disk when this returns.
 fn append_to(path: &Path, length: u64, data: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).open(path)?;
     file.seek(SeekFrom::Start(length))?;
-    file.write_all(data)
+    file.write_all(data)?;
+    file.sync_data()
 }
 
 #[cfg(test)]

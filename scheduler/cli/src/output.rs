@@ -5,7 +5,8 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use comfy_table::{Table, presets};
+use comfy_table::{ContentArrangement, Table, presets};
+use console::Term;
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -121,11 +122,26 @@ fn json_error(error: serde_json::Error) -> CliError {
     CliError::Output(error.into())
 }
 
-/// A table in the manner of `ps`: no lines, columns two spaces apart.
+/// A table in the manner of `ps`: no lines, columns two spaces apart. On a terminal it is no wider than that: long cells go on in the
+/// next line.
 #[must_use]
 pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Page {
+    let columns = Term::stdout().size_checked().map(|(_, columns)| columns);
+    table_within(columns, header, rows)
+}
+
+fn table_within<const N: usize>(
+    columns: Option<u16>,
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> Page {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
+    if let Some(columns) = columns {
+        table
+            .set_content_arrangement(ContentArrangement::Dynamic)
+            .set_width(columns);
+    }
     for row in rows {
         // A line break in a cell would be a line of its own.
         table.add_row(row.map(|cell| escaped(&cell)));
@@ -139,6 +155,22 @@ pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_is_no_wider_than_its_terminal_and_loses_nothing() {
+        let words = ["why it did not move"; 8].join(", ");
+        let rows = || {
+            [
+                ["a".to_owned(), words.clone()],
+                ["b".to_owned(), "short".to_owned()],
+            ]
+        };
+        let narrow = table_within(Some(40), ["NAME", "MESSAGE"], rows()).to_string();
+        assert!(narrow.lines().all(|line| line.chars().count() <= 40), "{narrow}");
+        assert_eq!(narrow.matches("move").count(), 8, "{narrow}");
+        let free = table_within(None, ["NAME", "MESSAGE"], rows()).to_string();
+        assert_eq!(free.lines().count(), 3, "{free}");
+    }
 
     #[test]
     fn tables_are_plain_columns() {

@@ -1,7 +1,7 @@
 //! `up` on what an earlier one left, and `up` that is interrupted.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -29,6 +29,9 @@ fn up_after_a_crash_starts_what_is_missing_and_keeps_the_vms() {
     let mut cluster = Cluster::start(machine, &Shape::default());
     let vm = cluster.run_probe("a", "node1", "128MiB", CALM);
     let vmm = cluster.only_vmm(&vm);
+    // What a script has open when it calls `up`.
+    let open = tempfile::NamedTempFile::new().expect("a file");
+    rustix::io::fcntl_setfd(open.as_file(), rustix::io::FdFlags::empty()).expect("it is inherited");
 
     for (crashed, told) in [
         (
@@ -46,6 +49,7 @@ fn up_after_a_crash_starts_what_is_missing_and_keeps_the_vms() {
             (&view["nodes"], &view["endpoint"]),
             (&json!(2), &json!(cluster.shoal.endpoint()))
         );
+        assert_eq!(holders(&cluster.state_dir(), open.path()), Vec::<String>::new());
         cluster.wait_for_state("a", "running", seconds(30));
         assert_eq!(cluster.only_vmm(&vm), vmm, "the VM goes on in its VMM");
         cluster.wait_for_heartbeats("a", 2);
@@ -62,15 +66,32 @@ fn up_after_a_crash_starts_what_is_missing_and_keeps_the_vms() {
     assert!(cluster.vmms(&vm).is_empty(), "--fresh ends VMs");
 }
 
-/// Whether a process has this directory among its arguments.
-fn is_used(state: &Path) -> bool {
+/// Processes that have this directory among their arguments, by their directories in /proc.
+fn users(state: &Path) -> Vec<PathBuf> {
     let state = state.to_string_lossy();
-    fs::read_dir("/proc").into_iter().flatten().any(|entry| {
-        let path = entry
-            .map(|entry| entry.path().join("cmdline"))
-            .unwrap_or_default();
-        fs::read(path).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&*state))
-    })
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = processes.map(|entry| entry.path());
+    processes
+        .filter(|process| {
+            let line = fs::read(process.join("cmdline"));
+            line.is_ok_and(|line| String::from_utf8_lossy(&line).contains(&*state))
+        })
+        .collect()
+}
+
+fn is_used(state: &Path) -> bool {
+    !users(state).is_empty()
+}
+
+/// Which of them have `file` open.
+fn holders(state: &Path, file: &Path) -> Vec<String> {
+    let has_open = |process: &PathBuf| {
+        let open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        open.into_iter()
+            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == file))
+    };
+    let holders = users(state).into_iter().filter(has_open);
+    holders.map(|process| process.display().to_string()).collect()
 }
 
 #[test]

@@ -39,6 +39,8 @@ use clap::Parser;
 use crate::args::Cli;
 
 fn main() -> ExitCode {
+    // Daemons and VMMs live on, and are not to keep open what whoever called this had open.
+    close_fds::set_fds_cloexec(3, &[]);
     let cli = Cli::parse();
     let output = cli.global.output();
     match commands::run(cli) {

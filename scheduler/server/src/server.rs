@@ -11,9 +11,12 @@ use shoal_secret::{Demand, Prove};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tonic::server::NamedService as _;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use crate::agent::Caller;
 use crate::api::{ClusterApi, MOST_IMPORTS, Role};
@@ -48,6 +51,8 @@ const MAX_MESSAGE_BYTES: usize = 32 << 20;
 const MAX_CALLS: u32 = 200;
 /// The store's file in the state directory.
 pub const STORE_FILE: &str = "shoal.redb";
+/// Between two looks whether a store that took nothing takes something again.
+const PROBE: Duration = Duration::from_secs(1);
 /// That write and read console logs.
 const LOG_THREADS: usize = 4;
 /// How long calls under way may take to end at shutdown.
@@ -348,6 +353,9 @@ impl Scheduler {
         for vm in self.vms.list() {
             needed.extend(vm.record().blobs().map(|blob| blob.sha256.clone()));
         }
+        for waiting in self.queue.list() {
+            needed.extend(waiting.record.vm.blobs().map(|blob| blob.sha256.clone()));
+        }
         needed.sort();
         needed.dedup();
         needed
@@ -362,7 +370,8 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
     let cluster = ClusterServer::new(ClusterApi::new(role.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let registry = RegistryServer::new(RegistryApi::new(role)).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let registry =
+        RegistryServer::new(RegistryApi::new(role.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let demand = Demand::new(base.config.cluster_secret.clone());
     let registry = InterceptedService::new(registry, demand);
     let (health_reporter, health) = tonic_health::server::health_reporter();
@@ -374,6 +383,13 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
             .set_not_serving::<RegistryServer<RegistryApi>>()
             .await;
     }
+    let watcher = match &role {
+        Role::Leader(scheduler) => Some(tokio::spawn(tell_health(
+            scheduler.store.clone(),
+            health_reporter,
+        ))),
+        Role::Follower(_) => None,
+    };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
@@ -400,8 +416,32 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
         let _ = end.await;
         tokio::time::sleep(GRACE).await;
     };
-    tokio::select! {
+    let served = tokio::select! {
         served = serve => served.map_err(ServerError::from),
         () = cut => Ok(()),
+    };
+    if let Some(watcher) = watcher {
+        watcher.abort();
+    }
+    served
+}
+
+/// A scheduler that cannot store anything is not healthy, until it can again.
+async fn tell_health(store: Store, reporter: HealthReporter) {
+    let mut well = store.watch();
+    loop {
+        let now = *well.borrow_and_update();
+        let status = if now {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        for service in ["", ClusterServer::<ClusterApi>::NAME] {
+            reporter.set_service_status(service, status).await;
+        }
+        tokio::select! {
+            changed = well.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(PROBE), if !now => store.probe().await,
+        }
     }
 }

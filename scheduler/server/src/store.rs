@@ -20,7 +20,7 @@ use std::sync::Arc;
 use prost::Message as _;
 use shoal_cpuid::Table as CpuTable;
 use shoal_proto::{VmId, cluster, vm};
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, watch};
 
 use crate::cpus::{CpuDigest, StoredCpus};
 use crate::moves::MoveOrder;
@@ -222,6 +222,8 @@ pub struct Contents {
 pub struct Store {
     backend: Arc<dyn Backend>,
     term: Term,
+    /// The last batch was stored.
+    well: Arc<watch::Sender<bool>>,
     /// Held alone by a batch that reads what it changes, and shared by all others.
     turn: Arc<RwLock<()>>,
 }
@@ -232,6 +234,7 @@ impl Store {
         Self {
             backend,
             term,
+            well: Arc::new(watch::Sender::new(true)),
             turn: Arc::default(),
         }
     }
@@ -286,7 +289,21 @@ impl Store {
             let what = format!("a batch of {} changes and {bytes} bytes", changes.len());
             return Err(StoreError::TooLarge { what });
         }
-        self.backend.commit(changes).await
+        let stored = self.backend.commit(changes).await;
+        let well = !matches!(stored, Err(StoreError::Database { .. }));
+        self.well
+            .send_if_modified(|known| std::mem::replace(known, well) != well);
+        stored
+    }
+
+    /// Tells whether what was to be stored last could be.
+    pub fn watch(&self) -> watch::Receiver<bool> {
+        self.well.subscribe()
+    }
+
+    /// Stores nothing, to see whether it could.
+    pub async fn probe(&self) {
+        let _ = self.commit(Vec::new()).await;
     }
 
     /// An ended migration with all that was kept of it. None if it has made room meanwhile.

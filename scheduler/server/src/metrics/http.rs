@@ -1,7 +1,7 @@
 //! `GET /metrics` over HTTP/1.1, and nothing else.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -12,30 +12,33 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::scheduler::Shared;
 
 const FORMAT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// Connections at a time.
-const MOST: usize = 16;
+/// Connections at a time. One more takes the place of the oldest: silent ones keep nobody out.
+const MOST: usize = 64;
 /// From accepting a connection to its end.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Serves until it is dropped. Without a scheduler that leads there are no metrics, and that is said.
 pub async fn serve(scheduler: Option<Shared>, listener: TcpListener) {
-    let turns = Arc::new(Semaphore::new(MOST));
+    // They end with this.
+    let mut tasks = JoinSet::new();
+    let mut oldest_first = VecDeque::new();
     loop {
-        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let scheduler = scheduler.clone();
-                tokio::spawn(async move {
-                    let _ = tokio::time::timeout(LIMIT, answer_all(scheduler, stream)).await;
-                    drop(turn);
-                });
+                while tasks.try_join_next().is_some() {}
+                oldest_first.retain(|task: &AbortHandle| !task.is_finished());
+                if oldest_first.len() >= MOST
+                    && let Some(oldest) = oldest_first.pop_front()
+                {
+                    oldest.abort();
+                }
+                let answered = tokio::time::timeout(LIMIT, answer_all(scheduler.clone(), stream));
+                oldest_first.push_back(tasks.spawn(async move { drop(answered.await) }));
             }
             Err(error) => {
                 tracing::warn!(%error, "metrics: a connection cannot be accepted");
@@ -87,6 +90,7 @@ fn answer(scheduler: Option<&Shared>, request: &Request<Incoming>) -> Response<F
 mod tests {
     use super::*;
     use crate::testing::Cluster;
+    use std::sync::Arc;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[tokio::test]
@@ -110,5 +114,25 @@ mod tests {
                 "{answer}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn connections_that_say_nothing_keep_nobody_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(serve(None, listener));
+        let mut silent = Vec::new();
+        for _ in 0..3 * MOST {
+            silent.push(TcpStream::connect(address).await.expect("connected"));
+        }
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).await.expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answered");
+        assert!(answer.contains("does not lead"), "{answer}");
+        let mut byte = [0];
+        let oldest = silent.first_mut().expect("one").read(&mut byte).await;
+        assert!(matches!(oldest, Ok(0) | Err(_)), "it made room: {oldest:?}");
     }
 }

@@ -1,10 +1,13 @@
 //! The store of one scheduler: one redb file, which no other process can open meanwhile.
+//!
+//! After a write that the disk did not take, redb does nothing more with the file until it is opened again: that is done here,
+//! and the file then tells whether the write is in it.
 
 use std::ops::Bound;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
-use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::backend::{Backend, Change, Record, Snapshot, Table};
 use super::{SCHEMA_VERSION, StoreError, Term, upgrade};
@@ -17,6 +20,8 @@ pub const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 pub const SCHEMA: &str = "schema";
 /// In META: rises whenever the store is opened.
 const TERM: &str = "term";
+/// In META: of the last batch, made up at random.
+const MARK: &str = "mark";
 /// Of a page.
 const PAGE_RECORDS: usize = 1000;
 const PAGE_BYTES: usize = 4 << 20;
@@ -26,9 +31,27 @@ const THREADS: usize = 4;
 /// An open file.
 #[derive(Debug, Clone)]
 pub struct FileBackend {
-    pub database: Arc<Database>,
+    open: Arc<RwLock<Open>>,
+    path: Arc<Path>,
     name: Arc<str>,
     threads: Pool,
+}
+
+#[derive(Debug)]
+struct Open {
+    /// None: it could not be opened again yet.
+    database: Option<Database>,
+    /// How often it was opened again.
+    generation: u64,
+    /// Of the last batch that was in it then.
+    mark: u64,
+}
+
+/// A batch that failed.
+#[derive(Debug)]
+struct Failed {
+    error: redb::Error,
+    generation: u64,
 }
 
 /// Where a table is in a file.
@@ -54,7 +77,12 @@ impl FileBackend {
             other => StoreError::database(&name, other),
         })?;
         let backend = Self {
-            database: Arc::new(database),
+            open: Arc::new(RwLock::new(Open {
+                database: Some(database),
+                generation: 0,
+                mark: 0,
+            })),
+            path: path.into(),
             threads: Pool::new("shoal-store", THREADS).map_err(|error| StoreError::database(&name, error))?,
             name: name.into(),
         };
@@ -64,7 +92,7 @@ impl FileBackend {
 
     /// Gives the next term at least this number.
     pub fn set_term(&self, term: Term) -> Result<(), StoreError> {
-        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
+        let transaction = self.begin_write()?;
         {
             let mut meta = transaction.open_table(META).map_err(|e| self.error(e))?;
             meta.insert(TERM, term.0).map_err(|e| self.error(e))?;
@@ -73,7 +101,7 @@ impl FileBackend {
     }
 
     fn prepare(&self) -> Result<Term, StoreError> {
-        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
+        let transaction = self.begin_write()?;
         let fresh = transaction
             .list_tables()
             .map_err(|e| self.error(e))?
@@ -111,44 +139,74 @@ impl FileBackend {
         Ok(term)
     }
 
+    /// For changes beside the batches.
+    pub fn begin_write(&self) -> Result<WriteTransaction, StoreError> {
+        self.with(|database| Ok(database.begin_write()?))
+            .1
+            .map_err(|e| self.error(e))
+    }
+
+    /// Does something with the file; answers how often it had been opened again.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> (u64, Result<T, redb::Error>) {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        let done = match &open.database {
+            Some(database) => work(database),
+            None => Err(redb::Error::PreviousIo),
+        };
+        (open.generation, done)
+    }
+
     fn commit_blocking(&self, changes: &[Change]) -> Result<(), StoreError> {
-        let transaction = self.database.begin_write().map_err(|e| self.error(e))?;
-        for change in changes {
-            match change {
-                Change::Put(table, key, value) => {
-                    let mut table = transaction
-                        .open_table(definition(*table))
-                        .map_err(|e| self.error(e))?;
-                    table
-                        .insert(key.as_slice(), value.as_slice())
-                        .map_err(|e| self.error(e))?;
-                }
-                Change::Delete(table, key) => {
-                    let mut table = transaction
-                        .open_table(definition(*table))
-                        .map_err(|e| self.error(e))?;
-                    table.remove(key.as_slice()).map_err(|e| self.error(e))?;
-                }
-                Change::DeleteThrough(table, from, through) => {
-                    let mut table = transaction
-                        .open_table(definition(*table))
-                        .map_err(|e| self.error(e))?;
-                    table
-                        .retain_in(from.as_slice()..=through.as_slice(), |_, _| false)
-                        .map_err(|e| self.error(e))?;
-                }
-            }
+        let mark = uuid::Uuid::new_v4().as_u64_pair().0;
+        let Err(failed) = self.try_commit(changes, mark) else {
+            return Ok(());
+        };
+        if !matches!(failed.error, redb::Error::Io(_) | redb::Error::PreviousIo) {
+            return Err(self.error(failed.error));
         }
-        transaction.commit().map_err(|e| self.error(e))
+        tracing::error!(store = %self.name, error = %failed.error, "a write failed: the store is opened again");
+        if self.reopen(failed.generation)? == mark {
+            return Ok(());
+        }
+        self.try_commit(changes, mark)
+            .map_err(|failed| self.error(failed.error))
+    }
+
+    fn try_commit(&self, changes: &[Change], mark: u64) -> Result<(), Failed> {
+        let (generation, done) = self.with(|database| {
+            let transaction = database.begin_write()?;
+            for change in changes {
+                make(&transaction, change)?;
+            }
+            transaction.open_table(META)?.insert(MARK, mark)?;
+            Ok(transaction.commit()?)
+        });
+        done.map_err(|error| Failed { error, generation })
+    }
+
+    /// Opens the file again, unless that was done since. Answers the mark of the last batch that was in it then.
+    fn reopen(&self, generation: u64) -> Result<u64, StoreError> {
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if open.generation == generation {
+            // The file is let go first.
+            open.database = None;
+            let database = Database::open(&*self.path).map_err(|e| self.error(e))?;
+            open.mark = read_mark(&database).map_err(|e| self.error(e))?;
+            open.database = Some(database);
+            open.generation += 1;
+        }
+        Ok(open.mark)
     }
 
     fn get_blocking(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let transaction = self.database.begin_read().map_err(|e| self.error(e))?;
-        let table = transaction
-            .open_table(definition(table))
-            .map_err(|e| self.error(e))?;
-        let value = table.get(key).map_err(|e| self.error(e))?;
-        Ok(value.map(|value| value.value().to_vec()))
+        let found = self.with(|database| {
+            let table = database.begin_read()?.open_table(definition(table))?;
+            Ok(table.get(key)?.map(|value| value.value().to_vec()))
+        });
+        found.1.map_err(|e| self.error(e))
     }
 
     fn error(&self, source: impl Into<redb::Error>) -> StoreError {
@@ -163,7 +221,8 @@ impl Backend for FileBackend {
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
-        let transaction = self.database.begin_read().map_err(|e| self.error(e))?;
+        let begun = self.with(|database| Ok(database.begin_read()?));
+        let transaction = begun.1.map_err(|e| self.error(e))?;
         Ok(Box::new(FileSnapshot {
             transaction: Arc::new(transaction),
             name: Arc::clone(&self.name),
@@ -180,6 +239,30 @@ impl Backend for FileBackend {
         let backend = self.clone();
         blocking(&self.threads, move || backend.commit_blocking(&changes)).await
     }
+}
+
+fn make(transaction: &WriteTransaction, change: &Change) -> Result<(), redb::Error> {
+    match change {
+        Change::Put(table, key, value) => {
+            let mut table = transaction.open_table(definition(*table))?;
+            table.insert(key.as_slice(), value.as_slice())?;
+        }
+        Change::Delete(table, key) => {
+            transaction
+                .open_table(definition(*table))?
+                .remove(key.as_slice())?;
+        }
+        Change::DeleteThrough(table, from, through) => {
+            let mut table = transaction.open_table(definition(*table))?;
+            table.retain_in(from.as_slice()..=through.as_slice(), |_, _| false)?;
+        }
+    }
+    Ok(())
+}
+
+fn read_mark(database: &Database) -> Result<u64, redb::Error> {
+    let meta = database.begin_read()?.open_table(META)?;
+    Ok(meta.get(MARK)?.map_or(0, |mark| mark.value()))
 }
 
 struct FileSnapshot {

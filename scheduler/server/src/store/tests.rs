@@ -388,7 +388,7 @@ async fn a_newer_schema_is_refused() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path().join("store");
     let (backend, _) = FileBackend::open(&path).expect("created");
-    let transaction = backend.database.begin_write().expect("transaction");
+    let transaction = backend.begin_write().expect("transaction");
     transaction
         .open_table(META)
         .expect("meta")
@@ -507,7 +507,7 @@ async fn damage_is_said_to_be_damage() {
 
     let path = directory.path().join("record");
     let (backend, _) = FileBackend::open(&path).expect("created");
-    let transaction = backend.database.begin_write().expect("transaction");
+    let transaction = backend.begin_write().expect("transaction");
     transaction
         .open_table(definition(Table::Vms))
         .expect("vms")
@@ -517,4 +517,71 @@ async fn damage_is_said_to_be_damage() {
     drop(backend);
     let error = Store::open_file(&path).await.expect_err("refused").to_string();
     assert!(error.contains("record 0 of table 'vms'"), "{error}");
+}
+
+/// A disk of its own that can be filled; unmounted at the end.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        if std::env::var("SHOAL_SKIP_ROOT").is_ok_and(|skip| skip == "1") {
+            println!("skipped, as SHOAL_SKIP_ROOT says: needs root to mount a disk");
+            return None;
+        }
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
+            .arg(directory.path())
+            .status();
+        assert!(
+            mounted.is_ok_and(|status| status.success()),
+            "mounting needs root; SHOAL_SKIP_ROOT=1 skips this test"
+        );
+        Some(Self(directory))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("--lazy")
+            .arg(self.0.path())
+            .status();
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_was_full_is_written_again_once_it_has_room() {
+    let Some(disk) = SmallDisk::mount() else { return };
+    let path = disk.0.path().join("store");
+    let (store, _) = Store::open_file(&path).await.expect("created");
+    let setting = |value: String| vec![Write::PutSchedulingPolicy([("value".to_owned(), value)].into())];
+    store.apply(setting("before".to_owned())).await.expect("stored");
+    let well = store.watch();
+    assert!(*well.borrow());
+
+    let filler = disk.0.path().join("filler");
+    let mut file = std::fs::File::create(&filler).expect("created");
+    while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    let mut refused = 0;
+    for number in 0..100 {
+        let large = "x".repeat(500_000 + number);
+        refused += usize::from(store.apply(setting(large)).await.is_err());
+        if refused == 3 {
+            break;
+        }
+    }
+    assert_eq!(refused, 3, "the disk is full");
+    assert!(!*well.borrow());
+
+    drop(file);
+    std::fs::remove_file(&filler).expect("removed");
+    store
+        .apply(setting("after".to_owned()))
+        .await
+        .expect("there is room again");
+    assert!(*well.borrow());
+    drop(store);
+    let (_, contents) = Store::open_file(&path).await.expect("opened again");
+    assert_eq!(contents.scheduling_policy["value"], "after");
 }

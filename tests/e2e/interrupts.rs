@@ -2,11 +2,12 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::machine::Machine;
+use shoal_tests::shoal::Shoal;
 use shoal_tests::wait::{self, seconds};
 
 use crate::CALM;
@@ -14,6 +15,22 @@ use crate::CALM;
 /// What a shell has in `$?`.
 fn in_a_shell(status: ExitStatus) -> Option<i32> {
     status.code().or(status.signal().map(|signal| 128 + signal))
+}
+
+/// Starts a command that heeds signals, whatever whoever runs the tests has it ignore: what is in the background of a script does.
+fn start(shoal: &Shoal, args: &[&str]) -> Child {
+    let command = shoal.command(&[&["-o", "json"][..], args].concat());
+    let mut heeds = Command::new("env");
+    heeds.arg("--default-signal=INT,TERM");
+    heeds.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => heeds.env(name, value),
+            None => heeds.env_remove(name),
+        };
+    }
+    heeds.stdout(Stdio::piped()).stderr(Stdio::piped());
+    heeds.spawn().expect("shoal starts")
 }
 
 /// Sends a signal; answers what a shell gets, and what was said on stderr.
@@ -41,7 +58,7 @@ fn an_interrupted_command_does_not_exit_as_if_it_were_done() {
         (&["expel", "node1"], Signal::INT, 130, "the VMs go on moving"),
         (&["drain", "node1"], Signal::INT, 130, "node1 goes on draining"),
     ] {
-        let child = shoal.start(command);
+        let child = start(shoal, command);
         cluster.wait_for_state("a", "migrating", seconds(30));
         let (ended, said) = interrupt(child, signal);
         assert_eq!(ended, Some(status), "{command:?}: {said}");
@@ -58,7 +75,7 @@ fn an_interrupted_command_does_not_exit_as_if_it_were_done() {
 
     for command in [&["logs", "-f", "a"][..], &["events", "-f"]] {
         for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
-            let mut child = shoal.start(command);
+            let mut child = start(shoal, command);
             let mut first = String::new();
             let mut lines = BufReader::new(child.stdout.take().expect("a pipe"));
             lines.read_line(&mut first).expect("it writes");

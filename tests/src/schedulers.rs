@@ -152,12 +152,14 @@ impl Schedulers {
             .clone()
     }
 
-    /// Waits until all these nodes answer.
+    /// Waits until all these nodes answer. Those without a VMM are never ready.
     pub fn wait_for_nodes(&self, names: &[&str]) {
         wait::until_true("the nodes to be ready", wait::seconds(90), || {
             names.iter().all(|name| {
                 let state = self.node(name)["state"].clone();
-                state == "ready" || state == "draining" || state == "cordoned"
+                ["ready", "not-ready", "draining", "cordoned"]
+                    .iter()
+                    .any(|answers| state == *answers)
             })
         });
     }

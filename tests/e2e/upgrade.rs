@@ -114,19 +114,17 @@ fn memory_that_cannot_be_handed_over_is_copied_where_there_is_room_for_it() {
     );
     let large = cluster.run_probe("large", "node2", "192MiB", "fill=160MiB");
     let old = cluster.only_vmm(&large);
-    let mut refused = cluster.shoal.fails(&["upgrade", "node2"]);
     // Until its node has reported how much it holds, less is expected of it.
-    wait::until_true("the refusal", seconds(20), || {
-        let left = &refused.json["left"][0];
-        let right = left["vm"] == "large"
-            && left["reason"]
-                .as_str()
-                .is_some_and(|why| why.contains("does not fit on node2"));
-        if !right {
-            refused = cluster.shoal.fails(&["upgrade", "node2"]);
-        }
-        right
+    wait::until_true("node2 to report what was filled", seconds(20), || {
+        let node = cluster.node("node2");
+        let bytes = |key: &str| node[key].as_u64().expect("a size");
+        bytes("memory_available_bytes") + (160 << 20) <= bytes("memory_bytes")
     });
+    let refused = cluster.shoal.fails(&["upgrade", "node2"]);
+    let left = &refused.json["left"][0];
+    assert_eq!(left["vm"], "large", "{refused:?}");
+    let why = left["reason"].as_str().unwrap_or_default();
+    assert!(why.contains("does not fit on node2"), "{refused:?}");
     assert_eq!(
         (refused.code, &refused.json["upgraded"]),
         (1, &0.into()),

@@ -57,8 +57,13 @@ struct Options {
     cpus: u32,
 }
 
-/// What was asked for, or a text that is all there is to say.
-fn parse() -> Result<Result<Options, String>, lexopt::Error> {
+/// What was asked for.
+enum Asked {
+    Run(Options),
+    Say(String),
+}
+
+fn parse() -> Result<Asked, lexopt::Error> {
     let mut options = Options {
         memory_bytes: 128 << 20,
         cpus: 1,
@@ -77,14 +82,14 @@ fn parse() -> Result<Result<Options, String>, lexopt::Error> {
             Long("cmdline") => options.cmdline = parser.value()?.string()?,
             Long("memory") => options.memory_bytes = parser.value()?.parse::<bytesize::ByteSize>()?.as_u64(),
             Long("cpus") => options.cpus = parser.value()?.parse()?,
-            Short('h') | Long("help") => return Ok(Err(USAGE.to_owned())),
+            Short('h') | Long("help") => return Ok(Asked::Say(USAGE.to_owned())),
             Short('V') | Long("version") => {
-                return Ok(Err(format!("shoal-vmm {}", env!("CARGO_PKG_VERSION"))));
+                return Ok(Asked::Say(format!("shoal-vmm {}", env!("CARGO_PKG_VERSION"))));
             }
             other => return Err(other.unexpected()),
         }
     }
-    Ok(Ok(options))
+    Ok(Asked::Run(options))
 }
 
 fn main() -> ExitCode {
@@ -104,8 +109,8 @@ fn main() -> ExitCode {
         return fail(USAGE_ERROR, &error.to_string());
     }
     let options = match parse() {
-        Ok(Ok(options)) => options,
-        Ok(Err(text)) => {
+        Ok(Asked::Run(options)) => options,
+        Ok(Asked::Say(text)) => {
             println!("{text}");
             return ExitCode::SUCCESS;
         }

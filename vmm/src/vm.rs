@@ -372,16 +372,19 @@ impl Vm {
             let kind = Kind::Vcpu;
             return Err(StateError::Malformed { kind, why }.into());
         }
+        let state_error = |vcpu: &Vcpu| {
+            let id = vcpu.id();
+            move |source| VmError::VcpuState { id, source }
+        };
+        if let Some(first) = self.vcpus.first() {
+            vcpu::forget_tsc(&first.fd()).map_err(state_error(first))?;
+        }
         for vcpu in &self.vcpus {
             let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
             let away = Duration::from_nanos(away_ns) + now.elapsed();
             let ticks = self.ticks_in(away);
-            vcpu::restore(&vcpu.fd(), &saved, &self.platform.msr_indices, ticks).map_err(|source| {
-                VmError::VcpuState {
-                    id: vcpu.id(),
-                    source,
-                }
-            })?;
+            vcpu::restore(&vcpu.fd(), &saved, &self.platform.msr_indices, ticks)
+                .map_err(state_error(vcpu))?;
         }
         // Last: a device that still asks for its interrupt raises the line again, which must reach restored controllers.
         self.devices.restore(&reader)?;

@@ -22,7 +22,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use alone::kicked_after;
 pub use alone::run_at_most;
 pub use settle::settle;
-pub use state::{VcpuStateError, read_tsc_khz, restore, save};
+pub use state::{VcpuStateError, forget_tsc, read_tsc_khz, restore, save};
 pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};
@@ -46,7 +46,7 @@ pub enum GuestEnd {
 pub struct VcpuContext {
     /// Port I/O goes here.
     pub devices: Arc<Devices>,
-    /// Guest memory.
+    /// Guest memory, where the instruction before RIP is looked at.
     pub memory: Mmap,
     /// Told once by each vCPU that ends.
     pub ended: Box<dyn Fn(u32, GuestEnd) + Send + Sync>,
@@ -417,7 +417,8 @@ fn tell_guest_it_was_paused(fd: &VcpuFd) {
     }
 }
 
-/// Runs guest code until it is stopped (`None`) where its state can be saved, or until the guest's end.
+/// Runs guest code until it is stopped (`None`) where its state can be saved, or until the guest's end. Also for a brake, as a
+/// vCPU that a brake holds may be saved without running again.
 fn run_until_settled(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
     let end = run_until_kicked(fd, context);
     if end.is_some() {

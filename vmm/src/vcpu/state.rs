@@ -88,6 +88,24 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateErr
     Ok(saved)
 }
 
+/// Has KVM forget what the TSCs of a VM are expected to show. Call it with the first vCPU, before any is restored.
+///
+/// KVM before Linux 6.7 takes a TSC within a second of what it expects for an attempt to synchronize vCPUs, and lets it show
+/// what is expected. Of a VM that has just been made that is its own age, which a young guest's TSC may well be near.
+///
+/// # Errors
+/// The KVM call that failed.
+pub fn forget_tsc(fd: &VcpuFd) -> Result<(), VcpuStateError> {
+    const FAR_FROM_ANY: u64 = 1 << 62;
+    let tsc = kvm_msr_entry {
+        index: msr::TSC,
+        data: FAR_FROM_ANY,
+        ..Default::default()
+    };
+    let msrs = Msrs::from_entries(&[tsc]).map_err(VcpuStateError::MsrList)?;
+    call("KVM_SET_MSRS", fd.set_msrs(&msrs)).map(drop)
+}
+
 /// Loads saved state into a parked vCPU, with no MSRs but those of `msr_indices`. `tsc_advance` is added to the guest's TSC: the time the move took.
 ///
 /// # Errors

@@ -18,8 +18,7 @@ pub fn run_checks(context: &Context, lints_only: bool) -> Result<()> {
         run(guests(context).args(["fmt", "--all", "--check"]))
     })?;
     // As the programs are built, so that both have one set of macros and build scripts.
-    let clippy = |cargo: Command, targets: &[&str]| {
-        let mut clippy = cargo;
+    let clippy = |mut clippy: Command, targets: &[&str]| {
         clippy.args(["clippy", "--release", "--workspace"]).args(targets);
         run(clippy.args(["--", "-D", "warnings"]))
     };

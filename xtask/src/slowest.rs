@@ -36,13 +36,13 @@ pub fn run(command: &mut Command) -> Result<()> {
             before = Instant::now();
         }
     }
-    succeeded(child.wait()?, &program)?;
+    let status = child.wait()?;
     times.sort();
     println!("    the slowest:");
     for (time, name) in times.iter().rev().take(NAMED) {
         println!("    {:6.1} s  {name}", time.as_secs_f64());
     }
-    Ok(())
+    succeeded(status, &program)
 }
 
 fn name_of(line: &str) -> Option<String> {

@@ -19,7 +19,8 @@ pub fn run() -> ExitCode {
         return ExitCode::from(3);
     };
     println!("break-entry: jumping to {address:#x}");
-    // SAFETY: never returns; what becomes of this process, and of the kernel, is what is asked for.
+    // SAFETY: it never comes back, so nothing of this program sees the stack pointer that it sets. That the kernel breaks is
+    // what was asked for.
     unsafe {
         std::arch::asm!(
             "mov rsp, {stack}",

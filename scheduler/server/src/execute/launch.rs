@@ -163,7 +163,9 @@ pub async fn submit_and_start(
     pinned: Option<&NodeName>,
 ) -> Result<Arc<VmEntry>, LaunchError> {
     let mut failed = None;
-    for _ in 0..TRIES {
+    let mut tries_left = TRIES;
+    loop {
+        tries_left -= 1;
         // Its epochs are used up where it was tried.
         let draft = VmRecord {
             id: VmId::new(),
@@ -176,22 +178,21 @@ pub async fn submit_and_start(
         };
         match start(scheduler, &entry, &guard).await {
             Ok(()) => return Ok(entry),
-            Err(error) if pinned.is_none() && is_of_the_node(&error) => {
+            Err(error @ LaunchError::Failed { code, .. }) if pinned.is_none() && blames_node(code) => {
+                if tries_left == 0 {
+                    return Err(failed.unwrap_or(error));
+                }
                 tracing::info!(%error, "the next best node is tried");
                 failed.get_or_insert(error);
             }
             Err(error) => return Err(error),
         }
     }
-    Err(failed.unwrap_or(LaunchError::QueueFull))
 }
 
-/// Another node may do better: what is wrong is neither the request nor known only to be unclear.
-fn is_of_the_node(error: &LaunchError) -> bool {
+/// Whether a start that failed so may succeed at another node: it is not the request that is wrong.
+fn blames_node(code: tonic::Code) -> bool {
     use tonic::Code;
-    let LaunchError::Failed { code, .. } = error else {
-        return false;
-    };
     !matches!(code, Code::InvalidArgument | Code::AlreadyExists | Code::Aborted)
 }
 
@@ -266,15 +267,10 @@ pub async fn resume_start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuar
 
 /// A node where starts fail is not the first choice for a while.
 fn learn(scheduler: &Scheduler, node: &NodeName, told: &Told) {
-    use tonic::Code;
     match told {
         Told::Runs => scheduler.failures.clear(node, None),
-        Told::Failed {
-            code: Code::InvalidArgument | Code::AlreadyExists | Code::Aborted,
-            ..
-        }
-        | Told::NoAnswer(_) => {}
-        Told::Failed { reason, .. } => scheduler.failures.note(node, None, reason),
+        Told::Failed { code, reason } if blames_node(*code) => scheduler.failures.note(node, None, reason),
+        Told::Failed { .. } | Told::NoAnswer(_) => {}
     }
 }
 

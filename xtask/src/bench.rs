@@ -27,7 +27,10 @@ pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
     let name = COMMANDS.iter().find(asked).map(|(_, name)| *name);
     let linux = name == Some("linux.json");
     let image = if linux { Image::LinuxChecks } else { Image::Probe };
-    images::build(context, image, &[Kernel::of_this_host()])?;
+    // QEMU without KVM is at its best with the plain kernel, whatever this host's KVM is.
+    let host = [Kernel::of_this_host()];
+    let alone = options.iter().any(|option| option == "--no-qemu");
+    images::build(context, image, if linux && !alone { &Kernel::ALL } else { &host })?;
     let (command, options) = options.split_at(usize::from(name.is_some()));
     let name = name.unwrap_or("bench.json");
     run(Command::new(program(context, "shoal-bench"))

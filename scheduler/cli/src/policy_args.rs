@@ -10,7 +10,8 @@ use crate::format::{millis, parse_duration, parse_rate};
 /// What can be changed while a migration runs.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ChangeArgs {
-    /// The longest pause to accept, such as 50ms.
+    /// Pause the guest once the pause is predicted to be no longer than this, such as 50ms. At four times this, at least 1 s, it is
+    /// given up.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub max_downtime: Option<Duration>,
     /// Give up if it has not come to the pause after this long, such as 2m.

@@ -118,11 +118,11 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(Command::Agents(options)) = &arguments.command {
-        let _lock = Lock::exclusive();
+        let _lock = Lock::alone();
         agents::run(options)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Some(lock) = Lock::with_kvm("the benchmark") else {
+    let Some(lock) = Lock::alone_with_kvm("the benchmark") else {
         return Ok(ExitCode::SUCCESS);
     };
     if let Some(Command::Linux(options)) = &arguments.command {

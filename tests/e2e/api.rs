@@ -10,7 +10,7 @@ use tonic_reflection::pb::{v1, v1alpha};
 
 #[test]
 fn the_cluster_api_has_reflection_and_health() {
-    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    let cluster = Cluster::start(Machine::shared(), &Shape::default());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

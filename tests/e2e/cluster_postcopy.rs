@@ -33,7 +33,7 @@ const AT_ONCE: [&str; 8] = [
 
 #[test]
 fn a_guest_that_outruns_the_link_ends_up_at_the_destination_and_the_report_says_how() {
-    let Some(machine) = Machine::with_kvm("post-copy in a cluster") else {
+    let Some(machine) = Machine::alone_with_kvm("post-copy in a cluster") else {
         return;
     };
     let cluster = Cluster::start(machine, &Shape::default());

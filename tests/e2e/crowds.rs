@@ -23,7 +23,7 @@ const STREAMS: usize = 190;
 
 #[test]
 fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
-    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    let cluster = Cluster::start(Machine::shared(), &Shape::default());
     cluster.run_probe("before", "node1", "128MiB", CALM);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let endpoint = cluster.shoal.endpoint().to_owned();
@@ -48,7 +48,7 @@ fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
 
 #[test]
 fn a_stranger_is_refused_by_agents_and_cannot_register_as_a_node() {
-    let cluster = Cluster::start(Machine::exclusive(), &Shape::default());
+    let cluster = Cluster::start(Machine::shared(), &Shape::default());
     let mode = std::fs::metadata(cluster.state_dir().join("cluster.secret"));
     assert_eq!(mode.expect("`up` made it").permissions().mode() & 0o777, 0o600);
     let address = cluster.node("node1")["address"].as_str().expect("one").to_owned();

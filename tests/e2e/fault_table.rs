@@ -51,7 +51,7 @@ fn every_point_is_in_the_table() {
 
 #[test]
 fn wherever_a_fault_strikes_exactly_one_vm_runs_or_it_is_said_why_none_does() {
-    let Some(_machine) = Machine::with_kvm("faults at every phase") else {
+    let Some(_machine) = Machine::alone_with_kvm("faults at every phase") else {
         return;
     };
     let only = std::env::var("SHOAL_FAULT_ROWS").unwrap_or_default();

@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
 
 fn on_runtime(body: impl Future<Output = ()>) {
-    let _machine = Machine::exclusive();
+    let _machine = Machine::shared();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -13,7 +13,7 @@ const PAGE: u64 = 4096;
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn on_runtime(test: &str, body: impl Future<Output = ()>) {
-    let Some(_machine) = Machine::with_kvm(test) else {
+    let Some(_machine) = Machine::alone_with_kvm(test) else {
         return;
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

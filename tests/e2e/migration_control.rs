@@ -17,7 +17,7 @@ const FAST: &str = "fill=48MiB wss=48MiB rate=12000 pattern=random";
 
 #[test]
 fn a_migration_is_cancelled_in_the_middle_and_the_vm_goes_on_where_it_was() {
-    let Some(machine) = Machine::with_kvm("cancelling a migration") else {
+    let Some(machine) = Machine::alone_with_kvm("cancelling a migration") else {
         return;
     };
     let cluster = Cluster::start(machine, &Shape::default());
@@ -86,7 +86,7 @@ fn refuses_to_cancel(cluster: &Cluster, vm: &str, kind: &str, words: &str) {
 
 #[test]
 fn a_slow_migration_is_sped_up_and_one_that_stalls_is_told_what_to_do() {
-    let Some(machine) = Machine::with_kvm("changing a migration while it runs") else {
+    let Some(machine) = Machine::alone_with_kvm("changing a migration while it runs") else {
         return;
     };
     let cluster = Cluster::start(machine, &Shape::default());
@@ -149,7 +149,7 @@ fn a_slow_migration_is_sped_up_and_one_that_stalls_is_told_what_to_do() {
 
 #[test]
 fn defaults_hold_for_what_comes_next_and_caps_are_shared() {
-    let Some(machine) = Machine::with_kvm("defaults of migrations") else {
+    let Some(machine) = Machine::alone_with_kvm("defaults of migrations") else {
         return;
     };
     let mut cluster = Cluster::start(machine, &Shape::default());

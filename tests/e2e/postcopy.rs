@@ -33,7 +33,7 @@ const VM: &str = "5c2f0c1d-0a0e-4a86-9b0b-61f3a1f0c0de";
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn on_runtime(test: &str, body: impl Future<Output = ()>) {
-    let Some(_machine) = Machine::with_kvm(test) else {
+    let Some(_machine) = Machine::alone_with_kvm(test) else {
         return;
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -5,7 +5,7 @@ use shoal_tests::soak::{self, Options, SEED, SHORT};
 
 #[test]
 fn a_guest_is_unharmed_by_many_moves_and_nothing_is_left_behind() {
-    let Some(machine) = Machine::with_kvm("many moves in a row") else {
+    let Some(machine) = Machine::alone_with_kvm("many moves in a row") else {
         return;
     };
     let options = Options {

@@ -96,7 +96,7 @@ fn holders(state: &Path, file: &Path) -> Vec<String> {
 
 #[test]
 fn an_interrupted_up_leaves_no_daemons() {
-    let _machine = Machine::exclusive();
+    let _machine = Machine::shared();
     for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let state = dir.path().join("s");
@@ -126,7 +126,7 @@ fn an_interrupted_up_leaves_no_daemons() {
 
 #[test]
 fn port_0_is_a_free_port_and_down_makes_nothing() {
-    let _machine = Machine::exclusive();
+    let _machine = Machine::shared();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (state, wrong) = (dir.path().join("s"), dir.path().join("wrong"));
     let shoal = |args: &[&str], state: &Path| {

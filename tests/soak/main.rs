@@ -33,7 +33,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let Some(machine) = Machine::with_kvm("the soak") else {
+    let Some(machine) = Machine::alone_with_kvm("the soak") else {
         return ExitCode::SUCCESS;
     };
     let seed = arguments.seed;

@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -542,12 +543,13 @@ fn fill_of(args: &str) -> u64 {
     mib.parse::<u64>().expect("a number of MiB") << 20
 }
 
-/// A port that is free now, outside the range from which the kernel hands out ports.
+/// A port that is free now, outside the range from which the kernel hands out ports. None is given twice by one process.
 #[must_use]
 pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(std::process::id() % 5_000).expect("less than 5,000");
     (0..10_000)
-        .map(|step| 20_000 + (start + step) % 10_000)
+        .map(|_| 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed) % 10_000) % 10_000)
         .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
         .expect("a free port")
 }

@@ -36,18 +36,9 @@ impl Schedulers {
     #[must_use]
     pub fn start(count: usize, more: &[&str]) -> Option<Self> {
         let etcd = EtcdServer::start()?;
-        let mut addresses = BTreeMap::new();
-        let mut taken = Vec::new();
-        while addresses.len() < count {
-            let port = free_port();
-            // Held until all are known, so that no port comes twice.
-            let Ok(held) = std::net::TcpListener::bind(("127.0.0.1", port)) else {
-                continue;
-            };
-            taken.push(held);
-            addresses.insert(format!("s{}", addresses.len() + 1), format!("127.0.0.1:{port}"));
-        }
-        drop(taken);
+        let addresses: BTreeMap<String, String> = (1..=count)
+            .map(|number| (format!("s{number}"), format!("127.0.0.1:{}", free_port())))
+            .collect();
         let all: Vec<&str> = addresses.values().map(String::as_str).collect();
         let mut schedulers = Self {
             shoal: Shoal::new(&all.join(",")),

@@ -85,11 +85,39 @@ pub fn give_up() {
     GIVEN_UP.store(true, Ordering::Relaxed);
 }
 
-/// Runs a command with its output in a log file. Shows that it goes on, and the end of the log if it fails.
+/// What is shown of a long command whose output goes to a log: its name, and how much of it is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress<'a> {
+    /// What is worked at.
+    pub name: &'a str,
+    /// Lines that the command prints when it does all of its work.
+    pub lines: usize,
+}
+
+impl Progress<'_> {
+    fn line(&self, lines: usize, start: Instant) -> String {
+        let percent = (100 * lines / self.lines).min(99);
+        format!(
+            "    ... {}: about {percent} % after {}",
+            self.name,
+            elapsed(start)
+        )
+    }
+}
+
+/// Runs a command with its output in a log file. Shows the end of the log if it fails.
 ///
 /// # Errors
 /// If the command cannot be run or fails, or if another step has failed meanwhile.
 pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
+    run_long(command, log, None)
+}
+
+/// The same, and shows every so often how far it is.
+///
+/// # Errors
+/// As [`run_logged`].
+pub fn run_long(command: &mut Command, log: &Path, progress: Option<Progress<'_>>) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command
         .stdin(Stdio::null())
@@ -111,7 +139,13 @@ pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
             bail!("ended, as another step failed");
         }
         if start.elapsed() >= next_sign {
-            println!("    ... {}, {} lines of output", elapsed(start), line_count(log));
+            println!(
+                "{}",
+                progress.map_or_else(
+                    || format!("    ... {}", elapsed(start)),
+                    |progress| progress.line(line_count(log), start)
+                )
+            );
             next_sign += SIGN_OF_LIFE;
         }
         thread::sleep(POLL);

@@ -8,10 +8,12 @@ use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::context::{Context, run_logged, step};
+use crate::context::{Context, Progress, run_logged, run_long, step};
 
 /// Where the Debian package `linux-source-6.12` puts its sources.
 pub const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
+/// Lines that make prints when it builds all of either kernel, for the progress that is shown.
+const LINES: usize = 1_535;
 /// The directory in that archive.
 const SOURCE_DIRECTORY: &str = "linux-source-6.12";
 
@@ -120,9 +122,14 @@ pub fn build(context: &Context, kernel: Kernel) -> Result<PathBuf> {
         || {
             let jobs = thread::available_parallelism().map_or(1, usize::from);
             let mut make = make(&source, &output);
-            run_logged(
+            let progress = Progress {
+                name: &format!("{name} kernel"),
+                lines: LINES,
+            };
+            run_long(
                 make.arg(format!("-j{jobs}")).arg("vmlinux"),
                 &output.join("build.log"),
+                Some(progress),
             )?;
             let mut strip = Command::new("strip");
             run_logged(

@@ -1,53 +1,46 @@
-//! Runs tests one at a time, and says which took longest.
+//! Runs the end-to-end tests, and says which took longest.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::fs;
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::context::succeeded;
+use crate::context::{Context, succeeded};
 
 /// So many are named.
 const NAMED: usize = 10;
 
-/// Runs a test program that prints `test NAME ... ok` for each test in turn, with its output on ours, and names the slowest.
+/// Runs a test program with its output on ours, and names the slowest tests: those that write how long they took to the file
+/// that `SHOAL_TEST_TIMES` names (`tests/src/machine.rs`).
 ///
 /// # Errors
 /// If it cannot be run or fails.
-pub fn run(command: &mut Command) -> Result<()> {
+pub fn run(context: &Context, command: &mut Command) -> Result<()> {
     let program = command.get_program().display().to_string();
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
+    let times = context.target_dir("test")?.join("times");
+    fs::write(&times, "").with_context(|| format!("cannot write {}", times.display()))?;
+    let status = command
+        .env("SHOAL_TEST_TIMES", &times)
+        .status()
         .with_context(|| format!("cannot run {program}"))?;
-    let mut output = BufReader::new(child.stdout.take().context("its output")?);
-    let mut times: Vec<(Duration, String)> = vec![];
-    let mut before = Instant::now();
-    let mut line = vec![];
-    loop {
-        line.clear();
-        if output.read_until(b'\n', &mut line)? == 0 {
-            break;
-        }
-        std::io::stdout().lock().write_all(&line)?;
-        if let Some(name) = name_of(&String::from_utf8_lossy(&line)) {
-            times.push((before.elapsed(), name));
-            before = Instant::now();
-        }
-    }
-    let status = child.wait()?;
-    times.sort();
+    let written = fs::read_to_string(&times).with_context(|| format!("cannot read {}", times.display()))?;
     println!("    the slowest:");
-    for (time, name) in times.iter().rev().take(NAMED) {
-        println!("    {:6.1} s  {name}", time.as_secs_f64());
+    for (seconds, name) in slowest(&written) {
+        println!("    {seconds:6.1} s  {name}");
     }
     succeeded(status, &program)
 }
 
-fn name_of(line: &str) -> Option<String> {
-    let (name, _) = line.trim_start().strip_prefix("test ")?.split_once(" ... ")?;
-    Some(name.to_owned())
+/// The slowest first. A test may use the machine several times.
+fn slowest(written: &str) -> Vec<(f64, &str)> {
+    let mut times: Vec<(f64, &str)> = written
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(seconds, name)| Some((seconds.parse().ok()?, name)))
+        .collect();
+    times.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+    times.truncate(NAMED);
+    times
 }
 
 #[cfg(test)]
@@ -55,9 +48,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_tests() {
-        assert_eq!(name_of("test a::b ... ok\n").as_deref(), Some("a::b"));
-        assert_eq!(name_of("test result: ok. 3 passed"), None);
-        assert_eq!(name_of("running 3 tests"), None);
+    fn the_slowest_come_first_and_torn_lines_are_passed_over() {
+        let written = "1.5 a::quick\n30.25 b::slow\n2\nx c::odd\n";
+        assert_eq!(slowest(written), [(30.25, "b::slow"), (1.5, "a::quick")]);
     }
 }

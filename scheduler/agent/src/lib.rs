@@ -50,7 +50,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,13 +116,7 @@ pub enum AgentError {
 ///
 /// # Errors
 /// If the agent cannot start, or its server fails.
-///
-/// Boxed: so all of this is compiled with this crate, and not again with each program that awaits it.
-pub fn serve(config: AgentConfig) -> Pin<Box<dyn Future<Output = Result<(), AgentError>> + Send>> {
-    Box::pin(run(config))
-}
-
-async fn run(config: AgentConfig) -> Result<(), AgentError> {
+pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
     config.validate()?;
     let prove = Prove::new(config.cluster_secret.as_ref());
     let schedulers = schedulers::Schedulers::new(&config.schedulers, &prove).map_err(AgentError::Endpoint)?;

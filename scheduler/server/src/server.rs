@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -133,13 +132,7 @@ pub struct Base {
 }
 
 /// Runs a scheduler until its shutdown completes. VMs and agents go on without it.
-///
-/// Boxed: so all of this is compiled with this crate, and not again with each program that awaits it.
-pub fn serve(config: SchedulerConfig) -> Pin<Box<dyn Future<Output = Result<(), ServerError>> + Send>> {
-    Box::pin(run(config))
-}
-
-async fn run(config: SchedulerConfig) -> Result<(), ServerError> {
+pub async fn serve(config: SchedulerConfig) -> Result<(), ServerError> {
     for address in [Some(config.listen), config.metrics].into_iter().flatten() {
         if !address.ip().is_loopback() && !config.insecure {
             return Err(ServerError::NotLoopback(address));

@@ -156,7 +156,13 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
                 VmPhase::Migrating,
                 format!("runs here and fetches memory from {}", intent.from),
             ),
-            None => (VmPhase::Migrating, format!("to {}: {}", intent.to, intent.reason)),
+            None => {
+                let message = match open.waits() {
+                    Some(why) => format!("waits to move to {}: {why}", intent.to),
+                    None => format!("to {}: {}", intent.to, intent.reason),
+                };
+                (VmPhase::Migrating, message)
+            }
         };
     }
     let node = scheduler.nodes.get(&record.node);

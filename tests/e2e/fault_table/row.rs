@@ -22,7 +22,7 @@ const MAX_DOWNTIME: Duration = Duration::from_secs(1);
 /// Long enough for the harness to see it and to do something, and shorter than the pause may be.
 const HELD: &str = "delay:1500";
 /// A first pass at this rate takes seconds, in which the guest of [`Kind::PostCopy`] writes a third of its memory again.
-const POST_COPY_BANDWIDTH: u64 = 12 << 20;
+const POST_COPY_BANDWIDTH: u64 = 6 << 20;
 /// Slow enough that much is missing still when the sides first talk of it.
 const POST_COPY_PROBE: &str = "fill=32MiB wss=32MiB rate=600 pattern=random";
 /// A destination whose source does not come gives up after this; much longer than a source takes on a busy host.

@@ -97,7 +97,7 @@ async fn what_a_cap_has_no_room_for_waits_says_why_and_begins_when_another_has_e
     set_defaults(&cluster, caps(3 * LEAST_BANDWIDTH))
         .await
         .expect("set");
-    assert_eq!(waiting(&cluster).await, [String::new(); 0]);
+    assert!(waiting(&cluster).await.is_empty());
     until("both are told their shares", || {
         let told = cluster.nodes[0].last_told();
         let rates = told.iter().filter_map(|policy| policy.bandwidth_bytes_per_second);
@@ -125,5 +125,5 @@ async fn a_guest_that_ends_while_its_migration_waits_is_not_kept_waiting() {
     cluster.report();
     let entry = cluster.scheduler.vms.find("b").expect("there");
     until("its end is known", || entry.record().phase.is_over()).await;
-    assert_eq!(waiting(&cluster).await, [String::new(); 0]);
+    assert!(waiting(&cluster).await.is_empty());
 }

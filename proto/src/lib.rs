@@ -9,6 +9,10 @@ mod ids;
 
 pub use ids::{Epoch, IdError, MigrationId, NodeName, VmId, VmName};
 
+/// Least bandwidth that a migration is held to, in bytes per second. At less, connections that take turns would each be without a
+/// byte for longer than their peers wait.
+pub const LEAST_BANDWIDTH: u64 = 1 << 20;
+
 /// Metadata of an error: where the scheduler is that leads, as `IP:PORT`.
 pub const LEADER_HEADER: &str = "shoal-leader";
 /// Metadata of a scheduler's calls to agents: the term of its lead, in decimal.

@@ -1,15 +1,46 @@
-//! The migration connection is cut after every so many bytes, between two VMMs without a cluster around them.
+//! The connections of a migration are cut at the frames that decide who runs the VM, and before, between two VMMs without a
+//! cluster around them.
 
 use shoal_proto::vm::{AbortIncomingRequest, MigrationReport, MigrationResult, ResumeRequest, VmState};
 use shoal_tests::guest;
 use shoal_tests::machine::Machine;
-use shoal_tests::proxy::{Proxy, Towards, Trouble};
+use shoal_tests::proxy::{ControlFrame, Part, Proxy, Towards, Trouble};
 use shoal_tests::vmm::{MIGRATION, Vmm, probe_spec};
 use tokio::time::{Duration, timeout};
 
 const MEMORY: u64 = 64 << 20;
+const FILL: u64 = 24 << 20;
 const PROBE: &str = "beat=200 fill=24MiB wss=1MiB rate=50 pattern=random";
 const VM: &str = "0b6a3f5e-5df7-4f55-9e5c-8c1f5d1f1a02";
+
+const PASS_END: ControlFrame = to_destination(4);
+const STATE: ControlFrame = to_destination(6);
+const READY: ControlFrame = to_source(7);
+const COMMIT: ControlFrame = to_destination(8);
+const RUNNING: ControlFrame = to_source(9);
+
+const fn to_destination(kind: u8) -> ControlFrame {
+    let towards = Towards::Destination;
+    ControlFrame { kind, towards }
+}
+
+const fn to_source(kind: u8) -> ControlFrame {
+    let towards = Towards::Source;
+    ControlFrame { kind, towards }
+}
+
+/// How a migration ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The source knows that it has not happened.
+    Stays,
+    /// The source is in doubt, and the destination has never had Commit.
+    DoubtStays,
+    /// The source is in doubt, and the destination runs the VM.
+    DoubtMoved,
+    /// Both know that it has happened.
+    Moves,
+}
 
 #[test]
 fn wherever_the_connection_is_cut_exactly_one_vm_runs() {
@@ -20,86 +51,88 @@ fn wherever_the_connection_is_cut_exactly_one_vm_runs() {
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(async {
-        let (whole, report) = move_with_cut(u64::MAX).await;
-        assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
-
-        let in_pre_copy = whole / 2;
-        let near_the_end =
-            [100_000, 20_000, 5_000, 1_000, 200, 50, 1].map(|bytes| whole.saturating_sub(bytes));
-        for cut in [0, 1, 60, 300, 4_096, in_pre_copy]
-            .into_iter()
-            .chain(near_the_end)
-        {
-            let (_, report) = move_with_cut(cut).await;
-            if cut <= in_pre_copy {
-                assert_eq!(
-                    report.result(),
-                    MigrationResult::Failed,
-                    "cut after {cut} bytes: {report:?}"
-                );
-                assert!(!report.reason.is_empty(), "the report must say why");
-            }
-        }
-    });
+    // Well before all of its 24 MiB, which do not compress, are there.
+    let early = [0, 60, 4_096, 1 << 20].map(|bytes| (Trouble::CutAfter(bytes), End::Stays));
+    let at_frames = [
+        (PASS_END, Part::Whole, End::Stays),
+        (STATE, Part::Nothing, End::Stays),
+        (STATE, Part::AllButOne, End::Stays),
+        (READY, Part::AllButOne, End::Stays),
+        (READY, Part::Whole, End::DoubtStays),
+        (COMMIT, Part::Nothing, End::DoubtStays),
+        (COMMIT, Part::Bytes(1), End::DoubtStays),
+        (COMMIT, Part::AllButOne, End::DoubtStays),
+        (COMMIT, Part::Whole, End::DoubtMoved),
+        (RUNNING, Part::Nothing, End::DoubtMoved),
+        (RUNNING, Part::AllButOne, End::DoubtMoved),
+        (RUNNING, Part::Whole, End::Moves),
+    ];
+    let at_frames = at_frames.map(|(frame, part, end)| (Trouble::CutAtFrame(frame, part), end));
+    for (trouble, end) in early.into_iter().chain(at_frames) {
+        runtime.block_on(move_with_cut(trouble, end));
+    }
 }
 
-/// Moves a probe through a proxy that cuts; settles what is in doubt as an agent would; checks that exactly one side
-/// runs and that the guest is unharmed. Answers the bytes that passed and the source's report.
-async fn move_with_cut(cut_after: u64) -> (u64, MigrationReport) {
+/// Moves a probe through a proxy that cuts; settles what is in doubt as an agent would; checks that it ended as it should, that
+/// exactly one side runs and that at no time two did.
+async fn move_with_cut(trouble: Trouble, expected: End) {
     let (mut source, mut destination) = (Vmm::start().await, Vmm::start().await);
     source.boot(probe_spec(VM, 1, MEMORY, PROBE)).await;
-    heartbeats_after(&mut source, 0, 24 << 20).await;
+    heartbeats_after(&mut source, 0, FILL).await;
     let prepared = destination
         .prepare_incoming(probe_spec(VM, 2, MEMORY, PROBE))
         .await;
-    let proxy = Proxy::start(prepared, Trouble::CutAfter(cut_after));
+    let proxy = Proxy::start(prepared, trouble);
 
     let max_downtime = Duration::from_millis(500);
     let report = source.migrate(proxy.address(), 2, max_downtime, |_| {}).await;
+    if let Trouble::CutAtFrame(..) = trouble {
+        assert!(proxy.frame_came(), "{trouble:?}: no such frame came: {report:?}");
+    }
+    let end = settle(&mut source, &mut destination, &report).await;
+    assert_eq!(end, expected, "{trouble:?}: {report:?}");
 
-    let runs_at_destination = match report.result() {
-        MigrationResult::Completed => true,
-        MigrationResult::Failed => {
-            assert!(
-                !has_committed(&mut destination).await,
-                "cut after {cut_after}: a failed move must not be committed"
-            );
-            false
-        }
-        MigrationResult::InDoubt => {
-            assert_eq!(source.state().await, VmState::InDoubt, "cut after {cut_after}");
-            let committed = has_committed(&mut destination).await;
-            if !committed {
-                source
-                    .client
-                    .resume(ResumeRequest { epoch: 1 })
-                    .await
-                    .expect("resumed");
-            }
-            committed
-        }
-        other => panic!("cut after {cut_after}: {other:?}"),
-    };
     let seen = guest::heartbeats(&source.console().await).len();
-    let runner = if runs_at_destination {
-        assert_eq!(
-            source.state().await,
-            if report.result() == MigrationResult::InDoubt {
-                VmState::InDoubt
-            } else {
-                VmState::Migrated
-            }
-        );
-        &mut destination
+    let (runner, other) = if matches!(end, End::DoubtMoved | End::Moves) {
+        let in_doubt = end == End::DoubtMoved;
+        let state = if in_doubt {
+            VmState::InDoubt
+        } else {
+            VmState::Migrated
+        };
+        source.wait_for_state(state).await;
+        (&mut destination, &mut source)
     } else {
-        assert!(!destination.has_run(), "cut after {cut_after}: both sides ran");
-        &mut source
+        assert!(!destination.has_run(), "{trouble:?}: both sides ran");
+        assert!(!report.reason.is_empty(), "the report must say why");
+        (&mut source, &mut destination)
     };
     runner.wait_for_state(VmState::Running).await;
-    heartbeats_after(runner, seen, 0).await;
+    heartbeats_after(runner, seen + 1, 0).await;
     guest::assert_unharmed(&runner.console().await);
-    (proxy.passed(Towards::Destination), report)
+    guest::assert_ran_once(&[runner.console_part().await, other.console_part().await]);
+}
+
+/// Has whoever is to run the VM run it, as an agent would. Answers how it ended.
+async fn settle(source: &mut Vmm, destination: &mut Vmm, report: &MigrationReport) -> End {
+    match report.result() {
+        MigrationResult::Completed => End::Moves,
+        MigrationResult::Failed => {
+            let committed = has_committed(destination).await;
+            assert!(!committed, "a failed move must not be committed: {report:?}");
+            End::Stays
+        }
+        MigrationResult::InDoubt => {
+            source.wait_for_state(VmState::InDoubt).await;
+            if has_committed(destination).await {
+                return End::DoubtMoved;
+            }
+            let resumed = source.client.resume(ResumeRequest { epoch: 1 }).await;
+            resumed.expect("resumed");
+            End::DoubtStays
+        }
+        other => panic!("{other:?}: {report:?}"),
+    }
 }
 
 /// Whether Commit came first. A destination whose process is gone never got it, unless it left its mark.

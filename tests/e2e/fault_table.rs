@@ -22,8 +22,9 @@ const AT_ONCE: usize = 6;
 /// So many rows may be run again, alone.
 const AGAIN: usize = 3;
 /// What no busy host excuses: two run, or none that should, or what the guest had is damaged.
-const UNSAFE: [&str; 11] = [
+const UNSAFE: [&str; 12] = [
     "it runs twice",
+    "the guest ran twice",
     "vCPUs have run at the destination",
     "that should be stopped writes",
     "it ran meanwhile",

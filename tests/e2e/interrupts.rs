@@ -49,8 +49,8 @@ fn an_interrupted_command_does_not_exit_as_if_it_were_done() {
     let cluster = Cluster::start(machine, &Shape::default());
     let shoal = &cluster.shoal;
     cluster.run_probe("a", "node1", "128MiB", CALM);
-    // No move is done before the test is.
-    shoal.ok(&["migrations", "defaults", "set", "--cluster-bandwidth", "64KiB"]);
+    // No move is done before the command that asks for it is interrupted: it would take a minute.
+    shoal.ok(&["migrations", "defaults", "set", "--cluster-bandwidth", "1MiB"]);
 
     for (command, signal, status, goes_on) in [
         (&["migrate", "a"][..], Signal::INT, 130, "the migration goes on"),

@@ -290,6 +290,95 @@ fn share_a_cap(cluster: &Cluster, moves: [Moving; 2], cap: u64) {
 }
 
 #[test]
+fn a_cap_without_room_for_all_lets_one_after_another_and_holds() {
+    let Some(machine) = Machine::with_kvm("moves that wait for a cap") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let too_little = cluster
+        .shoal
+        .fails(&["migrations", "defaults", "set", "--cluster-bandwidth", "64KiB"]);
+    assert!(
+        too_little.code == 1 && too_little.stderr.contains("at least 1.0 MiB a second"),
+        "{too_little:?}"
+    );
+    // The first would take a minute, the others some seconds.
+    cluster.run_probe("a", "node1", "96MiB", CALM);
+    for name in ["b", "c"] {
+        let small = "fill=3MiB wss=64KiB rate=20 pattern=random";
+        cluster.run_probe(name, "node1", "32MiB", small);
+    }
+    let too_little = cluster.shoal.fails(&["migrate", "a", "--bandwidth", "64KiB"]);
+    assert!(
+        too_little.code == 1 && too_little.stderr.contains("bandwidth_bytes_per_second: "),
+        "{too_little:?}"
+    );
+    cluster
+        .shoal
+        .json(&["migrations", "defaults", "set", "--cluster-bandwidth", "1MiB"]);
+    let mut first = Moving::start(&cluster.shoal, "a", &["--to", "node2"]);
+    first.wait_until_sent(1);
+    let moves = ["b", "c"].map(|name| Moving::start(&cluster.shoal, name, &["--to", "node2"]));
+    wait::until_true("all three to be known", seconds(20), || {
+        cluster.events_of_kind("migration-waits").len() == 2
+    });
+    let waits = |now: &Value| {
+        let why = now["reason"].as_str().unwrap_or("");
+        now["result"] == "waiting" && why.contains("that all migrations may use are taken by another one")
+    };
+    let all = cluster.shoal.json(&["migrations", "--running"]);
+    let waiting: Vec<&str> = all
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(|now| waits(now))
+        .filter_map(|now| now["vm"].as_str())
+        .collect();
+    assert_eq!(waiting.len(), 2, "{all}");
+    for vm in waiting {
+        let shown = [
+            cluster.vm(vm)["message"].clone(),
+            cluster.shoal.json(&["explain", vm])["verdict"].clone(),
+        ];
+        for said in shown {
+            assert!(
+                said.as_str()
+                    .is_some_and(|said| said.starts_with("waits to move to node2: ")),
+                "{said}"
+            );
+        }
+    }
+
+    first.cancel();
+    let ended = first.end();
+    assert_eq!(
+        (ended.code, &ended.report["result"]),
+        (1, &"cancelled".into()),
+        "{ended:?}"
+    );
+    for report in std::iter::once(ended.report).chain(moves.map(Moving::completes)) {
+        assert_eq!(
+            (
+                &report["bandwidth_taken_bytes_per_second"],
+                &report["policy"]["bandwidth_bytes_per_second"]
+            ),
+            (&MIB.into(), &0.into()),
+            "its VMM says what it held to: {report}"
+        );
+        // By the source's own clock, which the cap is held by as well.
+        let (ms, bytes) = (report["total_ms"].as_f64(), report["pages_sent"].as_f64());
+        let (seconds, bytes) = (ms.expect("a number") / 1e3, bytes.expect("a number") * 4096.0);
+        // What one frame holds, what may go at once after a rest, and the pause, which is not held to the cap.
+        let at_once = 4.0 * 256.0 * 1024.0;
+        assert!(bytes <= seconds * 1048576.0 + at_once, "{report}");
+    }
+    for name in ["a", "b", "c"] {
+        cluster.wait_for_heartbeats(name, 1);
+        guest::assert_unharmed(&cluster.logs(name));
+    }
+}
+
+#[test]
 fn what_races_with_a_migration_waits_or_is_refused() {
     let Some(machine) = Machine::with_kvm("what races with a migration") else {
         return;

@@ -146,8 +146,13 @@ impl Moving {
         timeout(LIMIT, self.in_post_copy.notified())
             .await
             .expect("post-copy begins");
+        self.hold_to(TRICKLE).await;
+    }
+
+    /// Changes its bandwidth; 0: as fast as it goes.
+    pub(crate) async fn hold_to(&mut self, bandwidth: u64) {
         let policy = MigrationPolicy {
-            bandwidth_bytes_per_second: Some(TRICKLE),
+            bandwidth_bytes_per_second: Some(bandwidth),
             ..MigrationPolicy::default()
         };
         let request = SetMigrationRequest {
@@ -242,6 +247,7 @@ fn a_guest_whose_source_cannot_be_reached_waits_and_then_goes_on_unharmed() {
         pair.destination
             .wait_for_status("the two to be connected again", |status| !status.link_lost)
             .await;
+        moving.hold_to(0).await;
         let report = moving.report().await;
         assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
         assert!(report.recoveries >= 1, "{report:?}");

@@ -97,6 +97,7 @@ fn a_guest_in_post_copy_goes_on_after_a_cut_whoever_else_connects() {
         pair.destination
             .wait_for_status("the two to be connected again", |status| !status.link_lost)
             .await;
+        moving.hold_to(0).await;
         let report = moving.report().await;
         assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
         assert_eq!(pair.destination.state().await, VmState::Running);

@@ -1,10 +1,13 @@
 //! VMMs that die in the middle of a migration.
 
+use std::process::Command;
+
 use shoal_proto::vm::MigrationResult;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::guest;
 use shoal_tests::machine::Machine;
 use shoal_tests::wait::{self, seconds};
+use shoal_tests::{paths, vmm};
 
 use crate::RESTLESS;
 
@@ -61,6 +64,11 @@ fn the_source_goes_on_when_the_destination_freezes_with_commit_in_its_hands() {
     let cluster = Cluster::start(machine, &shape);
     let vm = cluster.run_probe("held", "node1", "128MiB", crate::CALM);
     let source = cluster.only_vmm(&vm);
+    let shown = cluster.vm("held")["message"].clone();
+    assert!(
+        shown.as_str().is_some_and(|text| text.contains("FAULTS ARE ARMED") && text.contains("destination.commit=hang")),
+        "{shown}"
+    );
 
     std::thread::scope(|scope| {
         let migration = scope.spawn(|| cluster.shoal.fails(&["migrate", "held", "--to", "node2"]));
@@ -79,6 +87,32 @@ fn the_source_goes_on_when_the_destination_freezes_with_commit_in_its_hands() {
     assert_eq!(cluster.only_vmm(&vm).identity, source.identity);
     cluster.wait_for_heartbeats("held", 2);
     guest::assert_unharmed(&cluster.logs("held"));
+}
+
+#[test]
+fn a_vmm_that_is_not_told_to_allow_faults_obeys_none() {
+    let look = |more: &[&str]| {
+        let kernel = vmm::probe_kernel();
+        let output = Command::new(paths::program("shoal-vmm"))
+            .args(more)
+            .args(["check-image", "--kernel"])
+            .arg(kernel)
+            .env("SHOAL_FAULT", "nowhere=kill")
+            .output()
+            .expect("shoal-vmm starts");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = look(&[]);
+    assert!(
+        code == Some(0) && said.contains("SHOAL_FAULT is set and not obeyed"),
+        "{code:?}: {said}"
+    );
+    let (code, said) = look(&["--allow-faults"]);
+    assert!(
+        code == Some(2) && said.contains("nowhere=kill"),
+        "{code:?}: {said}"
+    );
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,7 +15,7 @@ use shoal_agent::ProcessIdentity;
 use shoal_proto::cluster::MigrateVmRequest;
 use shoal_proto::vm::{GetStatusRequest, MigrationPolicy, OnStall, VmState};
 
-use crate::guest::tail;
+use crate::guest::{Console, tail, written_twice};
 use crate::machine::Machine;
 use crate::migration::WatchedMigration;
 use crate::shoal::Shoal;
@@ -74,6 +75,16 @@ pub struct VmmProcess {
 }
 
 impl Cluster {
+    /// Agents have no VMM obey `SHOAL_FAULT`, so theirs is one that is told to.
+    fn vmm_that_allows_faults(&self) -> PathBuf {
+        let path = self.directory.path().join("vmm-that-allows-faults");
+        let vmm = paths::program("shoal-vmm");
+        let script = format!("#!/bin/sh\nexec '{}' --allow-faults \"$@\"\n", vmm.display());
+        fs::write(&path, script).expect("a script");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a script");
+        path
+    }
+
     /// Starts one and waits until it is ready.
     #[must_use]
     pub fn start(machine: Machine, shape: &Shape) -> Self {
@@ -102,6 +113,12 @@ impl Cluster {
         }
         args.extend(shape.up.iter().map(|&arg| arg.to_owned()));
         let fault = shape.fault.map(|fault| ("SHOAL_FAULT", fault));
+        if fault.is_some() {
+            args.push(format!(
+                "--vmm-binary={}",
+                cluster.vmm_that_allows_faults().display()
+            ));
+        }
         let up = cluster
             .shoal
             .command(&args)
@@ -450,8 +467,9 @@ pub fn vmms_below(state_dir: &Path, vm_id: &str) -> Vec<VmmProcess> {
     found
 }
 
-/// Panics if two of these VMMs run the VM. A source that says it migrates while the destination already runs has sent
-/// Commit and is paused for good, so only two that say they run are one too many.
+/// Panics if two of these VMMs run the VM, or its guest has written two different things in two of them. A source that says it
+/// migrates while the destination already runs has sent Commit and is paused for good, so only two that say they run are one too
+/// many.
 pub fn assert_at_most_one_runs(vmms: &[VmmProcess]) {
     let running: Vec<&VmmProcess> = vmms
         .iter()
@@ -463,6 +481,9 @@ pub fn assert_at_most_one_runs(vmms: &[VmmProcess]) {
         .filter(|vmm| vmm.state() == Some(VmState::Running))
         .count();
     assert!(still <= 1, "two copies run: {running:?}");
+    let consoles: Vec<Console> = vmms.iter().map(VmmProcess::console).collect();
+    let twice = written_twice(&consoles);
+    assert_eq!(twice, None, "{vmms:?}");
 }
 
 impl VmmProcess {
@@ -498,6 +519,20 @@ impl VmmProcess {
                     .into_inner()
                     .state(),
             )
+        })
+    }
+
+    /// What it has of the console that the scheduler has not yet; nothing if it does not answer.
+    fn console(&self) -> Console {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            match vmm::connect(&self.directory.join("vmm.sock")).await {
+                Ok(mut client) => vmm::console_part(&mut client).await,
+                Err(_) => Console::default(),
+            }
         })
     }
 }

@@ -122,6 +122,73 @@ pub fn assert_unharmed(console: &str) {
     check_unharmed(console).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
+/// A part of what a guest has written, as one side has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Console {
+    /// Where it begins, in bytes since the guest's first boot.
+    pub from: u64,
+    /// What follows.
+    pub bytes: Vec<u8>,
+}
+
+/// What a guest has written twice, differently, by what several sides have of it: then it ran at two of them. Its heartbeats tell
+/// the time in ms and its pauses in us.
+#[must_use]
+pub fn written_twice(parts: &[Console]) -> Option<String> {
+    let pairs = parts
+        .iter()
+        .enumerate()
+        .flat_map(|(n, one)| parts[n + 1..].iter().map(move |two| (one, two)));
+    pairs.into_iter().find_map(|(one, two)| {
+        let from = one.from.max(two.from);
+        let rest = |part: &Console| -> Vec<u8> {
+            let skipped = usize::try_from(from - part.from).unwrap_or(usize::MAX);
+            part.bytes.get(skipped..).unwrap_or_default().to_vec()
+        };
+        let (one, two) = (rest(one), rest(two));
+        let at = one.iter().zip(&two).position(|(one, two)| one != two)?;
+        let begin = at.saturating_sub(200);
+        let text =
+            |bytes: &[u8]| String::from_utf8_lossy(&bytes[begin..bytes.len().min(at + 200)]).into_owned();
+        Some(format!(
+            "the guest ran twice: at byte {} it wrote\n{}\nand\n{}",
+            from + at as u64,
+            text(&one),
+            text(&two)
+        ))
+    })
+}
+
+/// All that a guest has ever written, from what several sides have of it, of which at most one may have run it at a time.
+///
+/// # Errors
+/// Where it wrote two things, or that something is missing in between.
+pub fn whole_log(parts: &[Console]) -> Result<String, String> {
+    if let Some(twice) = written_twice(parts) {
+        return Err(twice);
+    }
+    let mut parts: Vec<&Console> = parts.iter().filter(|part| !part.bytes.is_empty()).collect();
+    parts.sort_by_key(|part| part.from);
+    let mut whole: Vec<u8> = vec![];
+    for part in parts {
+        let from = usize::try_from(part.from).map_err(|error| error.to_string())?;
+        let Some(known) = whole.len().checked_sub(from) else {
+            return Err(format!(
+                "nobody has what was written from byte {} to {from}",
+                whole.len()
+            ));
+        };
+        whole.extend_from_slice(part.bytes.get(known..).unwrap_or_default());
+    }
+    Ok(String::from_utf8_lossy(&whole).into_owned())
+}
+
+/// That at most one side ran the guest at a time, and that it is unharmed, by the heartbeats of its whole log.
+pub fn assert_ran_once(parts: &[Console]) {
+    let checked = whole_log(parts).and_then(|whole| check_unharmed(&whole));
+    checked.unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
 /// Numbers that a shell loop printed as `count N`.
 #[must_use]
 pub fn counts(console: &str) -> Vec<u64> {
@@ -276,6 +343,33 @@ mod tests {
             assert!(check_stress(&good.replace(from, to)).is_err(), "{from} {to}");
         }
         assert!(check_stress("boot").is_err());
+    }
+
+    #[test]
+    fn a_guest_that_ran_at_two_sides_is_found() {
+        let part = |from: usize, text: &str| Console {
+            from: from as u64,
+            bytes: text.as_bytes().to_vec(),
+        };
+        let (first, second) = GOOD.split_at(90);
+        let forked = GOOD.replace("max_gap_us=41", "max_gap_us=42");
+        assert_eq!(whole_log(&[part(0, GOOD)]).as_deref(), Ok(GOOD));
+        assert_eq!(
+            whole_log(&[part(90, second), part(0, first)]).as_deref(),
+            Ok(GOOD)
+        );
+        assert_eq!(
+            whole_log(&[part(50, &GOOD[50..80]), part(0, GOOD)]).as_deref(),
+            Ok(GOOD)
+        );
+        let twice = whole_log(&[part(0, GOOD), part(50, &forked[50..])]).expect_err("twice");
+        assert!(
+            twice.starts_with("the guest ran twice") && twice.contains("max_gap_us=42"),
+            "{twice}"
+        );
+        let hole = whole_log(&[part(0, first), part(91, &second[1..])]).expect_err("a hole");
+        assert!(hole.contains("byte 90 to 91"), "{hole}");
+        assert_ran_once(&[part(0, GOOD), part(0, first)]);
     }
 
     #[test]

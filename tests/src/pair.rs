@@ -278,6 +278,7 @@ impl Pair {
         let console = timeout(PATIENCE, runs.follow_console(enough)).await;
         let console = console.unwrap_or_else(|_| panic!("the guest does not go on: {runner:?}"));
         guest::assert_unharmed(&console);
+        guest::assert_ran_once(&[runs.console_part().await, other.console_part().await]);
         let after = other.status().await;
         if runner == Runner::Source {
             // Its console may still be loaded with all else, for nothing.

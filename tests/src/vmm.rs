@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::guest::Console;
 use crate::paths;
 
 /// The one migration that a pair of VMMs makes here.
@@ -57,7 +58,7 @@ impl Vmm {
         let mut words = words.iter().map(Into::into).chain([program]);
         let child = Command::new(words.next().expect("at least the program"))
             .args(words)
-            .args(["--api-fd", "0"])
+            .args(["--allow-faults", "--api-fd", "0"])
             .current_dir(directory.path())
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .stdout(log.try_clone().expect("the log again"))
@@ -149,6 +150,11 @@ impl Vmm {
     /// Follows the console until all of it so far is `enough`.
     pub async fn follow_console(&mut self, enough: impl FnMut(&str) -> bool) -> String {
         self.console_until(true, enough).await
+    }
+
+    /// What it has of the console; nothing of a process that does not answer.
+    pub async fn console_part(&mut self) -> Console {
+        console_part(&mut self.client).await
     }
 
     async fn console_until(&mut self, follow: bool, mut enough: impl FnMut(&str) -> bool) -> String {
@@ -251,6 +257,27 @@ impl Drop for Vmm {
         drop(self.child.kill()); // it may have ended
         drop(self.child.wait());
     }
+}
+
+/// What a VMM has of its console; nothing of one that does not answer.
+pub async fn console_part(client: &mut VmmClient<Channel>) -> Console {
+    let request = ReadConsoleRequest {
+        from_offset: 0,
+        follow: false,
+    };
+    let mut part = Console::default();
+    let answer = tokio::time::timeout(PATIENCE, client.read_console(request)).await;
+    let Ok(Ok(answer)) = answer else {
+        return part;
+    };
+    let mut stream = answer.into_inner();
+    while let Ok(Ok(Some(chunk))) = tokio::time::timeout(PATIENCE, stream.message()).await {
+        if part.bytes.is_empty() {
+            part.from = chunk.offset;
+        }
+        part.bytes.extend_from_slice(&chunk.data);
+    }
+    part
 }
 
 /// Migrates the VM of a VMM as asked, and watches.

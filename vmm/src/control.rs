@@ -270,6 +270,7 @@ pub fn start(config: ControlConfig) -> Result<ControlHandle, ControlError> {
     let (status, status_seen) = watch::channel(VmStatus {
         state: VmState::Empty.into(),
         pid,
+        faults: crate::fault::armed().to_owned(),
         ..Default::default()
     });
     let (progress, progress_seen) = watch::channel(None);

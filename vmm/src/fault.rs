@@ -1,5 +1,6 @@
-//! Named faults, for tests: `SHOAL_FAULT=NAME=ACTION[,...]` makes a step of a migration die, hang or fail. Unset, a point
-//! costs one load. Each entry strikes once, the first time that its point is reached.
+//! Named faults, for tests: `SHOAL_FAULT=NAME=ACTION[,...]` makes a step of a migration die, hang or fail. It is obeyed only
+//! by a VMM that was started with `--allow-faults`, which agents never do. Unarmed, a point costs one load. Each entry
+//! strikes once, the first time that its point is reached.
 //!
 //! Points are [`POINTS`], those of the phases on either side: `source.X` and `destination.X`. More of them:
 //! `destination.memory`, before guest memory is mapped; `destination.ran_mark`, before the mark that the VM has run is
@@ -126,7 +127,14 @@ struct Armed {
     struck: AtomicBool,
 }
 
-static ARMED: OnceLock<Vec<Armed>> = OnceLock::new();
+static ARMED: OnceLock<Arms> = OnceLock::new();
+
+#[derive(Debug)]
+struct Arms {
+    /// As it was asked for.
+    text: String,
+    faults: Vec<Armed>,
+}
 
 fn parse(text: &str) -> Result<Vec<Armed>, UnknownFault> {
     text.split(',')
@@ -144,18 +152,28 @@ fn parse(text: &str) -> Result<Vec<Armed>, UnknownFault> {
         .collect()
 }
 
-/// Arms what the environment asks for; to be called once, when the process starts.
+/// Arms what the environment asks for, if this process was told to obey that; to be called once, when it starts.
 ///
 /// # Errors
 /// When it asks for something unknown: a test whose fault never strikes would prove nothing.
-pub fn arm_from_environment() -> Result<(), UnknownFault> {
+pub fn arm_from_environment(allowed: bool) -> Result<(), UnknownFault> {
     let Ok(text) = std::env::var(VARIABLE) else {
         return Ok(());
     };
-    let armed = parse(&text)?;
+    if !allowed {
+        tracing::warn!("{VARIABLE} is set and not obeyed: this VMM was started without --allow-faults");
+        return Ok(());
+    }
+    let faults = parse(&text)?;
     tracing::warn!("FAULTS ARE ARMED, this VMM is for a test: {VARIABLE}={text}");
-    let _ = ARMED.set(armed); // a second call finds the same
+    let _ = ARMED.set(Arms { text, faults }); // a second call finds the same
     Ok(())
+}
+
+/// What this process is armed with, as it was asked for; empty: nothing.
+#[must_use]
+pub fn armed() -> &'static str {
+    ARMED.get().map_or("", |arms| &arms.text)
 }
 
 /// A place where a fault can strike; `name` is one of [`POINTS`].
@@ -164,7 +182,7 @@ pub fn arm_from_environment() -> Result<(), UnknownFault> {
 /// When the fault armed here is one that fails the step.
 #[inline]
 pub fn point(name: &str) -> Result<(), Fault> {
-    ARMED.get().map_or(Ok(()), |armed| strike(armed, name))
+    ARMED.get().map_or(Ok(()), |arms| strike(&arms.faults, name))
 }
 
 #[cold]

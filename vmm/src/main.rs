@@ -34,6 +34,8 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
        shoal-vmm --self-test                    say, as one line of JSON, how this host's KVM runs guests: kvm is
                                                 software or hardware, ring3_kernel whether kernels that run in
                                                 ring 3 can run here, reason why
+       shoal-vmm --allow-faults ...             obey SHOAL_FAULT=POINT=ACTION[,...], which makes migrations fail: for
+                                                tests of Shoal itself
        shoal-vmm --version                      print its version
        shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
@@ -48,6 +50,7 @@ struct Options {
     check_image: bool,
     print_cpuid: bool,
     self_test: bool,
+    allow_faults: bool,
     api_fd: Option<i32>,
     api_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
@@ -75,6 +78,7 @@ fn parse() -> Result<Asked, lexopt::Error> {
             Value(word) if word == "check-image" => options.check_image = true,
             Value(word) if word == "print-cpuid" => options.print_cpuid = true,
             Long("self-test") => options.self_test = true,
+            Long("allow-faults") => options.allow_faults = true,
             Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
             Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
@@ -105,9 +109,6 @@ fn main() -> ExitCode {
         // A line that cannot be written is lost. To complain of it on stderr, which is where it went, would panic.
         .log_internal_errors(false)
         .init();
-    if let Err(error) = fault::arm_from_environment() {
-        return fail(USAGE_ERROR, &error.to_string());
-    }
     let options = match parse() {
         Ok(Asked::Run(options)) => options,
         Ok(Asked::Say(text)) => {
@@ -116,6 +117,9 @@ fn main() -> ExitCode {
         }
         Err(error) => return fail(USAGE_ERROR, &format!("{error}\n{USAGE}")),
     };
+    if let Err(error) = fault::arm_from_environment(options.allow_faults) {
+        return fail(USAGE_ERROR, &error.to_string());
+    }
     let result = if options.check_image {
         check_image(&options)
     } else if options.print_cpuid {

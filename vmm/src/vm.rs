@@ -53,6 +53,9 @@ pub enum VmError {
         /// Why.
         source: VcpuStateError,
     },
+    /// It was to be saved, and runs.
+    #[error("vCPU {0} runs, so its state cannot be saved; pause the VM first")]
+    NotPaused(u32),
     /// Saved state that cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
@@ -214,7 +217,8 @@ impl Vm {
         }
     }
 
-    /// Stops every vCPU and returns when none runs guest code. Port I/O in flight is complete.
+    /// Stops every vCPU and returns when none runs guest code, or somebody has resumed the VM meanwhile. Port I/O in flight is
+    /// complete.
     pub fn pause(&self) {
         self.pause_after(|| ());
     }
@@ -293,7 +297,7 @@ impl Vm {
     /// Saves all but memory. vCPUs must be paused.
     ///
     /// # Errors
-    /// The part that could not be read.
+    /// The part that could not be read, or the vCPU that runs.
     pub fn save(&self) -> Result<Vec<u8>, VmError> {
         let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
         let mut writer = state::Writer::new();
@@ -315,12 +319,12 @@ impl Vm {
         writer.section(Kind::Pit, 0, &PitState { pit: to_bytes(&pit) });
         // After the I/O APIC: an interrupt that passes from one to the other in between is in the local APIC's state.
         for vcpu in &self.vcpus {
-            let saved =
-                vcpu::save(&vcpu.fd(), &self.platform.msr_indices).map_err(|source| VmError::VcpuState {
-                    id: vcpu.id(),
-                    source,
-                })?;
-            writer.section(Kind::Vcpu, vcpu.id(), &saved);
+            let id = vcpu.id();
+            // Not waited for: whoever let it run again may be waiting for the thread that saves.
+            let fd = vcpu.fd_if_parked().ok_or(VmError::NotPaused(id))?;
+            let saved = vcpu::save(&fd, &self.platform.msr_indices)
+                .map_err(|source| VmError::VcpuState { id, source })?;
+            writer.section(Kind::Vcpu, id, &saved);
         }
         let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
             clock.realtime

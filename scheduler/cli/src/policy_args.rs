@@ -17,7 +17,7 @@ pub struct ChangeArgs {
     /// Give up if it has not come to the pause after this long, such as 2m.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
-    /// Use at most this much of the network per second, such as 100MiB; 0: all there is.
+    /// Use at most this much of the network per second, such as 100MiB, at least 1MiB; 0: all there is.
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
     /// When the guest writes faster than memory is sent: slow it down, let it run at the destination and fetch the rest,

@@ -7,7 +7,7 @@ use crate::format;
 
 mod migration;
 
-pub use migration::{DefaultsView, MigrationDetails, MigrationView, PolicyView, phase};
+pub use migration::{DefaultsView, MigrationDetails, MigrationView, PolicyView, cap, phase};
 
 /// A VM, for `ps`, `run`, `stop` and `inspect`.
 #[derive(Debug, Serialize)]

@@ -39,8 +39,12 @@ pub enum Kind {
     VmInDoubt,
     /// What was in doubt was decided.
     VmResolved,
+    /// What has become of a VM cannot be stored.
+    StoreRefused,
     /// A move was decided on; the message is its reason.
     MigrationPlanned,
+    /// A move was decided on, and does not begin yet; the message is the reason.
+    MigrationWaits,
     /// The planner would move a VM, and is to advise only.
     MigrationAdvised,
     /// The VM runs on its new node.
@@ -96,7 +100,9 @@ impl Kind {
             Self::VmUnknown => "vm-unknown",
             Self::VmInDoubt => "vm-in-doubt",
             Self::VmResolved => "vm-resolved",
+            Self::StoreRefused => "store-refused",
             Self::MigrationPlanned => "migration-planned",
+            Self::MigrationWaits => "migration-waits",
             Self::MigrationAdvised => "migration-advised",
             Self::MigrationCompleted => "migration-completed",
             Self::MigrationFailed => "migration-failed",

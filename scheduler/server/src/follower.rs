@@ -108,7 +108,7 @@ impl Follower {
             self.schedulers.clone(),
         )?;
         for intent in unfinished.intents {
-            scheduler.migrations.open(Arc::new(intent));
+            scheduler.migrations.take_up(Arc::new(intent));
         }
         *view = Some(View {
             revision,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use shoal_proto::{NodeName, VmId, cluster, vm};
 use tokio::sync::watch;
 
-use crate::bandwidth::{self, Caps, Sharer};
+use crate::bandwidth::{self, Caps, Share, Sharer};
 use crate::record::Intent;
 
 /// What is known of a migration now.
@@ -43,8 +43,8 @@ pub struct OpenMigration {
     view: watch::Sender<MigrationView>,
     wish: watch::Sender<Wish>,
     policy: Mutex<vm::MigrationPolicy>,
-    /// What it may use of the network, in bytes per second; 0: no cap.
-    share: watch::Sender<u64>,
+    /// What it may use of the network. Only one that has not begun waits.
+    share: watch::Sender<Share>,
     /// The cap that its source was told last. Held while the source is told anything, so that nothing overtakes.
     pub told: tokio::sync::Mutex<Option<u64>>,
 }
@@ -71,8 +71,24 @@ impl OpenMigration {
     }
 
     /// What it may use of the network, and changes of that.
-    pub fn share(&self) -> watch::Receiver<u64> {
+    pub fn share(&self) -> watch::Receiver<Share> {
         self.share.subscribe()
+    }
+
+    /// The bytes per second that it may use now, 0 for no cap; none while it waits.
+    pub fn rate(&self) -> Option<u64> {
+        match *self.share.borrow() {
+            Share::Rate(rate) => Some(rate),
+            Share::Waits(_) => None,
+        }
+    }
+
+    /// Why it has not begun.
+    pub fn waits(&self) -> Option<String> {
+        match &*self.share.borrow() {
+            Share::Waits(why) => Some(why.clone()),
+            Share::Rate(_) => None,
+        }
     }
 
     /// As users see it while it runs.
@@ -90,6 +106,7 @@ impl OpenMigration {
             report: None,
             progress: self.view().progress,
             policy: Some(self.policy()),
+            waits: self.waits().unwrap_or_default(),
         }
     }
 
@@ -116,12 +133,21 @@ pub struct MigrationTable {
 }
 
 impl MigrationTable {
-    /// Adds a migration whose intent has been stored.
+    /// Adds a migration whose intent has been stored. It waits until the network has been shared again.
     pub fn open(&self, intent: Arc<Intent>) -> Arc<OpenMigration> {
+        self.add(intent, Share::Waits("it is about to begin".to_owned()))
+    }
+
+    /// Adds a migration that may have begun, under an earlier scheduler or unknown to this one.
+    pub fn take_up(&self, intent: Arc<Intent>) -> Arc<OpenMigration> {
+        self.add(intent, Share::Rate(0))
+    }
+
+    fn add(&self, intent: Arc<Intent>, share: Share) -> Arc<OpenMigration> {
         let vm = intent.vm;
         let migration = Arc::new(OpenMigration {
             policy: Mutex::new(intent.policy),
-            share: watch::Sender::default(),
+            share: watch::Sender::new(share),
             told: tokio::sync::Mutex::default(),
             intent,
             view: watch::Sender::default(),
@@ -164,10 +190,11 @@ impl MigrationTable {
     pub fn share_bandwidth(&self, defaults: &cluster::MigrationDefaults) {
         // The lock keeps a later call from being overtaken by an earlier one.
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        let all: Vec<_> = open
+        let mut all: Vec<_> = open
             .values()
             .map(|migration| (migration, migration.policy()))
             .collect();
+        all.sort_by_key(|(migration, _)| (migration.intent.started_unix_ms, migration.intent.vm));
         let sharers: Vec<Sharer<'_>> = all
             .iter()
             .map(|(migration, policy)| Sharer {
@@ -175,6 +202,7 @@ impl MigrationTable {
                 to: migration.intent.to.as_str(),
                 own: policy.bandwidth_bytes_per_second.unwrap_or(0),
                 priority: policy.priority.unwrap_or(5),
+                begun: migration.waits().is_none(),
             })
             .collect();
         let caps = Caps {
@@ -183,9 +211,11 @@ impl MigrationTable {
         };
         let shares = bandwidth::shares(&sharers, caps);
         for ((migration, _), share) in all.iter().zip(shares) {
-            migration
-                .share
-                .send_if_modified(|now| std::mem::replace(now, share) != share);
+            migration.share.send_if_modified(|now| {
+                let changes = *now != share;
+                *now = share;
+                changes
+            });
         }
     }
 

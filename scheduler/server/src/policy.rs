@@ -2,7 +2,9 @@
 
 use std::sync::{PoisonError, RwLock};
 
+use bytesize::ByteSize;
 use shoal_plan::ActionKind;
+use shoal_proto::LEAST_BANDWIDTH;
 use shoal_proto::cluster::MigrationDefaults;
 use shoal_proto::vm::{Compression, MigrationPolicy, OnStall, Verify};
 
@@ -11,8 +13,6 @@ use crate::limits::FieldError;
 const WEEK_MS: u64 = 7 * 24 * 3600 * 1000;
 const MAX_CONNECTIONS: u32 = 16;
 const MAX_PRIORITY: u32 = 9;
-/// Less than this a second moves nothing in a lifetime.
-pub const LEAST_BANDWIDTH: u64 = 64 << 10;
 
 /// Why a VM is moved, as far as its policy depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +110,10 @@ fn bandwidth(field: &'static str, value: Option<u64>) -> Result<(), FieldError> 
         Some(rate) if rate != 0 && rate < LEAST_BANDWIDTH => Err(FieldError::new(
             field,
             &format!("{rate} bytes a second"),
-            "0 for no cap, or at least 64 KiB a second",
+            &format!(
+                "0 for no cap, or at least {} a second",
+                ByteSize::b(LEAST_BANDWIDTH)
+            ),
         )),
         _ => Ok(()),
     }
@@ -132,8 +135,17 @@ pub struct Defaults {
 }
 
 impl Defaults {
-    /// As they were stored.
-    pub fn new(stored: MigrationDefaults) -> Self {
+    /// As they were stored, maybe by a scheduler that took smaller caps than hold: then the least there is.
+    pub fn new(mut stored: MigrationDefaults) -> Self {
+        let policy = stored.policy.as_mut();
+        let caps = [
+            policy.and_then(|policy| policy.bandwidth_bytes_per_second.as_mut()),
+            stored.cluster_bandwidth_bytes_per_second.as_mut(),
+            stored.link_bandwidth_bytes_per_second.as_mut(),
+        ];
+        for cap in caps.into_iter().flatten().filter(|cap| **cap != 0) {
+            *cap = (*cap).max(LEAST_BANDWIDTH);
+        }
         Self {
             set: RwLock::new(stored),
             changing: tokio::sync::Mutex::default(),
@@ -274,7 +286,7 @@ mod tests {
             ),
             (
                 MigrationPolicy {
-                    bandwidth_bytes_per_second: Some(1),
+                    bandwidth_bytes_per_second: Some(LEAST_BANDWIDTH - 1),
                     ..policy()
                 },
                 "bandwidth_bytes_per_second",
@@ -349,5 +361,23 @@ mod tests {
         };
         let error = change(&set, &bad).expect_err("too little").to_string();
         assert!(error.starts_with("cluster_bandwidth"), "{error}");
+    }
+
+    #[test]
+    fn caps_stored_by_an_older_scheduler_are_raised_to_what_holds() {
+        let stored = MigrationDefaults {
+            policy: Some(MigrationPolicy {
+                bandwidth_bytes_per_second: Some(64 << 10),
+                ..Default::default()
+            }),
+            cluster_bandwidth_bytes_per_second: Some(64 << 10),
+            link_bandwidth_bytes_per_second: Some(0),
+            reset: false,
+        };
+        let set = Defaults::new(stored).set();
+        let policy = set.policy.expect("a policy");
+        assert_eq!(policy.bandwidth_bytes_per_second, Some(LEAST_BANDWIDTH));
+        assert_eq!(set.cluster_bandwidth_bytes_per_second, Some(LEAST_BANDWIDTH));
+        assert_eq!(set.link_bandwidth_bytes_per_second, Some(0), "no cap");
     }
 }

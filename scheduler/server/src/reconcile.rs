@@ -320,7 +320,8 @@ async fn take_up(
     scheduler
         .save_vm(record, vec![Write::PutIntent(Arc::clone(&intent))])
         .await?;
-    let open = scheduler.migrations.open(intent);
+    let open = scheduler.migrations.take_up(intent);
+    scheduler.share_bandwidth();
     let settlement = Settlement::new(Arc::clone(scheduler), Arc::clone(entry), open, guard);
     tokio::spawn(settlement.settle());
     Ok(())
@@ -335,7 +336,7 @@ pub fn recover(scheduler: &Shared, intents: Vec<Intent>) {
         };
         let Some(guard) = entry.try_lock() else { continue };
         tracing::info!(vm = %intent.vm, migration = %intent.migration, "taking up a migration");
-        let open = scheduler.migrations.open(Arc::new(intent));
+        let open = scheduler.migrations.take_up(Arc::new(intent));
         tokio::spawn(Settlement::new(Arc::clone(scheduler), entry, open, guard).settle());
     }
     scheduler.share_bandwidth();

@@ -126,6 +126,23 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the same may be stored by this scheduler later.
+    pub fn can_pass(&self) -> bool {
+        match self {
+            Self::Database { .. } => true,
+            Self::InUse(_)
+            | Self::Location { .. }
+            | Self::NewerSchema { .. }
+            | Self::Corrupt { .. }
+            | Self::HalfRestored(_)
+            | Self::TooLarge { .. }
+            | Self::Encode(_)
+            | Self::Deposed
+            | Self::ReadOnly
+            | Self::Interrupted => false,
+        }
+    }
+
     fn corrupt(store: &str, what: impl Into<String>) -> Self {
         Self::Corrupt {
             store: store.to_owned(),

@@ -20,7 +20,14 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
     // An older record does not say it. Its node does, which is of the same kind.
     let of_node = || node.as_ref().and_then(|node| node.record().kvm);
     let runs_on = record.kvm.or_else(of_node);
-    let (phase, message) = phase(scheduler, entry);
+    let (phase, mut message) = phase(scheduler, entry);
+    let faults = seen
+        .as_ref()
+        .and_then(|seen| seen.facts.status.as_ref())
+        .map_or("", |status| status.faults.as_str());
+    if !faults.is_empty() {
+        message = format!("FAULTS ARE ARMED in its VMM, for a test ({faults}) {message}");
+    }
     let exit_status = match &record.phase {
         Phase::Ending(Outcome::Exited { status, .. }) | Phase::Ended(Outcome::Exited { status, .. }) => {
             *status
@@ -156,7 +163,13 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
                 VmPhase::Migrating,
                 format!("runs here and fetches memory from {}", intent.from),
             ),
-            None => (VmPhase::Migrating, format!("to {}: {}", intent.to, intent.reason)),
+            None => {
+                let message = match open.waits() {
+                    Some(why) => format!("waits to move to {}: {why}", intent.to),
+                    None => format!("to {}: {}", intent.to, intent.reason),
+                };
+                (VmPhase::Migrating, message)
+            }
         };
     }
     let node = scheduler.nodes.get(&record.node);

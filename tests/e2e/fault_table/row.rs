@@ -23,7 +23,7 @@ const MAX_DOWNTIME: Duration = Duration::from_secs(1);
 const HELD: &str = "delay:1500";
 /// A first pass at this rate takes seconds, in which the guest of [`Kind::PostCopy`] writes a third of its memory again.
 const POST_COPY_BANDWIDTH: u64 = 6 << 20;
-/// Slow enough that much is missing still when the sides first talk of it: each page it touches brings its neighbours.
+/// Slow enough that much is missing still when the sides first talk of it.
 const POST_COPY_PROBE: &str = "fill=32MiB wss=32MiB rate=600 pattern=random";
 /// A destination whose source does not come gives up after this; much longer than a source takes on a busy host.
 const ACCEPT_TIMEOUT_MS: u64 = 12_000;

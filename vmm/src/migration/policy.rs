@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use shoal_proto::LEAST_BANDWIDTH;
 use shoal_proto::vm::{Compression, MigrationPolicy, OnStall, Verify};
 
 const DEFAULT_MAX_DOWNTIME_MS: u64 = 50;
@@ -10,8 +11,6 @@ const LONGEST_MS: u64 = 7 * 24 * 3600 * 1000;
 /// Connections for pages, at most.
 pub const MAX_CONNECTIONS: u32 = 16;
 const MAX_PRIORITY: u32 = 9;
-/// Less would leave connections without a byte for longer than peers wait.
-const LEAST_BANDWIDTH: u64 = 1 << 20;
 const DEFAULT_PRIORITY: u32 = 5;
 
 /// A policy that cannot be.
@@ -81,6 +80,16 @@ fn at_most(field: &'static str, value: u32, limit: u32) -> Result<u32, PolicyErr
     }
 }
 
+/// Not less than is asked for, so that nobody is told of a cap that does not hold.
+fn allowed_bandwidth(asked: u64) -> Result<u64, PolicyError> {
+    if asked == 0 || asked >= LEAST_BANDWIDTH {
+        Ok(asked)
+    } else {
+        let why = format!("{asked} bytes a second is neither 0, for no cap, nor at least {LEAST_BANDWIDTH}");
+        Err(refuse("bandwidth_bytes_per_second", why))
+    }
+}
+
 impl Policy {
     /// This policy with what `change` sets.
     ///
@@ -96,11 +105,7 @@ impl Policy {
             policy.timeout = millis("timeout_ms", ms)?;
         }
         if let Some(bandwidth) = change.bandwidth_bytes_per_second {
-            policy.bandwidth = if bandwidth == 0 {
-                0
-            } else {
-                bandwidth.max(LEAST_BANDWIDTH)
-            };
+            policy.bandwidth = allowed_bandwidth(bandwidth)?;
         }
         if let Some(connections) = change.connections {
             policy.connections = at_most("connections", connections, MAX_CONNECTIONS)?;
@@ -195,6 +200,13 @@ mod tests {
                     ..Default::default()
                 },
                 "policy.timeout_ms",
+            ),
+            (
+                MigrationPolicy {
+                    bandwidth_bytes_per_second: Some(LEAST_BANDWIDTH - 1),
+                    ..Default::default()
+                },
+                "policy.bandwidth_bytes_per_second",
             ),
             (
                 MigrationPolicy {

@@ -190,9 +190,13 @@ impl Recorder {
         self.publish();
     }
 
-    /// What is in force, and how it is sent.
-    pub fn settings(&mut self, policy: &Policy, connections: usize, tls: bool) {
+    /// What is in force, which may change at any time.
+    pub fn policy(&mut self, policy: &Policy) {
         self.progress.policy = Some(policy.into());
+    }
+
+    /// How it is sent.
+    pub fn settings(&mut self, connections: usize, tls: bool) {
         self.progress.connections = u32::try_from(connections).unwrap_or(u32::MAX);
         self.facts.connections = self.progress.connections;
         self.facts.tls = tls;

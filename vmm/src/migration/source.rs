@@ -28,6 +28,7 @@ use super::wire::{
 };
 use crate::dirty::{Bitmap, DirtyLog};
 use crate::spec::VmSpec;
+use crate::throttle::Throttle;
 use crate::vm::Vm;
 pub use error::SourceError;
 use pause_guard::{Guarded, PauseGuard};
@@ -96,10 +97,11 @@ pub fn migrate(
     tell: &(dyn Fn(Serving) + Sync),
 ) -> MigrationProgress {
     let mut recorder = Recorder::new(request.migration_id, vm.memory().len(), progress);
-    recorder.settings(&request.policy, 0, false);
+    recorder.policy(&request.policy);
     recorder.facts.paused = request.paused;
     recorder.phase(MigrationPhase::Negotiate);
     let (outcome, bytes_sent) = run(vm, spec, kvm, request, controls, &mut recorder, tell);
+    recorder.policy(&controls.policy());
     if request.paused {
         // It stood still before, and does so after.
         recorder.downtime = Downtime::default();
@@ -173,6 +175,7 @@ fn run(
         recent: vec![],
         commit_sent: false,
         guard: &guard,
+        throttle: None,
     };
     let outcome = std::thread::scope(|scope| {
         let _guarded = Guarded(&guard);
@@ -268,6 +271,8 @@ struct Source<'a> {
     commit_sent: bool,
     /// Of the pause.
     guard: &'a PauseGuard,
+    /// Slows the guest until it is paused, or the migration fails.
+    throttle: Option<Throttle>,
 }
 
 impl Source<'_> {
@@ -331,8 +336,11 @@ impl Source<'_> {
     }
 
     fn resume_unless_committed(&mut self, outcome: &Result<(), SourceError>) {
-        if outcome.is_err() && !self.commit_sent && self.paused_at.take().is_some() {
-            self.vm.resume();
+        if outcome.is_err() && !self.commit_sent {
+            self.throttle = None;
+            if self.paused_at.take().is_some() {
+                self.vm.resume();
+            }
         }
     }
 
@@ -388,7 +396,7 @@ impl Source<'_> {
             connections.push(self.attach(Role::Data, index)?);
         }
         let tls = self.control.stream().is_tls();
-        self.recorder.settings(&self.request.policy, count, tls);
+        self.recorder.settings(count, tls);
         Ok(connections)
     }
 
@@ -434,6 +442,15 @@ impl Source<'_> {
         let paused_at = Instant::now();
         self.paused_at = Some(paused_at);
         self.recorder.downtime.stop = asked.elapsed();
+        // Not before: what a guest wrote that ran free until it stood still would have to be sent in the pause.
+        if let Some(throttle) = &self.throttle {
+            throttle.set(0);
+            self.recorder.throttle(0, throttle.taken());
+        }
+        if self.controls.is_cancelled() {
+            // By the guard of the pause, maybe: then the vCPUs run.
+            return Err(SourceError::Cancelled);
+        }
         crate::fault::point("source.pause")?;
         if self.vm.guest_end().is_some() {
             return Err(SourceError::GuestEnded);

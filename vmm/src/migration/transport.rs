@@ -66,6 +66,18 @@ pub enum TransportError {
     Refused(String),
 }
 
+impl TransportError {
+    /// Whether it may be otherwise the next time, with the same addresses and certificates at both ends.
+    #[must_use]
+    pub fn can_pass(&self) -> bool {
+        match self {
+            // A certificate may not be valid yet, and a peer that refuses may not be ready yet.
+            Self::Connect { .. } | Self::Io(_) | Self::Silent | Self::Tls(_) | Self::Refused(_) => true,
+            Self::PlaintextSource | Self::TlsSource | Self::Stranger | Self::OtherUser(_) => false,
+        }
+    }
+}
+
 /// A connection of a migration.
 #[derive(Debug)]
 pub struct Transport {

@@ -8,7 +8,7 @@ use crate::arch::tables::{BootMode, boot_registers};
 use crate::console::Console;
 use crate::memory::GuestMemory;
 use crate::vcpu::install_kick_handler;
-use crate::vm::VmHooks;
+use crate::vm::{VmError, VmHooks};
 
 const MIB: f64 = 1024.0 * 1024.0;
 const CODE_AT: GuestAddress = GuestAddress(0x10_0000);
@@ -122,6 +122,29 @@ fn pausing_and_throttling_do_not_undo_each_other() {
     assert_eq!(counter(&vm), at_pause, "a throttle let a paused guest run");
     vm.resume();
     until_it_counts(&vm);
+}
+
+#[test]
+fn a_guest_that_is_resumed_meanwhile_holds_up_neither_who_pauses_it_nor_who_saves_it() {
+    let Some(vm) = vm(&COUNT, 1) else { return };
+    for _ in 0..50 {
+        std::thread::scope(|scope| {
+            // As the guard of a pause does that lasts too long: at any moment.
+            scope.spawn(|| vm.resume());
+            vm.pause();
+            match vm.save() {
+                Ok(_) | Err(VmError::NotPaused(0)) => {}
+                Err(error) => panic!("{error}"),
+            }
+        });
+        vm.resume();
+        until_it_counts(&vm);
+    }
+    until("a save that finds it running", || {
+        matches!(vm.save(), Err(VmError::NotPaused(0)))
+    });
+    vm.pause();
+    vm.save().expect("it is paused");
 }
 
 #[test]

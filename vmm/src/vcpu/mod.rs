@@ -11,7 +11,7 @@ mod unemulated;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -203,10 +203,10 @@ impl Vcpu {
         self.shared.kick();
     }
 
-    /// Returns once the thread runs no guest code.
+    /// Returns once the thread runs no guest code, or has been told to run again meanwhile.
     pub fn wait_parked(&self) {
         let mut gate = lock(&self.shared.gate);
-        while !gate.parked {
+        while !gate.parked && gate.wanted != Wanted::Run {
             gate = self
                 .shared
                 .changed
@@ -218,6 +218,15 @@ impl Vcpu {
     /// The descriptor of a parked vCPU.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         lock(&self.shared.fd)
+    }
+
+    /// The same, at once: none if the vCPU runs.
+    pub fn fd_if_parked(&self) -> Option<MutexGuard<'_, VcpuFd>> {
+        match self.shared.fd.try_lock() {
+            Ok(fd) => Some(fd),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Its number, which is also its local APIC id.

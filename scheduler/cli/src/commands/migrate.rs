@@ -67,8 +67,14 @@ async fn watch(
 ) -> Result<Migration, CliError> {
     let mut stream = client.migrate_vm(request).await?.into_inner();
     let mut bar = context.output.is_watched().then(Bar::new);
-    let mut outcome = None;
+    let (mut outcome, mut waits) = (None, String::new());
     while let Some(message) = stream.message().await? {
+        if message.waits != waits {
+            waits = message.waits;
+            if !waits.is_empty() {
+                context.output.note(&format!("waits: {waits}"));
+            }
+        }
         if let (Some(bar), Some(progress)) = (&mut bar, &message.progress) {
             bar.show(progress);
         }

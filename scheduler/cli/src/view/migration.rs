@@ -19,9 +19,9 @@ pub struct MigrationView {
     pub from: String,
     /// Destination node.
     pub to: String,
-    /// completed, failed, cancelled, in-doubt; running if it has not ended.
+    /// completed, failed, cancelled, in-doubt; running if it has not ended, waiting if it has not begun.
     pub result: &'static str,
-    /// Why it ended as it did; if there is nothing to say, why it was asked for.
+    /// Why it ended as it did, or has not begun; if there is nothing to say, why it was asked for.
     pub reason: String,
     /// Why it was asked for.
     pub requested_because: String,
@@ -95,6 +95,8 @@ pub struct MigrationView {
     pub guest_gap_ms: Option<f64>,
     /// How it was to go, as it held at the end.
     pub policy: Option<PolicyView>,
+    /// What its VMM held it to, as it was last: of its own cap, or of one that it shared. 0: to none.
+    pub bandwidth_taken_bytes_per_second: Option<u64>,
     /// How far it is, while it runs.
     pub progress: Option<ProgressView>,
 }
@@ -103,6 +105,9 @@ impl From<&cluster::Migration> for MigrationView {
     fn from(migration: &cluster::Migration) -> Self {
         let report = migration.report.clone().unwrap_or_default();
         let started = format::time(migration.started_unix_ms);
+        let by_vmm = report
+            .policy
+            .or_else(|| migration.progress.as_ref().and_then(|now| now.policy));
         Self {
             id: migration.id.clone(),
             vm: if migration.vm_name.is_empty() {
@@ -113,7 +118,10 @@ impl From<&cluster::Migration> for MigrationView {
             vm_id: migration.vm.clone(),
             from: migration.from_node.clone(),
             to: migration.to_node.clone(),
-            result: migration_result(migration.report.as_ref()),
+            result: match migration_result(migration.report.as_ref()) {
+                "running" if !migration.waits.is_empty() => "waiting",
+                result => result,
+            },
             requested_because: migration.reason.clone(),
             downtime_ms: format::milliseconds(report.downtime_us),
             downtime_stop_ms: format::milliseconds(report.downtime_stop_us),
@@ -150,8 +158,11 @@ impl From<&cluster::Migration> for MigrationView {
             recoveries: report.recoveries,
             guest_gap_ms: report.guest_gap_us.map(format::milliseconds),
             policy: migration.policy.as_ref().map(PolicyView::from),
+            bandwidth_taken_bytes_per_second: by_vmm.and_then(|policy| policy.bandwidth_bytes_per_second),
             progress: migration.progress.as_ref().map(ProgressView::from),
-            reason: if report.reason.is_empty() {
+            reason: if !migration.waits.is_empty() {
+                migration.waits.clone()
+            } else if report.reason.is_empty() {
                 migration.reason.clone()
             } else {
                 report.reason

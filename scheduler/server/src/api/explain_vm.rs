@@ -8,7 +8,7 @@ use tonic::Status;
 
 use crate::observe;
 use crate::record::VmRecord;
-use crate::scheduler::Shared;
+use crate::scheduler::{Scheduler, Shared};
 use crate::vms::VmEntry;
 
 /// Nodes shown unless more are asked for.
@@ -41,10 +41,7 @@ pub async fn call(scheduler: &Shared, request: &ExplainVmRequest) -> Result<Expl
         vm: why.name,
         node: why.node.to_string(),
         placement: placement(&entry, &record),
-        verdict: match &record.suspended {
-            Some(suspension) => format!("suspended ({}); {}", suspension.reason, why.verdict),
-            None => why.verdict,
-        },
+        verdict: verdict(scheduler, &record, why.verdict),
         cpus: why.cpus,
         memory_bytes: why.memory.0,
         growth_bytes_per_second: why.growth.0,
@@ -55,6 +52,18 @@ pub async fn call(scheduler: &Shared, request: &ExplainVmRequest) -> Result<Expl
         min_gain: why.min_gain,
         nodes: why.nodes.iter().take(limit).map(node).collect(),
     })
+}
+
+/// What is to become of it, after what holds of it now.
+fn verdict(scheduler: &Scheduler, record: &VmRecord, planned: String) -> String {
+    let open = scheduler.migrations.get(record.id);
+    if let Some((to, why)) = open.and_then(|open| Some((open.intent.to.clone(), open.waits()?))) {
+        return format!("waits to move to {to}: {why}");
+    }
+    match &record.suspended {
+        Some(suspension) => format!("suspended ({}); {planned}", suspension.reason),
+        None => planned,
+    }
 }
 
 /// Why it is where it is: its last move there, or its start.

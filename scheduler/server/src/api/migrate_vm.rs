@@ -23,16 +23,18 @@ pub async fn call(
     let begun =
         tokio::spawn(async move { migrate::begin_requested(&shared, &entry, to.as_ref(), &asked).await });
     let migration = begun.await.map_err(super::ended)?.map_err(errors::begin)?;
-    let mut views = migration.watch();
+    let (mut views, mut shares) = (migration.watch(), migration.share());
     Ok(super::stream(move |sender| async move {
-        let _migration = migration;
         loop {
             let view = views.borrow_and_update().clone();
+            shares.mark_unchanged();
+            let waits = migration.waits().unwrap_or_default();
             let done = view.outcome.is_some();
-            if done || view.progress.is_some() {
+            if done || view.progress.is_some() || !waits.is_empty() {
                 let message = MigrateVmResponse {
                     progress: view.progress,
                     outcome: view.outcome,
+                    waits,
                 };
                 if sender.send(Ok(message)).await.is_err() {
                     return;
@@ -43,6 +45,7 @@ pub async fn call(
             }
             tokio::select! {
                 changed = views.changed() => if changed.is_err() { return },
+                changed = shares.changed() => if changed.is_err() { return },
                 () = sender.closed() => return,
             }
         }

@@ -59,10 +59,15 @@ async fn set(
     let now = policy::merge(&change, &was);
     {
         let mut last_told = open.told.lock().await;
+        let waited = open.waits().is_some();
         let told = MigrationPolicy {
             bandwidth_bytes_per_second: share_with(scheduler, open, now, was),
             ..told
         };
+        if waited {
+            // The source hears of it when it begins.
+            return store(scheduler, open, now).await;
+        }
         let agent = scheduler.agent(&intent.from).map_err(errors::agent)?;
         let set = agent.set_migration(intent.vm, intent.from_epoch, intent.migration, told);
         match set.await {
@@ -78,10 +83,18 @@ async fn set(
             }
         }
     }
+    store(scheduler, open, now).await
+}
+
+async fn store(
+    scheduler: &Scheduler,
+    open: &OpenMigration,
+    now: MigrationPolicy,
+) -> Result<MigrationPolicy, Status> {
     if open.view().outcome.is_none() {
         let intent = Arc::new(Intent {
             policy: now,
-            ..intent.as_ref().clone()
+            ..open.intent.as_ref().clone()
         });
         let stored = scheduler.store.apply(vec![Write::ReplaceIntent(intent)]).await;
         stored.map_err(|error| errors::store(&error))?;
@@ -96,10 +109,10 @@ fn share_with(
     now: MigrationPolicy,
     was: MigrationPolicy,
 ) -> Option<u64> {
-    let before = *open.share().borrow();
+    let before = open.rate();
     open.set_policy(now);
     scheduler.share_bandwidth();
-    let share = *open.share().borrow();
+    let share = open.rate();
     let asked = now.bandwidth_bytes_per_second != was.bandwidth_bytes_per_second;
-    (asked || share != before).then_some(share)
+    share.filter(|_| asked || share != before)
 }

@@ -6,20 +6,41 @@ use super::{Backoff, preempt};
 use crate::events::{Kind, NewEvent};
 use crate::record::{Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
-use crate::store::Write;
+use crate::store::{StoreError, Write};
 use crate::vms::{VmEntry, VmGuard};
 
-/// Stores what has already happened on the nodes, and so cannot be refused: tries until the disk takes it.
+/// Stores what has already happened on the nodes, and so cannot be taken back: tries until the disk takes it. What can never be
+/// stored is told, and does not return: its caller holds the VM, with which nothing may be done that the store does not know of.
+/// The next scheduler finds what was stored before, and asks the nodes.
 pub async fn save_at_last(scheduler: &Scheduler, record: VmRecord, writes: Vec<Write>) -> Arc<VmRecord> {
     let mut backoff = Backoff::new();
     loop {
         match scheduler.save_vm(record.clone(), writes.clone()).await {
             Ok(record) => return record,
-            Err(error) => {
+            Err(error) if error.can_pass() => {
                 tracing::error!(vm = %record.id, error = &error as &dyn std::error::Error, "store; trying again");
                 backoff.pause().await;
             }
+            Err(error) => {
+                tell_that_it_is_refused(scheduler, &record, &error);
+                return std::future::pending().await;
+            }
         }
+    }
+}
+
+fn tell_that_it_is_refused(scheduler: &Scheduler, record: &VmRecord, error: &StoreError) {
+    tracing::error!(vm = %record.id, error = error as &dyn std::error::Error, "store; not tried again");
+    // A scheduler that does not lead has nothing to tell: the one that does goes on.
+    if !matches!(
+        error,
+        StoreError::Deposed | StoreError::ReadOnly | StoreError::Interrupted
+    ) {
+        let message = format!(
+            "what has become of it cannot be stored: {error}; it is left alone until the scheduler is started again, which asks its nodes"
+        );
+        let event = NewEvent::new(Kind::StoreRefused, message);
+        scheduler.events.publish(event.vm(record));
     }
 }
 

@@ -212,9 +212,13 @@ pub enum AttemptError {
     /// Someone cancelled it before that.
     #[error("cancelled on request, before it began")]
     Cancelled,
+    /// There is nothing left to move.
+    #[error("the guest ended before it began")]
+    GuestEnded,
 }
 
 async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
+    settlement.wait_for_turn().await?;
     let (intent, open) = (&settlement.intent(), settlement.open());
     let spec = settlement.record().to_spec(intent.epoch);
     let token = MigrationId::new().to_string();
@@ -232,19 +236,19 @@ async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
     }
     let source = settlement.agent(&intent.from).map_err(AttemptError::NotStarted)?;
     let mut told = open.told.lock().await;
-    let share = *open.share().borrow();
+    let share = open.rate();
     let request = vm::StartMigrationRequest {
         migration_id: intent.migration.to_string(),
         token,
         destination_address,
         destination_epoch: intent.epoch.0,
         policy: Some(vm::MigrationPolicy {
-            bandwidth_bytes_per_second: Some(share),
+            bandwidth_bytes_per_second: share,
             ..open.policy()
         }),
         tls: None,
     };
-    *told = Some(share);
+    *told = share;
     source
         .start_migration(intent.vm, intent.from_epoch, request, &intent.to)
         .await

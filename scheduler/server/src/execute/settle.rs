@@ -275,10 +275,9 @@ impl Settlement {
     /// Tells the source how much of the network it may use, if that has changed.
     async fn tell_share(&self, agent: &Agent) {
         let mut told = self.open.told.lock().await;
-        let share = *self.open.share().borrow();
-        if *told == Some(share) {
+        let Some(share) = self.open.rate().filter(|share| *told != Some(*share)) else {
             return;
-        }
+        };
         let intent = &self.open.intent;
         let policy = MigrationPolicy {
             bandwidth_bytes_per_second: Some(share),
@@ -516,6 +515,7 @@ impl Settlement {
             id: intent.migration.to_string(),
             report: Some(report),
             progress: None,
+            waits: String::new(),
             ..self.open.to_wire(record.name.as_str())
         };
         let mut writes = self.scheduler.history.add(&migration);
@@ -592,3 +592,4 @@ impl Settlement {
 
 mod ending;
 mod post_copy;
+mod turn;

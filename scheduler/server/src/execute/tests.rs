@@ -4,6 +4,7 @@ use shoal_proto::cluster::VmPhase;
 use shoal_proto::vm::{MigrationPolicy, MigrationResult};
 use shoal_proto::{Epoch, cluster};
 
+use super::finish;
 use super::launch::{self, LaunchError};
 use super::migrate;
 use super::stop;
@@ -511,4 +512,34 @@ async fn a_vm_can_go_to_a_new_vmm_on_its_node() {
     let record = entry.record();
     assert_eq!((record.node.as_str(), record.epoch), ("node1", Epoch(2)));
     assert_eq!((cluster.nodes[0].vmms(), cluster.nodes[0].running()), (1, 1));
+}
+
+#[tokio::test]
+async fn what_can_never_be_stored_is_told_once_and_not_tried_for_ever() {
+    let cluster = Cluster::start(1, GIB).await;
+    let entry = running_vm(&cluster).await;
+    let too_large = crate::record::VmRecord {
+        message: "x".repeat(2 << 20),
+        ..entry.record().as_ref().clone()
+    };
+    let scheduler = Arc::clone(&cluster.scheduler);
+    let task = tokio::spawn(async move { finish::save_at_last(&scheduler, too_large, Vec::new()).await });
+    let told = || {
+        let events = cluster.scheduler.events.after(0).into_iter();
+        events
+            .filter(|event| event.kind == "store-refused")
+            .collect::<Vec<_>>()
+    };
+    until("it is told", || !told().is_empty()).await;
+    assert!(
+        told()[0].message.contains("more than can be stored at once"),
+        "{:?}",
+        told()
+    );
+    assert!(!task.is_finished(), "whoever holds the VM goes on holding it");
+    assert!(
+        entry.record().message.is_empty(),
+        "nothing is shown that is not stored"
+    );
+    task.abort();
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use shoal_proto::LEAST_BANDWIDTH;
 use shoal_proto::vm::Compression;
 use vm_memory::{Address as _, GuestAddress};
 
@@ -11,13 +12,17 @@ use super::{PAGE, PageCounts, checksum, checksum_of, is_zero_at};
 use crate::dirty;
 use crate::memory::{GuestMemory, Region};
 use crate::migration::codec::{Batch, CodecCounts, DeltaCache, Encoder};
+use crate::migration::policy::MAX_CONNECTIONS;
 use crate::migration::sched::Stopwatch;
-use crate::migration::wire::{Connection, FrameKind, GuestStream, WireError};
+use crate::migration::wire::{Connection, FrameKind, GuestStream, PEER_TIMEOUT, WireError};
 use crate::spec::PAGE_SIZE;
 
 /// Pages in a frame that goes as it is: what fits a core's own cache, so that the checksum's read serves the send too.
 const RAW_PAGES: usize = 64;
 const _: () = assert!(RAW_PAGES <= MAX_PAGES);
+// Connections that take turns at the least bandwidth each have a frame within the time that a peer waits.
+const _: () =
+    assert!(MAX_CONNECTIONS as u64 * RAW_PAGES as u64 * PAGE_SIZE < LEAST_BANDWIDTH * PEER_TIMEOUT.as_secs());
 
 /// Whether pages go for the first time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

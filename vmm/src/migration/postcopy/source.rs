@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 
+use super::super::pacer::Pacer;
 use super::super::wire::{Abort, Connection, FrameKind, WireError};
 use super::frames::{self, MAX_PAGES, PageFrame, Status};
 use super::page_set::PageSet;
@@ -21,10 +22,78 @@ const SWEEP_AHEAD: u64 = 512;
 
 const _: () = assert!(BATCH_PAGES <= MAX_PAGES);
 
-/// Told how many bytes are to be sent in the background next; returns when they may be, or when the session is over.
-pub type Pace<'a> = &'a (dyn Fn(usize, &dyn Fn() -> bool) + Sync);
+/// Holds what is sent to a bandwidth.
+pub trait Pace: Sync {
+    /// Returns when `bytes` of the background stream may be sent, or when `is_over` says so.
+    fn wait(&self, bytes: usize, is_over: &dyn Fn() -> bool);
+
+    /// Whether `bytes` that nobody asked for may be sent now. They count only then.
+    fn may_send_now(&self, bytes: usize) -> bool;
+
+    /// Counts `bytes` that a guest waits for, and that are sent whether or not they may be.
+    fn owe(&self, bytes: usize);
+}
+
+impl Pace for Pacer {
+    fn wait(&self, bytes: usize, is_over: &dyn Fn() -> bool) {
+        // Over: whoever asked looks for itself.
+        let _ = self.take(bytes, || if is_over() { Err(()) } else { Ok(()) });
+    }
+
+    fn may_send_now(&self, bytes: usize) -> bool {
+        self.try_take(bytes).is_ok()
+    }
+
+    fn owe(&self, bytes: usize) {
+        self.charge(bytes);
+    }
+}
 
 type Body<'scope> = Box<dyn FnOnce(&Session) -> Result<(), WireError> + Send + 'scope>;
+
+/// So many errors in a row that cannot pass are believed: a link that damages data may make one look so.
+pub const BELIEVED_AFTER: u32 = 10;
+
+/// Why there is no new set of connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotConnected {
+    /// In words.
+    pub why: String,
+    /// It may be otherwise the next time.
+    pub can_pass: bool,
+}
+
+impl From<WireError> for NotConnected {
+    fn from(error: WireError) -> Self {
+        Self {
+            can_pass: error.can_pass(),
+            why: error.to_string(),
+        }
+    }
+}
+
+/// Errors in a row that cannot pass.
+#[derive(Debug, Default)]
+struct Hopeless(u32);
+
+impl Hopeless {
+    fn is_certain(&self) -> bool {
+        self.0 >= BELIEVED_AFTER
+    }
+
+    /// Counts an error; says what is to be said of it.
+    fn note(&mut self, error: NotConnected) -> String {
+        let NotConnected { why, can_pass } = error;
+        self.0 = if can_pass { 0 } else { self.0 + 1 };
+        if self.is_certain() {
+            format!(
+                "{why}; that does not pass, so it is not tried again, and the memory is kept until the VM is stopped"
+            )
+        } else {
+            why
+        }
+    }
+}
 
 /// What is heard of post-copy at the source.
 #[derive(Debug)]
@@ -107,7 +176,7 @@ impl<'m> PageServer<'m> {
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
         links: Links<S>,
-        pace: Pace<'scope>,
+        pace: &'scope dyn Pace,
     ) -> io::Result<Arc<Session>> {
         let session = Arc::new(Session {
             closers: links.closers()?,
@@ -131,7 +200,7 @@ impl<'m> PageServer<'m> {
                 fault_requests,
                 fault_pages,
             } = links;
-            let faults = move |_: &Session| self.answer_faults(fault_requests, fault_pages);
+            let faults = move |_: &Session| self.answer_faults(fault_requests, fault_pages, pace);
             spawn("fault-pages".into(), Box::new(faults))?;
             for (index, connection) in pages.into_iter().enumerate() {
                 let stream = move |session: &Session| self.stream(session, connection, pace);
@@ -188,28 +257,36 @@ impl<'m> PageServer<'m> {
         ended.map_err(|error| session.take_failure().unwrap_or(error))
     }
 
-    /// `heard` also gets the bytes sent so far. Connects again and again, and goes on where the connections broke, until nothing is missing. There is no limit in
-    /// time; `None` when `stop` says so.
+    /// Connects again and again, and goes on where the connections broke, until nothing is missing; `heard` also gets the bytes
+    /// sent so far. There is no limit in time, as nobody else has this memory. What says again and again that it cannot pass
+    /// is not tried any more, but the memory stays here. `None` when `stop` says so.
     pub fn recover<S: Stream>(
         &mut self,
-        mut connect: impl FnMut() -> Result<(Connection<S>, Links<S>), String>,
-        pace: Pace<'_>,
+        mut connect: impl FnMut() -> Result<(Connection<S>, Links<S>), NotConnected>,
+        pace: &dyn Pace,
         stop: &AtomicBool,
         mut heard: impl FnMut(Heard<'_>, u64),
     ) -> Option<Status> {
+        let mut hopeless = Hopeless::default();
         while !stop.load(Ordering::SeqCst) {
+            if hopeless.is_certain() {
+                std::thread::sleep(RECONNECT_EVERY);
+                continue;
+            }
             let connected = connect().and_then(|(mut control, links)| {
-                self.take_up(&mut control).map_err(|error| error.to_string())?;
+                self.take_up(&mut control)?;
                 Ok((control, links))
             });
             let (mut control, links) = match connected {
                 Ok(connected) => connected,
-                Err(why) => {
+                Err(error) => {
+                    let why = hopeless.note(error);
                     heard(Heard::LinkLost(&why), self.bytes_sent());
                     std::thread::sleep(RECONNECT_EVERY);
                     continue;
                 }
             };
+            hopeless = Hopeless::default();
             heard(Heard::Recovered, self.bytes_sent());
             let server = &*self;
             let followed = std::thread::scope(|scope| {
@@ -231,12 +308,15 @@ impl<'m> PageServer<'m> {
         self.cursor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers each request at once with the pages asked for, then with what lies around them.
+    /// Answers each request at once with the pages asked for, then with what lies around them, as far as the bandwidth has
+    /// room for that. What it has no room for is left to the background stream.
     fn answer_faults<S: Stream>(
         &self,
         mut requests: Connection<S>,
         mut answers: Connection<S>,
+        pace: &dyn Pace,
     ) -> Result<(), WireError> {
+        let mut near = vec![];
         let mut frame = PageFrame::default();
         loop {
             let payload = expect_frame(&mut requests, FrameKind::FaultRequest, "FaultRequest")?;
@@ -247,13 +327,16 @@ impl<'m> PageServer<'m> {
                 self.add(&mut frame, page, &mut answers)?;
             }
             self.send(&mut frame, &mut answers)?;
+            pace.owe(page_bytes(pages.len()));
             for &page in &pages {
                 let window = page - page % PREFETCH_PAGES;
-                for near in window..window + PREFETCH_PAGES {
-                    if self.unsent.take(near) {
-                        self.add(&mut frame, near, &mut answers)?;
+                near.extend((window..window + PREFETCH_PAGES).filter(|&near| self.unsent.contains(near)));
+                if pace.may_send_now(page_bytes(near.len())) {
+                    for page in near.drain(..).filter(|&page| self.unsent.take(page)) {
+                        self.add(&mut frame, page, &mut answers)?;
                     }
                 }
+                near.clear();
                 self.note_fault(page);
             }
             self.send(&mut frame, &mut answers)?;
@@ -303,7 +386,7 @@ impl<'m> PageServer<'m> {
         &self,
         session: &Session,
         mut connection: Connection<S>,
-        pace: Pace<'_>,
+        pace: &dyn Pace,
     ) -> Result<(), WireError> {
         let mut frame = PageFrame::default();
         let mut pages = Vec::with_capacity(BATCH_PAGES);
@@ -313,7 +396,7 @@ impl<'m> PageServer<'m> {
                 if pages.is_empty() {
                     break;
                 }
-                pace(pages.len() * 4096, &|| session.is_over());
+                pace.wait(page_bytes(pages.len()), &|| session.is_over());
                 for page in pages.drain(..) {
                     self.add(&mut frame, page, &mut connection)?;
                 }
@@ -361,6 +444,11 @@ impl<'m> PageServer<'m> {
             }
         }
     }
+}
+
+/// Of guest memory.
+fn page_bytes(pages: usize) -> usize {
+    pages * 4096
 }
 
 const STOPPED: &str = "the source was stopped, and the memory that the VM still had there is lost";

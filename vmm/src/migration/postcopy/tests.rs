@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,8 +14,9 @@ use super::Links;
 use super::destination::{Event, PostCopy};
 use super::frames::{self, PageFrame, Status};
 use super::page_set::PageSet;
-use super::source::{Heard, PageServer};
+use super::source::{BELIEVED_AFTER, Heard, NotConnected, PREFETCH_PAGES, Pace, PageServer};
 use crate::memory::{Backing, GuestMemory};
+use crate::migration::pacer::Pacer;
 use crate::migration::wire::{Connection, FrameKind};
 use crate::spec::PAGE_SIZE;
 
@@ -189,10 +190,27 @@ impl Destination {
     }
 }
 
+/// As fast as it goes; told before each batch of the background stream.
+struct Before<F>(F);
+
+impl<F: Fn() + Sync> Pace for Before<F> {
+    fn wait(&self, _: usize, _: &dyn Fn() -> bool) {
+        (self.0)();
+    }
+
+    fn may_send_now(&self, _: usize) -> bool {
+        true
+    }
+
+    fn owe(&self, _: usize) {}
+}
+
+static FREELY: Before<fn()> = Before(|| ());
+
 /// The source's side of one session. Gives the last status, or why it ended.
 fn serve(server: &PageServer<'_>, (mut control, links): Ends) -> Result<Status, String> {
     std::thread::scope(|scope| {
-        let session = server.serve(scope, links, &|_, _| {}).expect("threads");
+        let session = server.serve(scope, links, &FREELY).expect("threads");
         session.open_background();
         server
             .follow(&session, &mut control, &AtomicBool::new(false), |_| {})
@@ -281,7 +299,7 @@ fn without_a_background_stream_faults_bring_what_is_touched_and_what_lies_around
         let server = PageServer::new(&both.source, both.missing(), vec![]);
         let (mut control, links) = source_ends;
         std::thread::scope(|inner| {
-            let session = server.serve(inner, links, &|_, _| {}).expect("threads");
+            let session = server.serve(inner, links, &FREELY).expect("threads");
             let guest = scope.spawn(|| {
                 for page in [999, 16, 3000] {
                     assert_eq!(touch(&both.destination, page), content(page));
@@ -289,7 +307,7 @@ fn without_a_background_stream_faults_bring_what_is_touched_and_what_lies_around
             });
             guest.join().expect("the guest goes on");
             let heard = server.follow(&session, &mut control, &AtomicBool::new(false), |status| {
-                if status.missing_pages == PAGES - 3 * super::source::PREFETCH_PAGES {
+                if status.missing_pages == PAGES - 3 * PREFETCH_PAGES {
                     assert!(
                         status.faults == 3 && status.worst_fault_us <= status.fault_us,
                         "{status:?}"
@@ -300,6 +318,68 @@ fn without_a_background_stream_faults_bring_what_is_touched_and_what_lies_around
             heard.expect_err("cut");
         });
     });
+    assert!(matches!(destination.next_event(), Event::LinkLost(_)));
+    destination.post_copy.stop("the test is over");
+    destination.thread.join().expect("no panic");
+}
+
+/// A pacer that counts what it lets through.
+struct Counting {
+    pacer: Pacer,
+    owed: AtomicUsize,
+    ahead: AtomicUsize,
+}
+
+impl Pace for Counting {
+    fn wait(&self, bytes: usize, is_over: &dyn Fn() -> bool) {
+        self.pacer.wait(bytes, is_over);
+    }
+
+    fn may_send_now(&self, bytes: usize) -> bool {
+        let may = self.pacer.may_send_now(bytes);
+        if may {
+            self.ahead.fetch_add(bytes, Ordering::SeqCst);
+        }
+        may
+    }
+
+    fn owe(&self, bytes: usize) {
+        self.owed.fetch_add(bytes, Ordering::SeqCst);
+        self.pacer.owe(bytes);
+    }
+}
+
+#[test]
+fn under_a_cap_a_guest_never_waits_for_its_page_and_what_lies_around_comes_when_there_is_room() {
+    let both = Both::new(0..PAGES);
+    let (source_ends, destination_ends, wires) = connected(1);
+    let destination = start_destination(&both, destination_ends);
+    // A byte a second: after the first page there is no room for years.
+    let pace = Counting {
+        pacer: Pacer::new(1),
+        owed: AtomicUsize::new(0),
+        ahead: AtomicUsize::new(0),
+    };
+    let touched = [999, 16, 3000, 17, 18];
+    std::thread::scope(|scope| {
+        let server = PageServer::new(&both.source, both.missing(), vec![]);
+        let (mut control, links) = source_ends;
+        std::thread::scope(|inner| {
+            let session = server.serve(inner, links, &pace).expect("threads");
+            let guest = scope.spawn(|| {
+                for page in touched {
+                    assert_eq!(touch(&both.destination, page), content(page));
+                }
+            });
+            guest.join().expect("the guest goes on");
+            cut(&wires);
+            let heard = server.follow(&session, &mut control, &AtomicBool::new(false), |_| {});
+            heard.expect_err("cut");
+        });
+    });
+    let page = usize::try_from(PAGE_SIZE).expect("4096");
+    assert_eq!(pace.owed.load(Ordering::SeqCst), touched.len() * page);
+    assert_eq!(pace.ahead.load(Ordering::SeqCst), 0, "nothing was sent unasked");
     assert!(matches!(destination.next_event(), Event::LinkLost(_)));
     destination.post_copy.stop("the test is over");
     destination.thread.join().expect("no panic");
@@ -323,11 +403,11 @@ fn what_breaks_is_taken_up_again_until_all_is_there() {
         });
         let sent = AtomicU64::new(0);
         // Every so many pages all connections break, in the middle of whatever they carry.
-        let pace = |_: usize, _: &dyn Fn() -> bool| {
+        let pace = Before(|| {
             if sent.fetch_add(1, Ordering::SeqCst) % 5 == 4 {
                 cut(&cut_next.lock().expect("no panic"));
             }
-        };
+        });
         let mut server = PageServer::new(&both.source, both.missing(), vec![]);
         let (mut control, links) = source_ends;
         let never = AtomicBool::new(false);
@@ -341,7 +421,10 @@ fn what_breaks_is_taken_up_again_until_all_is_there() {
             let (source, end, wires) = connected(2);
             *cut_next.lock().expect("no panic") = wires;
             let sent = destination.new_ends.as_ref().expect("not yet taken").send(end);
-            sent.map_err(|_| "the destination does not listen".to_owned())?;
+            sent.map_err(|_| NotConnected {
+                why: "the destination does not listen".to_owned(),
+                can_pass: true,
+            })?;
             Ok(source)
         };
         let last = server.recover(connect, &pace, &never, |heard, _| {
@@ -364,6 +447,44 @@ fn what_breaks_is_taken_up_again_until_all_is_there() {
     );
     assert!(events.contains(&Event::Recovered), "{events:?}");
     both.assert_moved();
+}
+
+#[test]
+fn what_cannot_pass_is_not_tried_for_ever_and_the_memory_is_kept() {
+    let both = Both::new(0..PAGES);
+    let stop = AtomicBool::new(false);
+    let (mut tried, mut said) = (0, vec![]);
+    let mut server = PageServer::new(&both.source, both.missing(), vec![]);
+    let connect = || {
+        tried += 1;
+        // One that can pass begins the count anew.
+        let can_pass = tried == 2;
+        let why = "not a Shoal migration stream".to_owned();
+        Err::<Ends, _>(NotConnected { why, can_pass })
+    };
+    std::thread::scope(|scope| {
+        let (tell, told) = channel();
+        let stop = &stop;
+        scope.spawn(move || {
+            let last = told
+                .iter()
+                .find(|why: &String| why.contains("it is not tried again"));
+            assert!(last.is_some_and(|why| why.contains("the memory is kept")));
+            // Two more rounds at least, in which nothing is tried.
+            std::thread::sleep(2 * super::RECONNECT_EVERY);
+            stop.store(true, Ordering::SeqCst);
+        });
+        let ended = server.recover(connect, &FREELY, stop, |heard, _| {
+            if let Heard::LinkLost(why) = heard {
+                said.push(why.to_owned());
+                tell.send(why.to_owned()).expect("the test listens");
+            }
+        });
+        assert_eq!(ended, None);
+    });
+    assert_eq!(tried, 2 + BELIEVED_AFTER);
+    assert_eq!(said.len(), usize::try_from(tried).expect("small"));
+    assert_eq!(server.pages_sent(), 0);
 }
 
 #[test]
@@ -410,7 +531,7 @@ fn a_source_that_is_stopped_says_that_the_memory_is_lost() {
     let server = PageServer::new(&both.source, both.missing(), vec![]);
     let (mut control, links) = source_ends;
     let error = std::thread::scope(|scope| {
-        let session = server.serve(scope, links, &|_, _| {}).expect("threads");
+        let session = server.serve(scope, links, &FREELY).expect("threads");
         server
             .follow(&session, &mut control, &AtomicBool::new(true), |_| {})
             .expect_err("stopped")
@@ -527,7 +648,7 @@ fn garbage_ends_the_session_and_nothing_else() {
     std::thread::scope(|scope| {
         let asked = scope.spawn(move || links.fault_pages.receive().is_err() && control.receive().is_err());
         let error = std::thread::scope(|inner| {
-            let session = server.serve(inner, source_ends.1, &|_, _| {}).expect("threads");
+            let session = server.serve(inner, source_ends.1, &FREELY).expect("threads");
             server
                 .follow(&session, &mut source_ends.0, &AtomicBool::new(false), |_| {})
                 .expect_err("garbage")

@@ -28,7 +28,6 @@ const TICK: Duration = Duration::from_millis(10);
 /// How pre-copy has gone so far.
 #[derive(Default)]
 struct Course {
-    throttle: Option<Throttle>,
     previous_dirty_bytes: Option<u64>,
     passes_within_limit: u32,
     passes_stalled: u32,
@@ -92,7 +91,7 @@ impl Source<'_> {
                 return Ok(found);
             }
             let limit = self.policy().max_downtime;
-            self.set_throttle(&course, &facts, dirty_rate, limit);
+            self.set_throttle(&facts, dirty_rate, limit);
             if predicted <= limit {
                 course.passes_within_limit += 1;
             } else if dirty_bytes < RATE_SAMPLE_BYTES {
@@ -137,8 +136,8 @@ impl Source<'_> {
             }
             (Decision::TimedOut(why), _) => Err(SourceError::NotConverging(why)),
             (Decision::Stalled(_), OnStall::Throttle) => {
-                if course.throttle.is_none() {
-                    course.throttle = Some(Throttle::start(self.vm).map_err(SourceError::Thread)?);
+                if self.throttle.is_none() {
+                    self.throttle = Some(Throttle::start(self.vm).map_err(SourceError::Thread)?);
                 }
                 Ok(false)
             }
@@ -146,8 +145,8 @@ impl Source<'_> {
         }
     }
 
-    fn set_throttle(&mut self, course: &Course, facts: &PassFacts, dirty_rate: f64, limit: Duration) {
-        let Some(throttle) = &course.throttle else { return };
+    fn set_throttle(&mut self, facts: &PassFacts, dirty_rate: f64, limit: Duration) {
+        let Some(throttle) = &self.throttle else { return };
         let permille = throttle::needed(&Measured {
             dirty_rate,
             link_rate: self.rate,
@@ -221,6 +220,7 @@ impl Source<'_> {
             if let Some(active) = widen.as_mut().and_then(|widen| widen.look(sent)) {
                 shared.active.store(active, Ordering::Relaxed);
             }
+            self.recorder.policy(&self.controls.policy());
             self.recorder
                 .within_pass(pages.saturating_sub(handled), self.control.bytes_sent() + sent);
             self.go_on(pages.saturating_sub(handled))?;

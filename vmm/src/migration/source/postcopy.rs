@@ -12,7 +12,7 @@ use crate::migration::controls::Controls;
 use crate::migration::postcopy::Links;
 use crate::migration::postcopy::frames::Status;
 use crate::migration::postcopy::page_set::PageSet;
-use crate::migration::postcopy::source::{Heard, PageServer};
+use crate::migration::postcopy::source::{Heard, NotConnected, PageServer};
 use crate::migration::transport::Transport;
 use crate::migration::wire::{Connection, FrameKind, Hello, HelloAck, PEER_TIMEOUT, Role, WireError};
 use crate::spec::VmSpec;
@@ -63,16 +63,11 @@ impl Source<'_> {
         // What was written last is what is needed first.
         let hot = vec![newest, PageSet::of_bitmaps(&regions, &self.recent)];
         let mut server = PageServer::new(self.vm.memory(), missing, hot);
-        let controls = self.controls;
-        let pace = |bytes: usize, over: &dyn Fn() -> bool| {
-            let go_on = || if over() { Err(()) } else { Ok(()) };
-            // Over: whoever asked looks for itself.
-            let _ = controls.pacer().take(bytes, go_on);
-        };
+        let pace = self.controls.pacer();
         let mut confirmed = false;
         let mut running_since = None;
         let followed = std::thread::scope(|scope| {
-            let session = server.serve(scope, links, &pace).map_err(SourceError::Thread)?;
+            let session = server.serve(scope, links, pace).map_err(SourceError::Thread)?;
             let outcome = self.state_and_commit(paused_at);
             match outcome {
                 Ok(()) => {
@@ -96,7 +91,7 @@ impl Source<'_> {
             Ok(status) => Some(status),
             Err(error) => {
                 self.lost(confirmed, error, &server, shared);
-                self.recover(&mut server, connections, &mut confirmed, shared, &pace)
+                self.recover(&mut server, connections, &mut confirmed, shared)
             }
         };
         let facts = &mut self.recorder.facts;
@@ -172,8 +167,9 @@ impl Source<'_> {
         shared: &Shared,
     ) -> Followed {
         let before = self.control.bytes_sent() + shared.bytes.load(Ordering::Relaxed);
-        let (control, recorder) = (&mut self.control, &mut *self.recorder);
-        server.follow(session, control, self.controls.serving_stopped(), |status| {
+        let (control, controls, recorder) = (&mut self.control, self.controls, &mut *self.recorder);
+        server.follow(session, control, controls.serving_stopped(), |status| {
+            recorder.policy(&controls.policy());
             recorder.post_copy(status, before + server.bytes_sent());
         })
     }
@@ -199,7 +195,6 @@ impl Source<'_> {
         connections: u32,
         confirmed: &mut bool,
         shared: &Shared,
-        pace: &(dyn Fn(usize, &dyn Fn() -> bool) + Sync),
     ) -> Option<Status> {
         let before = self.control.bytes_sent() + shared.bytes.load(Ordering::Relaxed);
         let Self {
@@ -210,12 +205,11 @@ impl Source<'_> {
             tell,
             ..
         } = self;
-        let connect =
-            || connect_again(request, spec, connections, controls).map_err(|error| error.to_string());
+        let connect = || connect_again(request, spec, connections, controls).map_err(NotConnected::from);
         let mut last_told = String::new();
         server.recover(
             connect,
-            pace,
+            controls.pacer(),
             controls.serving_stopped(),
             |heard, bytes| match heard {
                 Heard::Status(status) => recorder.post_copy(status, before + bytes),
@@ -239,6 +233,19 @@ impl Source<'_> {
                 }
             },
         )
+    }
+}
+
+impl From<SourceError> for NotConnected {
+    fn from(error: SourceError) -> Self {
+        let can_pass = match &error {
+            SourceError::Connect { source, .. } => source.can_pass(),
+            SourceError::Wire(error) => error.can_pass(),
+            // Of this host, such as descriptors or threads that it has none of.
+            _ => true,
+        };
+        let why = error.to_string();
+        Self { why, can_pass }
     }
 }
 

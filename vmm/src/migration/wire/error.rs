@@ -69,6 +69,25 @@ pub enum WireError {
     Aborted(String),
 }
 
+impl WireError {
+    /// Whether it may be otherwise over a new connection. The peer speaks another language otherwise: it is another program, or
+    /// a fault of this one.
+    #[must_use]
+    pub fn can_pass(&self) -> bool {
+        match self {
+            // A peer says no also because it is not ready yet.
+            Self::Io(_) | Self::Sequence { .. } | Self::Checksum { .. } | Self::Aborted(_) => true,
+            Self::Magic
+            | Self::Role(_)
+            | Self::Version(_)
+            | Self::UnknownKind(_)
+            | Self::TooLong { .. }
+            | Self::Unexpected { .. }
+            | Self::Malformed { .. } => false,
+        }
+    }
+}
+
 /// The usual ends of a connection, as a user would say them.
 fn in_words(error: &io::Error) -> String {
     match error.kind() {

@@ -29,10 +29,11 @@ enum DefaultsCommand {
 struct SetArgs {
     #[command(flatten)]
     policy: PolicyArgs,
-    /// All migrations together use at most this much of the network per second; 0: no cap.
+    /// All migrations together use at most this much of the network per second, at least 1MiB; 0: no cap. Those for which too little
+    /// is left wait until others have ended.
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     cluster_bandwidth: Option<u64>,
-    /// All migrations from and to one node use at most this much per second; 0: no cap.
+    /// All migrations from and to one node use at most this much per second, at least 1MiB; 0: no cap.
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     link_bandwidth: Option<u64>,
     /// Forget first what was set before.

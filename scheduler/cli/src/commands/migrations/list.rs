@@ -55,7 +55,7 @@ pub(in crate::commands) fn text(migrations: &[MigrationView]) -> Page {
     table(
         header,
         migrations.iter().map(|m| {
-            let ended = m.progress.is_none();
+            let ended = !matches!(m.result, "running" | "waiting");
             let (result, total, sent) = match &m.progress {
                 None => (m.result.to_owned(), m.total_ms, m.bytes_sent),
                 Some(progress) => {

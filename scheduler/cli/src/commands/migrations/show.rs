@@ -11,7 +11,7 @@ use crate::error::CliError;
 use crate::format;
 use crate::output::table;
 use crate::page::Page;
-use crate::view::{MigrationDetails, MigrationView};
+use crate::view::{MigrationDetails, MigrationView, cap};
 
 /// Arguments of `migrations show`.
 #[derive(Debug, Args)]
@@ -54,6 +54,15 @@ pub(in crate::commands) fn text(details: &MigrationDetails) -> Page {
             .as_ref()
             .map(|policy| format!("policy:      {}", policy.line())),
     );
+    let own = m
+        .policy
+        .as_ref()
+        .and_then(|policy| policy.bandwidth_bytes_per_second);
+    lines.extend(
+        m.bandwidth_taken_bytes_per_second
+            .filter(|taken| Some(*taken) != own)
+            .map(|taken| format!("bandwidth:   {}, its share of what several may use", cap(taken))),
+    );
     if let Some(progress) = &m.progress {
         lines.push(format!(
             "now:         {} (pass {}), {} sent, {} left, {}/s",
@@ -88,7 +97,8 @@ pub(in crate::commands) fn text(details: &MigrationDetails) -> Page {
 }
 
 fn why(m: &MigrationView) -> String {
-    if m.progress.is_some() || m.reason == m.requested_because {
+    let runs = m.progress.is_some() && m.result != "waiting";
+    if runs || m.reason == m.requested_because {
         String::new()
     } else {
         format!(": {}", m.reason)

@@ -311,6 +311,7 @@ impl From<&cluster::Node> for NodeView {
                 NodeState::Cordoned => "cordoned",
                 NodeState::Unreachable => "unreachable",
                 NodeState::NotReady => "not-ready",
+                NodeState::Lost => "lost",
                 // Asked of a scheduler that does not lead, and so does not hear from nodes.
                 NodeState::Unspecified => "unknown",
             },

@@ -14,6 +14,7 @@ use crate::migrations::OpenMigration;
 use crate::observe;
 use crate::pool::Pool;
 use crate::queue;
+use crate::reconcile::Subject;
 use crate::record::Cordon;
 use crate::scheduler::Shared;
 
@@ -133,6 +134,12 @@ pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
 async fn housekeeping(scheduler: &Shared) {
     for entry in scheduler.nodes.list() {
         observe::announce_liveness(scheduler, &entry);
+        if entry.is_lost() {
+            // Those that something else was done with when that was said.
+            for vm in scheduler.vms.on_node(&entry.name()) {
+                scheduler.reconcile.push(Subject::Vm(vm.record().id));
+            }
+        }
     }
     for (vm, end) in scheduler.logs.expire_early().await {
         let Some(entry) = scheduler.vms.get(vm) else {

@@ -230,6 +230,11 @@ pub async fn begin(
         wishes: old
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
+        lost: match &old {
+            Some(old) => old.lost.clone(),
+            None => scheduler.nodes.removed(&name),
+        },
+        removed: false,
     };
     crate::agent::Agent::new(&record, scheduler.nodes.caller()).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {

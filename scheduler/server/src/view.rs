@@ -3,6 +3,7 @@
 use shoal_plan::{KvmKind, Peak, Rules, SoftwareKernel, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
+use crate::execute::lost;
 use crate::nodes::{Liveness, NodeEntry};
 use crate::observe;
 use crate::queue::Waiting;
@@ -191,6 +192,8 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
     let figures = entry.figures();
     let follows = scheduler.schedulers.follows();
     let state = match record.cordon {
+        _ if record.lost.is_some() && (follows || entry.liveness() != Liveness::Live) => NodeState::Lost,
+        _ if record.lost.is_some() => NodeState::NotReady,
         Cordon::Open if follows => NodeState::Unspecified,
         _ if !reachable && !follows => NodeState::Unreachable,
         Cordon::Open if record.kvm_is_unusable() => NodeState::NotReady,
@@ -242,9 +245,14 @@ fn trouble(scheduler: &Scheduler, entry: &NodeEntry, record: &NodeRecord) -> Str
     let kvm = record
         .kvm_is_unusable()
         .then(|| format!("KVM cannot be used there: {}", record.kvm_trouble));
+    let lost = record
+        .lost
+        .as_ref()
+        .map(|lost| lost::in_words(&record.name, lost, entry.liveness()));
     let failing = scheduler.failures.of(&record.name);
     let failing = failing.iter().map(|(_, why)| why.to_string());
-    let all: Vec<String> = entry.trouble().into_iter().chain(kvm).chain(failing).collect();
+    let own = entry.trouble().into_iter().chain(lost).chain(kvm);
+    let all: Vec<String> = own.chain(failing).collect();
     all.join("; ")
 }
 

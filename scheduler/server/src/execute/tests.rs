@@ -14,6 +14,8 @@ use crate::testing::{Cluster, FakeNode, Script, until};
 use crate::view;
 use crate::vms::VmEntry;
 
+mod lost;
+
 const GIB: u64 = 1 << 30;
 
 async fn running_vm(cluster: &Cluster) -> Arc<VmEntry> {

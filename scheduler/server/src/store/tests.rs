@@ -3,7 +3,7 @@ use super::*;
 use crate::history;
 use crate::moves::Direction;
 use crate::record::{
-    BlobRef, Cordon, GivingWay, NodeWishes, Outcome, Phase, QueuedRecord, Runs, SoftwareKvm, VmWishes,
+    BlobRef, Cordon, GivingWay, Lost, NodeWishes, Outcome, Phase, QueuedRecord, Runs, SoftwareKvm, VmWishes,
     now_unix_ms,
 };
 use redb::Database;
@@ -257,6 +257,11 @@ async fn everything_comes_back(place: &impl Place) {
             reserved_memory_bytes: 5,
             reserved_millicpus: 1500,
         },
+        lost: Some(Lost {
+            since_unix_ms: 5,
+            fenced: [(VmId::new(), Epoch(3))].into(),
+        }),
+        removed: false,
     };
     let defaults = cluster::MigrationDefaults {
         link_bandwidth_bytes_per_second: Some(5 << 20),

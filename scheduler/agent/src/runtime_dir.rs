@@ -192,6 +192,7 @@ mod tests {
         let identity = ProcessIdentity {
             pid: 42,
             start_ticks: 7,
+            boot_id: Some(uuid::Uuid::from_u128(9)),
         };
         dir.write_record(&record).expect("written");
         dir.write_identity(identity).expect("written");

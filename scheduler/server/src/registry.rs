@@ -361,7 +361,12 @@ async fn take_console(scheduler: &Shared, name: &NodeName, entry: &NodeEntry, co
         entry.acknowledge_console(vm, console.offset.saturating_add(console.data.len() as u64));
         return;
     }
-    match scheduler.logs.append(vm, console.offset, console.data).await {
+    let reached = console.offset.saturating_add(console.data.len() as u64);
+    let stored = scheduler.logs.append(vm, console.offset, console.data).await;
+    if let Some(entry) = scheduler.vms.get(vm) {
+        entry.console_reached(reached);
+    }
+    match stored {
         Ok(end) => entry.acknowledge_console(vm, end),
         // Not acknowledged: the agent keeps them and sends them again.
         Err(error) => tracing::error!(%vm, %error, "console log cannot be written"),

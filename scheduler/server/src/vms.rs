@@ -1,6 +1,7 @@
 //! All VMs in memory: a copy of what the store holds, found by id, name and node.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use shoal_proto::{NodeName, VmId, VmName, cluster};
@@ -24,6 +25,7 @@ pub struct VmEntry {
     operation: Arc<tokio::sync::Mutex<()>>,
     migrations: Mutex<VecDeque<cluster::Migration>>,
     dirty_rate: Mutex<Option<u64>>,
+    console_end: AtomicU64,
 }
 
 impl VmEntry {
@@ -51,6 +53,7 @@ impl VmEntry {
             operation: Arc::default(),
             migrations: Mutex::default(),
             dirty_rate: Mutex::default(),
+            console_end: AtomicU64::new(0),
         })
     }
 
@@ -126,6 +129,16 @@ impl VmEntry {
     /// Keeps what a migration measures.
     pub fn set_dirty_rate(&self, bytes_per_second: u64) {
         *self.dirty_rate.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes_per_second);
+    }
+
+    /// Where its console has come to, as far as this scheduler has heard.
+    pub fn console_end(&self) -> u64 {
+        self.console_end.load(Ordering::Relaxed)
+    }
+
+    /// Its console has come so far.
+    pub fn console_reached(&self, end: u64) {
+        self.console_end.fetch_max(end, Ordering::Relaxed);
     }
 
     fn history(&self) -> std::sync::MutexGuard<'_, VecDeque<cluster::Migration>> {

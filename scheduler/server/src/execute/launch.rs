@@ -280,6 +280,10 @@ async fn mark_running(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     let running = VmRecord {
         phase: Phase::Running,
         message: String::new(),
+        runs: Runs {
+            started_unix_ms: now_unix_ms(),
+            ..record.runs.clone()
+        },
         ..record.as_ref().clone()
     };
     let running = finish::save_at_last(scheduler, running, Vec::new()).await;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use shoal_proto::vm::VmState;
 use tokio::task::JoinSet;
 
-use crate::epochs::EpochError;
+use crate::epochs::{self, EpochError};
 use crate::key::VmKey;
 use crate::node::Node;
 use crate::process::{ProcessIdentity, WatchedProcess};
@@ -47,6 +47,7 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
         source,
     };
     let mut adoptions = JoinSet::new();
+    let mut here = HashSet::new();
     for entry in std::fs::read_dir(node.vms_dir()).map_err(list_error)? {
         let path = entry.map_err(list_error)?.path();
         let Some(key) = path
@@ -56,6 +57,7 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
             tracing::warn!(?path, "not the directory of a VMM; ignored");
             continue;
         };
+        here.insert(key.id);
         let node = Arc::clone(node);
         adoptions.spawn(async move {
             let adopted = adopt(&node, key, path.clone()).await;
@@ -67,6 +69,11 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
     }
     while let Some(adoption) = adoptions.join_next().await {
         adoption.unwrap_or_else(|error| Err(list_error(io::Error::other(error))))?;
+    }
+    match node.epochs.forget_old(&here, epochs::KEPT) {
+        Ok(0) => {}
+        Ok(forgotten) => tracing::info!(forgotten, "epochs of VMs that went long ago"),
+        Err(error) => tracing::warn!(%error, "epochs of VMs that went long ago are not forgotten"),
     }
     Ok(())
 }

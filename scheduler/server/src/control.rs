@@ -9,7 +9,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::drain;
 use crate::events::{Kind, NewEvent};
-use crate::execute::{migrate, suspend};
+use crate::execute::{migrate, stop, suspend};
 use crate::migrations::OpenMigration;
 use crate::observe;
 use crate::pool::Pool;
@@ -151,6 +151,7 @@ async fn housekeeping(scheduler: &Shared) {
             node.acknowledge_console(vm, end);
         }
     }
+    stop::forget_ended(scheduler).await;
     if let Err(error) = scheduler.events.persist(&scheduler.store).await {
         tracing::error!(
             error = &error as &dyn std::error::Error,

@@ -247,6 +247,10 @@ pub struct GivingWay {
 pub struct Runs {
     /// When this one was begun; 0 if that is not known.
     pub started_unix_ms: i64,
+    /// When the last one ended; 0 if that is not known, or it has not.
+    pub ended_unix_ms: i64,
+    /// Since when it waited to be started for the first time, if its owner lets it wait as long as it takes; 0: that was not asked for.
+    pub queued_unix_ms: i64,
     /// The only node that its owner wants it on.
     pub pinned: Option<NodeName>,
     /// What was written to the console before this run.

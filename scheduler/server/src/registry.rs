@@ -51,6 +51,7 @@ const REGISTER_TIME: Duration = Duration::from_secs(5);
 const CONSOLE_DEPTH: usize = 32;
 const MAX_PIECE_BYTES: usize = 1 << 20;
 const MAX_NODE_CPUS: u32 = 65_536;
+const MOST_NODES: usize = 100_000;
 /// An agent that was asked for a whole report and sends deltas is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -196,6 +197,11 @@ pub async fn begin(
         let address = limits::shorten(&register.address);
         return Err(Status::already_exists(format!(
             "node: another agent named '{name}' is connected; give the one at {address} another name"
+        )));
+    }
+    if known.is_none() && scheduler.nodes.list().len() >= MOST_NODES {
+        return Err(Status::resource_exhausted(format!(
+            "node: there are {MOST_NODES} nodes already; remove those that are gone with `shoal node rm`"
         )));
     }
     let old = known.as_ref().map(|entry| entry.record());

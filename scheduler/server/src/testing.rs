@@ -217,6 +217,11 @@ impl FakeNode {
         self.lock().refuse_launches = true;
     }
 
+    /// The opposite.
+    pub fn accept_launches(&self) {
+        self.lock().refuse_launches = false;
+    }
+
     /// VMMs here, in any state.
     pub fn vmms(&self) -> usize {
         self.lock().vms.len()
@@ -673,6 +678,7 @@ async fn open(directory: &std::path::Path) -> Shared {
             automation: shoal_plan::Automation::Manual,
             ..shoal_plan::Policy::default()
         },
+        keep_ended: 3,
         cluster_secret: None,
     };
     let (scheduler, subjects, unfinished) = crate::server::open(&config).await.expect("opened");

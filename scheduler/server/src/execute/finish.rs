@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Backoff, preempt};
 use crate::events::{Kind, NewEvent};
-use crate::record::{Outcome, Phase, VmRecord};
+use crate::record::{Outcome, Phase, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::Scheduler;
 use crate::store::Write;
 use crate::vms::{VmEntry, VmGuard};
@@ -78,6 +78,10 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     let ended = VmRecord {
         phase: Phase::Ended(outcome.clone()),
         giving_way: None,
+        runs: Runs {
+            ended_unix_ms: now_unix_ms(),
+            ..record.runs.clone()
+        },
         ..record.as_ref().clone()
     };
     let ended = save_at_last(scheduler, ended, Vec::new()).await;

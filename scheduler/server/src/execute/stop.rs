@@ -17,6 +17,9 @@ use crate::vms::{VmEntry, VmGuard};
 /// How long a stop waits for the end of a migration that it has asked to cancel.
 const CANCEL_TIME: Duration = Duration::from_secs(60);
 
+/// VMs that have ended and are removed in one round.
+const FORGOTTEN_AT_ONCE: usize = 100;
+
 /// Why a VM was not stopped or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
@@ -114,6 +117,31 @@ pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Re
         .events
         .publish(NewEvent::new(Kind::VmRemoved, "removed").vm(&record));
     Ok(())
+}
+
+/// Removes those that ended first, with their logs, where more have ended than are kept.
+pub async fn forget_ended(scheduler: &Shared) {
+    let old = scheduler.vms.ended_but(scheduler.keep_ended, FORGOTTEN_AT_ONCE);
+    for entry in old {
+        let Some(_guard) = entry.try_lock() else { continue };
+        let record = entry.record();
+        if !matches!(record.phase, Phase::Ended(_)) {
+            continue;
+        }
+        if let Err(error) = scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await {
+            return tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "ended VMs are not removed"
+            );
+        }
+        scheduler.vms.remove(record.id);
+        if let Err(error) = scheduler.logs.remove(record.id).await {
+            tracing::warn!(vm = %record.id, %error, "console log is left over");
+        }
+        let why = format!("removed, as {} others have ended since", scheduler.keep_ended);
+        let event = NewEvent::new(Kind::VmRemoved, why);
+        scheduler.events.publish(event.vm(&record));
+    }
 }
 
 /// Waits for the VM; a migration is asked to cancel, or in post-copy to end with its VM.

@@ -135,6 +135,8 @@ fn vm_record(name: &str) -> VmRecord {
             since_unix_ms: 4,
         }),
         runs: Runs {
+            ended_unix_ms: 6,
+            queued_unix_ms: 7,
             started_unix_ms: 3,
             pinned: Some("node7".parse().expect("a node")),
             console_offset: 77,

@@ -14,6 +14,7 @@ use crate::testing::{Cluster, FakeNode, Script, until};
 use crate::view;
 use crate::vms::VmEntry;
 
+mod keeping;
 mod lost;
 
 const GIB: u64 = 1 << 30;

@@ -34,6 +34,72 @@ fn vms_go_on_without_their_agent_and_the_next_one_adopts_them() {
 }
 
 #[test]
+fn a_node_that_was_declared_lost_gives_up_its_vms_and_ends_them_when_it_comes_back() {
+    let Some(machine) = Machine::with_kvm("a host that is lost, as an operator believes") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let first = cluster.run_probe("steady", "node1", "128MiB", CALM);
+    let refused = |cluster: &Cluster, args: &[&str], code: i32, words: &str| {
+        let output = cluster.shoal.output(args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+    };
+    refused(
+        &cluster,
+        &["node", "lost", "node1"],
+        2,
+        "Its VMs (steady) have failed then",
+    );
+    refused(&cluster, &["node", "lost", "node1", "--yes"], 1, "node1 reports");
+    refused(&cluster, &["node", "rm", "node1"], 1, "is connected");
+
+    // The host is cut off, and its VM runs on.
+    let before = cluster.node("node1");
+    cluster.kill_daemon("node1");
+    cluster.wait_for_state("steady", "unknown", seconds(30));
+    let advice = "`shoal node lost node1`";
+    refused(&cluster, &["migrate", "steady", "--to", "node2"], 1, advice);
+    refused(&cluster, &["rm", "steady"], 1, advice);
+    refused(&cluster, &["node", "rm", "node1"], 1, advice);
+    refused(&cluster, &["stop", "steady"], 1, advice);
+    let lost = cluster.shoal.json(&["node", "lost", "node1", "--yes"]);
+    assert_eq!(lost["failed_vms"][0], "steady", "{lost}");
+    let vm = cluster.vm("steady");
+    assert_eq!(
+        (&vm["state"], &vm["message"]),
+        (&"failed".into(), &"node node1 was declared lost".into())
+    );
+    assert_eq!(cluster.node("node1")["state"], "lost");
+    let old = cluster.only_vmm(&first);
+
+    // Its name is free.
+    cluster.shoal.ok(&["rm", "steady"]);
+    let second = cluster.run_probe("steady", "node2", "128MiB", CALM);
+    assert!(old.identity.is_running(), "nobody could end it yet");
+    cluster.start_daemon("node1");
+    cluster.wait_for_return(&before);
+    assert!(
+        !old.identity.is_running(),
+        "it had to end before its node was ready"
+    );
+    assert_eq!(cluster.vmms(&first), []);
+    assert_eq!(cluster.events_of_kind("node-returned").len(), 1);
+    assert_eq!(cluster.only_vmm(&second).node, "node2");
+    cluster.wait_for_heartbeats("steady", 2);
+    guest::assert_unharmed(&cluster.logs("steady"));
+
+    // An empty node that is not connected can be removed.
+    cluster.kill_daemon("node1");
+    wait::until_true("its connection to be gone", seconds(30), || {
+        cluster.shoal.output(&["node", "rm", "node1"]).status.success()
+    });
+    let nodes = cluster.shoal.json(&["nodes"]);
+    assert_eq!(nodes.as_array().map(Vec::len), Some(1), "{nodes}");
+}
+
+#[test]
 fn a_migration_outlives_the_agents_of_both_nodes() {
     let Some(machine) = Machine::with_kvm("death of agents in the middle of a move") else {
         return;

@@ -304,6 +304,7 @@ impl Cluster {
         let identity = ProcessIdentity {
             pid,
             start_ticks: number("start_ticks"),
+            boot_id: serde_json::from_value(process["boot_id"].clone()).expect("a UUID"),
         };
         assert!(
             identity.is_running(),

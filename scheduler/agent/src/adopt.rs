@@ -1,23 +1,21 @@
 //! What an agent does first: finds the VMMs of the agent before it. They have not noticed that it was gone.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use shoal_proto::vm::vmm_client::VmmClient;
-use shoal_proto::vm::{GetStatusRequest, VmState};
+use shoal_proto::vm::VmState;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
-use tonic::transport::Endpoint;
 
-use crate::epochs::EpochError;
+use crate::epochs::{self, EpochError};
 use crate::key::VmKey;
 use crate::node::Node;
 use crate::process::{ProcessIdentity, WatchedProcess};
 use crate::retire::{Console, retire};
 use crate::runtime_dir::{RuntimeDir, VmRecord};
-use crate::vm::{ANSWER_LIMIT, Vm};
+use crate::vm::Vm;
 
 /// Why one directory could not be taken over. The agent must not start then: it would not report a VM that may run.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +47,7 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
         source,
     };
     let mut adoptions = JoinSet::new();
+    let mut here = HashSet::new();
     for entry in std::fs::read_dir(node.vms_dir()).map_err(list_error)? {
         let path = entry.map_err(list_error)?.path();
         let Some(key) = path
@@ -58,6 +57,7 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
             tracing::warn!(?path, "not the directory of a VMM; ignored");
             continue;
         };
+        here.insert(key.id);
         let node = Arc::clone(node);
         adoptions.spawn(async move {
             let adopted = adopt(&node, key, path.clone()).await;
@@ -69,6 +69,11 @@ pub(crate) async fn adopt_all(node: &Arc<Node>) -> Result<(), AdoptError> {
     }
     while let Some(adoption) = adoptions.join_next().await {
         adoption.unwrap_or_else(|error| Err(list_error(io::Error::other(error))))?;
+    }
+    match node.epochs.forget_old(&here, epochs::KEPT) {
+        Ok(0) => {}
+        Ok(forgotten) => tracing::info!(forgotten, "epochs of VMs that went long ago"),
+        Err(error) => tracing::warn!(%error, "epochs of VMs that went long ago are not forgotten"),
     }
     Ok(())
 }
@@ -117,38 +122,75 @@ async fn adopt(node: &Arc<Node>, key: VmKey, path: PathBuf) -> Result<(), Reason
     Ok(())
 }
 
-/// The VMM's process by its pid file, or by asking it: the agent may have died before it wrote the file.
+/// The VMM's process by its pid file, or, as the agent may have died before it wrote the file, among all that run.
 async fn find_process(dir: &RuntimeDir) -> io::Result<WatchedProcess> {
-    if let Some(identity) = dir.read_identity()? {
+    let written = dir.read_identity()?;
+    if let Some(identity) = written.filter(|identity| identity.boot_id.is_some()) {
         return WatchedProcess::adopt(identity);
     }
-    match ask_for_pid(dir).await {
-        Some(pid) => {
-            let identity = ProcessIdentity::of(pid)?;
+    let path = dir.path().to_owned();
+    let found = tokio::task::spawn_blocking(move || find_server(&path)).await??;
+    // An agent of before wrote the file, which leaves the boot open.
+    match found.or(written.filter(ProcessIdentity::is_running)) {
+        Some(identity) => {
             dir.write_identity(identity)?;
             WatchedProcess::adopt(identity)
         }
         None => Ok(WatchedProcess::gone(ProcessIdentity {
             pid: 0,
             start_ticks: 0,
+            boot_id: None,
         })),
     }
 }
 
-async fn ask_for_pid(dir: &RuntimeDir) -> Option<u32> {
-    // Longer than any answer takes: a VMM that exists and is slow must not be taken for none.
-    const LIMIT: Duration = ANSWER_LIMIT.saturating_mul(2);
-    let endpoint = Endpoint::from_shared(format!("unix://{}", dir.socket_address())).ok()?;
-    let answer = async {
-        let mut client = VmmClient::new(endpoint.connect().await.ok()?);
-        Some(
-            client
-                .get_status(GetStatusRequest {})
-                .await
-                .ok()?
-                .into_inner()
-                .pid,
-        )
+/// The process that was started as the VMM of a directory: it has that as its working directory, and a listening socket as
+/// its standard input. It need not answer, nor have come so far that it could.
+///
+/// None is missed. The agent that started it held the lock of the state directory, and a process that it was about to become one
+/// in holds that, too, until it executes the VMM; by then it is in the directory.
+fn find_server(dir: &Path) -> io::Result<Option<ProcessIdentity>> {
+    let sockets = vmm_sockets(&std::fs::read_to_string("/proc/net/unix")?);
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        // One that cannot be read has ended, or is another user's.
+        let link = |what: &str| std::fs::read_link(format!("/proc/{pid}/{what}")).ok();
+        if link("cwd").is_some_and(|cwd| cwd == dir)
+            && link("fd/0").is_some_and(|stdin| sockets.contains(stdin.as_os_str()))
+            && let Ok(identity) = ProcessIdentity::of(pid)
+        {
+            return Ok(Some(identity));
+        }
+    }
+    Ok(None)
+}
+
+/// Sockets of VMMs in the text of `/proc/net/unix`, as `/proc/PID/fd` shows them.
+fn vmm_sockets(table: &str) -> HashSet<OsString> {
+    let inode = |line: &str| {
+        let mut fields = line.split_ascii_whitespace();
+        let inode: u64 = fields.nth(6)?.parse().ok()?;
+        let path = fields.next()?;
+        path.ends_with("/vmm.sock")
+            .then(|| format!("socket:[{inode}]").into())
     };
-    timeout(LIMIT, answer).await.ok().flatten()
+    table.lines().filter_map(inode).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_of_vmms_are_found_in_the_kernels_table() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                     ffff9f2e: 00000002 00000000 00010000 0001 01 22222 /run/dbus\n\
+                     ffff9f2e: 00000002 00000000 00010000 0001 01 33333 /proc/self/fd/12/vmm.sock\n\
+                     ffff9f2e: 00000003 00000000 00000000 0001 03 44444\n\
+                     ffff9f2e: garbage\n";
+        assert_eq!(vmm_sockets(table), ["socket:[33333]".into()].into());
+    }
 }

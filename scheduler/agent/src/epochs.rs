@@ -1,17 +1,22 @@
-//! The newest epoch that this node has seen for each VM, kept on disk for ever.
+//! The newest epoch that this node has seen for each VM, kept on disk, also when the VM has gone, for [`KEPT`] at least.
 //!
 //! This is the node's half of "never two running": whatever asks to start a VM at an epoch that is not newer than the
 //! one stored is refused, and the new epoch is on disk before anything starts. One small file per VM, holding a number.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use shoal_proto::{Epoch, VmId};
 
 use crate::key::VmKey;
+
+/// How long the epoch of a VM that is not here is kept. It guards against messages that are late, which wait for minutes at most:
+/// whoever sends them gives up then.
+pub(crate) const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Why a VM may not start at an epoch.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +132,27 @@ impl EpochStore {
             }
         })
         .await
+    }
+
+    /// Forgets VMs that are not here and whose epoch was stored so long ago that no message of that time can come any more.
+    pub(crate) fn forget_old(&self, here: &HashSet<VmId>, age: Duration) -> io::Result<usize> {
+        let mut newest = self.inner.lock();
+        let mut forgotten = 0;
+        for entry in fs::read_dir(&self.inner.dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(id) = name.to_str().and_then(|name| name.parse::<VmId>().ok()) else {
+                continue;
+            };
+            let stored = entry.metadata()?.modified()?;
+            let is_old = stored.elapsed().is_ok_and(|since| since > age);
+            if is_old && !here.contains(&id) && !self.inner.handover_path(id).exists() {
+                fs::remove_file(entry.path())?;
+                newest.remove(&id);
+                forgotten += 1;
+            }
+        }
+        Ok(forgotten)
     }
 
     async fn blocking<T: Send + 'static>(
@@ -319,6 +345,31 @@ mod tests {
         store.claim_handover(Epoch(5), key(id, 6)).await.expect("newer");
         store.fence(key(id, 7)).await.expect("raised from elsewhere");
         assert!(store.check_current(key(id, 5)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_was_stored_long_ago_is_forgotten_unless_it_is_here() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = EpochStore::open(dir.path().to_owned()).expect("opened");
+        let [old, here, takes_over, new] = [1, 2, 3, 4].map(|epoch| key(VmId::new(), epoch));
+        for key in [old, here, new] {
+            store.claim(key).await.expect("the first");
+        }
+        store
+            .claim_handover(Epoch(2), takes_over)
+            .await
+            .expect("the first");
+        for key in [old, here, takes_over] {
+            let file = File::options().write(true).open(store.inner.path(key.id));
+            let long_ago = std::time::SystemTime::now() - 2 * KEPT;
+            file.expect("there").set_modified(long_ago).expect("set");
+        }
+        let forgotten = store.forget_old(&[here.id].into(), KEPT).expect("looked at");
+        assert_eq!(forgotten, 1);
+        store.claim(old).await.expect("nothing is known of it");
+        for key in [here, takes_over, new] {
+            assert!(matches!(store.claim(key).await, Err(EpochError::Stale { .. })));
+        }
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@
 //! - `schedulers`: which of several schedulers that is; `term`: why a former one is not obeyed
 //!
 //! On disk, in the state directory: `vms/VM_ID-EPOCH/` (`vmm.sock`, `pid`, `spec.json`, `vmm.log`, and `ran` once the
-//! vCPUs have run), `epochs/VM_ID` (the newest epoch seen), `blobs/SHA256`, `term` (the highest heard of), `agent.lock`.
+//! vCPUs have run), `epochs/VM_ID` (the newest epoch seen; for 30 days at least), `blobs/SHA256`, `term` (the highest heard of), `agent.lock`.
 #![forbid(unsafe_code)]
 
 mod adopt;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -11,6 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::procfs;
 
@@ -19,13 +21,24 @@ const FREEZE_POLL: Duration = Duration::from_millis(1);
 
 /// One process for ever: a pid can be used again, but not with the same start time within one boot of the host.
 ///
-/// Written in pid files as `PID START`, START being field 22 of `/proc/PID/stat`.
+/// Written in pid files as `PID START BOOT`, START being field 22 of `/proc/PID/stat` and BOOT a UUID. Files of before have no BOOT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProcessIdentity {
     /// The process id.
     pub pid: u32,
     /// Clock ticks from the host's boot to the start of the process.
     pub start_ticks: u64,
+    /// Which boot that was, `/proc/sys/kernel/random/boot_id`; none if it is not known.
+    pub boot_id: Option<Uuid>,
+}
+
+/// The boot that the host is in.
+fn this_boot() -> Option<Uuid> {
+    static BOOT: OnceLock<Option<Uuid>> = OnceLock::new();
+    *BOOT.get_or_init(|| {
+        let read = procfs::read("/proc/sys/kernel/random/boot_id");
+        read.ok()?.trim().parse().ok()
+    })
 }
 
 impl ProcessIdentity {
@@ -37,12 +50,21 @@ impl ProcessIdentity {
         procfs::process_stat(pid).map(|stat| Self {
             pid,
             start_ticks: stat.start_ticks,
+            boot_id: this_boot(),
         })
     }
 
-    /// Whether it still runs. A zombie has ended.
+    /// Whether it still runs. A zombie has ended, and so has all that ran before the host was started again.
     #[must_use]
     pub fn is_running(&self) -> bool {
+        let other_boot = self
+            .boot_id
+            .zip(this_boot())
+            .is_some_and(|(its, this)| its != this);
+        !other_boot && self.is_there()
+    }
+
+    fn is_there(&self) -> bool {
         procfs::process_stat(self.pid)
             .is_ok_and(|stat| stat.start_ticks == self.start_ticks && stat.is_running())
     }
@@ -98,25 +120,35 @@ fn send(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
 
 impl fmt::Display for ProcessIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.pid, self.start_ticks)
+        write!(f, "{} {}", self.pid, self.start_ticks)?;
+        match self.boot_id {
+            Some(boot) => write!(f, " {boot}"),
+            None => Ok(()),
+        }
     }
 }
 
 /// Text that is no [`ProcessIdentity`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not 'PID START', two decimal numbers")]
+#[error("not 'PID START BOOT', two decimal numbers and a UUID")]
 pub struct ParseIdentityError;
 
 impl FromStr for ProcessIdentity {
     type Err = ParseIdentityError;
     fn from_str(text: &str) -> Result<Self, ParseIdentityError> {
-        let mut numbers = text.split_ascii_whitespace();
-        let (Some(pid), Some(start), None) = (numbers.next(), numbers.next(), numbers.next()) else {
+        let mut words = text.split_ascii_whitespace();
+        let (Some(pid), Some(start), boot, None) = (words.next(), words.next(), words.next(), words.next())
+        else {
             return Err(ParseIdentityError);
         };
         let pid = pid.parse().map_err(|_| ParseIdentityError)?;
         let start_ticks = start.parse().map_err(|_| ParseIdentityError)?;
-        Ok(Self { pid, start_ticks })
+        let boot_id = boot.map(str::parse).transpose().map_err(|_| ParseIdentityError)?;
+        Ok(Self {
+            pid,
+            start_ticks,
+            boot_id,
+        })
     }
 }
 
@@ -249,7 +281,11 @@ mod tests {
         let own = ProcessIdentity::of(std::process::id()).expect("own identity");
         assert_eq!(own.to_string().parse(), Ok(own));
         assert_eq!(format!("{own}\n").parse(), Ok(own));
-        for bad in ["", "1", "1 2 3", "a b", "-1 2", "99999999999 1"] {
+        let of_before = ProcessIdentity { boot_id: None, ..own };
+        assert_eq!(of_before.to_string(), format!("{} {}", own.pid, own.start_ticks));
+        assert_eq!(of_before.to_string().parse(), Ok(of_before));
+        assert!(own.boot_id.is_some() && of_before.is_running());
+        for bad in ["", "1", "1 2 3", "a b", "-1 2", "99999999999 1", "1 2 boot"] {
             assert_eq!(bad.parse::<ProcessIdentity>(), Err(ParseIdentityError), "{bad}");
         }
     }
@@ -261,17 +297,24 @@ mod tests {
             start_ticks: own.start_ticks + 1,
             ..own
         };
-        assert!(own.is_running() && !stranger.is_running());
+        let of_another_boot = ProcessIdentity {
+            boot_id: Some(Uuid::from_u128(1)),
+            ..own
+        };
+        assert!(own.is_running() && !stranger.is_running() && !of_another_boot.is_running());
         stranger.kill().expect("nothing to do");
+        of_another_boot.kill().expect("nothing to do");
         ProcessIdentity {
             pid: 0,
             start_ticks: 0,
+            boot_id: None,
         }
         .kill()
         .expect("nothing to do");
         ProcessIdentity {
             pid: u32::MAX,
             start_ticks: 0,
+            boot_id: None,
         }
         .kill()
         .expect("nothing to do");

@@ -1,7 +1,7 @@
 //! The directory of one VMM: its socket, pid, record and log. It is all a new agent needs to adopt the VMM.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,9 @@ const PID: &str = "pid";
 const RECORD: &str = "spec.json";
 const LOG: &str = "vmm.log";
 const RAN: &str = "ran";
+/// A VMM's log that is longer is cut down to its end, of so many bytes.
+const MOST_LOG: u64 = 4 << 20;
+const LOG_KEPT: u64 = 256 << 10;
 /// How much of the end of a VMM's log is looked at, in bytes.
 const LOG_TAIL: u64 = 2048;
 /// How much of one line of it is repeated in an error, in characters.
@@ -131,6 +134,21 @@ impl RuntimeDir {
         )
     }
 
+    /// Drops all but the end of the VMM's log if it is long. The VMM goes on to append to it.
+    pub(crate) fn shorten_log(&self) -> io::Result<()> {
+        let path = self.path.join(LOG);
+        let mut log = File::options().read(true).write(true).open(&path)?;
+        let size = log.metadata()?.len();
+        if size <= MOST_LOG {
+            return Ok(());
+        }
+        log.seek(SeekFrom::Start(size - LOG_KEPT))?;
+        let mut end = Vec::new();
+        (&log).take(LOG_KEPT).read_to_end(&mut end)?;
+        log.set_len(0)?;
+        File::options().append(true).open(&path)?.write_all(&end)
+    }
+
     /// Removes everything; nothing is an error if it is gone already.
     pub(crate) fn remove(&self) -> io::Result<()> {
         match fs::remove_dir_all(&self.path) {
@@ -192,6 +210,7 @@ mod tests {
         let identity = ProcessIdentity {
             pid: 42,
             start_ticks: 7,
+            boot_id: Some(uuid::Uuid::from_u128(9)),
         };
         dir.write_record(&record).expect("written");
         dir.write_identity(identity).expect("written");
@@ -207,6 +226,27 @@ mod tests {
         assert!(!again.has_run());
         fs::write(dir.path().join(RAN), b"").expect("written");
         assert!(again.has_run());
+    }
+
+    #[test]
+    fn a_long_log_is_cut_down_to_its_end_and_goes_on() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = directory(root.path());
+        assert!(dir.shorten_log().is_err(), "there is none");
+        let mut log = dir.create_log().expect("created");
+        let line = format!("{}\n", "y".repeat(1023));
+        let size = || fs::metadata(dir.path().join(LOG)).expect("there").len();
+        for _ in 0..4096 {
+            log.write_all(line.as_bytes()).expect("written");
+        }
+        dir.shorten_log().expect("nothing to do");
+        assert_eq!(size(), MOST_LOG);
+        log.write_all(b"more\n").expect("written");
+        dir.shorten_log().expect("cut");
+        assert_eq!(size(), LOG_KEPT);
+        log.write_all(b"last\n").expect("written");
+        assert_eq!(size(), LOG_KEPT + 5);
+        assert_eq!(dir.last_log_line().as_deref(), Some("last"));
     }
 
     #[test]

@@ -15,6 +15,9 @@ use crate::vm::Vm;
 /// Pause before asking again after the VMM's stream has broken.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
+/// How often the length of the VMM's log is looked at.
+const LOG_LOOK: Duration = Duration::from_secs(10);
+
 /// Runs until the VMM's process has ended.
 pub(crate) async fn supervise(node: Arc<Node>, vm: Arc<Vm>) {
     let how = tokio::select! {
@@ -22,6 +25,7 @@ pub(crate) async fn supervise(node: Arc<Node>, vm: Arc<Vm>) {
         never = follow_status(&node, &vm) => match never {},
         never = console::pump(&vm, node.uplink.sessions()) => match never {},
         never = sampling::follow(&vm, node.memory_sampling) => match never {},
+        never = keep_log_short(&vm) => match never {},
     };
     vm.set_gone(&how);
     if vm.is_retiring() {
@@ -29,6 +33,15 @@ pub(crate) async fn supervise(node: Arc<Node>, vm: Arc<Vm>) {
     } else {
         tracing::warn!(vm = %vm.key.id, epoch = %vm.key.epoch, how, "VMM ended by itself");
         node.uplink.vm_changed(vm.key);
+    }
+}
+
+async fn keep_log_short(vm: &Vm) -> Infallible {
+    loop {
+        tokio::time::sleep(LOG_LOOK).await;
+        if let Err(error) = vm.dir.shorten_log() {
+            tracing::debug!(vm = %vm.key.id, %error, "the VMM's log");
+        }
     }
 }
 

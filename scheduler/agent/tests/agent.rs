@@ -449,8 +449,19 @@ async fn the_next_agent_adopts_what_lives_and_clears_away_what_does_not() {
         eventually("it has ended", || !process.is_running()).await;
     }
     std::fs::remove_file(dir_of(&lives).join("pid")).expect("as if the agent had died before it wrote it");
+    // It does not answer either, for longer than it is asked.
+    let pid = i32::try_from(process.pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    let stop = |pid| rustix::process::kill_process(pid, rustix::process::Signal::STOP);
+    stop(pid.expect("a pid")).expect("stopped");
 
     let agent = Agent::start(&disk, &scheduler).await;
+    assert_eq!(
+        support::agent::identity(&dir_of(&lives)),
+        process,
+        "found without its word"
+    );
     let mut client = agent.client.clone();
     let facts = client
         .describe_vm(lives.clone())

@@ -120,7 +120,7 @@ pub enum Command {
     Upgrade(commands::upgrade::UpgradeArgs),
     /// Let a drained node take VMs again.
     Uncordon(commands::uncordon::UncordonArgs),
-    /// Change labels, taints and reserves of a node.
+    /// Change labels, taints and reserves of a node, declare it lost, or remove it.
     #[command(subcommand)]
     Node(commands::node::NodeCommand),
     /// Show the VMs that wait for room.
@@ -214,6 +214,9 @@ mod tests {
             "shoal node label node1 zone=a disk-",
             "shoal node taint node1 gpu dedicated=ml",
             "shoal node reserve node1 --memory 1GiB --cpus 0.5",
+            "shoal node lost node1",
+            "shoal node lost node1 --yes -o json",
+            "shoal node rm node1 node2",
             "shoal lock a",
             "shoal unlock a",
             "shoal suspend a b --reason lunch",
@@ -271,6 +274,8 @@ mod tests {
             "shoal migrations set a --verify",
             "shoal node label node1",
             "shoal node reserve node1",
+            "shoal node lost",
+            "shoal node rm",
             "shoal policy set",
             "shoal policy set overcommit",
             "shoal policy reset",

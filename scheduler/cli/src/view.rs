@@ -18,7 +18,7 @@ pub struct VmView {
     pub name: String,
     /// Where it is; empty while pending.
     pub node: String,
-    /// In one word.
+    /// In one word. One that is booting runs, and its guest has written nothing yet, for at most 60 s.
     pub state: &'static str,
     /// Which incarnation owns it.
     pub epoch: u64,
@@ -147,7 +147,11 @@ impl From<&cluster::Vm> for VmView {
             id: vm.id.clone(),
             name: vm.name.clone(),
             node: vm.node.clone(),
-            state: vm_state(vm.phase()),
+            state: if vm.booting {
+                "booting"
+            } else {
+                vm_state(vm.phase())
+            },
             epoch: vm.epoch,
             image: vm.image.clone(),
             cpus: vm.cpus,
@@ -311,6 +315,7 @@ impl From<&cluster::Node> for NodeView {
                 NodeState::Cordoned => "cordoned",
                 NodeState::Unreachable => "unreachable",
                 NodeState::NotReady => "not-ready",
+                NodeState::Lost => "lost",
                 // Asked of a scheduler that does not lead, and so does not hear from nodes.
                 NodeState::Unspecified => "unknown",
             },

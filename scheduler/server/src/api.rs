@@ -3,6 +3,7 @@
 
 mod backup;
 mod cancel_migration;
+mod declare_node_lost;
 mod drain_node;
 mod errors;
 mod explain_vm;
@@ -21,6 +22,7 @@ mod list_vms;
 mod migrate_vm;
 mod move_vms;
 mod rebalance;
+mod remove_node;
 mod remove_vm;
 mod resolve_vm;
 mod run_vm;
@@ -49,13 +51,14 @@ use std::sync::Arc;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
-    BackupChunk, BackupRequest, CancelMigrationRequest, CpuBaseline, DrainNodeRequest, DrainNodeResponse,
-    Event, ExplainVmRequest, Explanation, GetCpuBaselineRequest, GetMigrationDefaultsRequest,
-    GetMigrationRequest, GetPolicyRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
-    ListImagesResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest, ListNodesResponse,
-    ListQueueRequest, ListQueueResponse, ListSchedulersRequest, ListSchedulersResponse, ListVmsRequest,
-    ListVmsResponse, LogChunk, MigrateVmRequest, MigrateVmResponse, Migration, MigrationDefaults,
-    MoveVmsRequest, MoveVmsResponse, Node, RebalanceRequest, RebalanceResponse, RemoveVmRequest,
+    BackupChunk, BackupRequest, CancelMigrationRequest, CpuBaseline, DeclareNodeLostRequest,
+    DeclareNodeLostResponse, DrainNodeRequest, DrainNodeResponse, Event, ExplainVmRequest, Explanation,
+    GetCpuBaselineRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest, GetVmRequest,
+    Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListMigrationsRequest,
+    ListMigrationsResponse, ListNodesRequest, ListNodesResponse, ListQueueRequest, ListQueueResponse,
+    ListSchedulersRequest, ListSchedulersResponse, ListVmsRequest, ListVmsResponse, LogChunk,
+    MigrateVmRequest, MigrateVmResponse, Migration, MigrationDefaults, MoveVmsRequest, MoveVmsResponse, Node,
+    RebalanceRequest, RebalanceResponse, RemoveNodeRequest, RemoveNodeResponse, RemoveVmRequest,
     RemoveVmResponse, ResolveVmRequest, ResumeVmRequest, RunVmRequest, SchedulingPolicy,
     SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
     StreamLogsRequest, SuspendVmRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm,
@@ -296,6 +299,21 @@ impl Cluster for ClusterApi {
 
     async fn uncordon_node(&self, request: Request<UncordonNodeRequest>) -> Answer<Node> {
         uncordon_node::call(self.role.leader().await?, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn declare_node_lost(
+        &self,
+        request: Request<DeclareNodeLostRequest>,
+    ) -> Answer<DeclareNodeLostResponse> {
+        declare_node_lost::call(self.role.leader().await?, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Answer<RemoveNodeResponse> {
+        remove_node::call(self.role.leader().await?, &request.into_inner())
             .await
             .map(Response::new)
     }

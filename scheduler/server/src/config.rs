@@ -33,6 +33,8 @@ pub struct SchedulerConfig {
     pub metrics: Option<SocketAddr>,
     /// What plans are made with, and whether they are carried out, unless operators have set otherwise.
     pub policy: Policy,
+    /// VMs that are kept when they have ended, with their logs: the latest so many.
+    pub keep_ended: usize,
     /// What calls to and from agents carry. None: whoever reaches the scheduler may register as a node.
     pub cluster_secret: Option<ClusterSecret>,
     /// The scheduler ends when this completes. VMs go on running.
@@ -63,6 +65,8 @@ pub struct Settings {
     pub vmm_binary: Option<PathBuf>,
     /// See [`SchedulerConfig::policy`].
     pub policy: Policy,
+    /// See [`SchedulerConfig::keep_ended`].
+    pub keep_ended: usize,
     /// See [`SchedulerConfig::cluster_secret`].
     pub cluster_secret: Option<ClusterSecret>,
 }
@@ -76,6 +80,7 @@ impl SchedulerConfig {
             lease: self.lease,
             vmm_binary: self.vmm_binary,
             policy: self.policy,
+            keep_ended: self.keep_ended,
             cluster_secret: self.cluster_secret,
         };
         (settings, self.shutdown)

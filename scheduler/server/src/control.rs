@@ -9,11 +9,12 @@ use tokio::time::MissedTickBehavior;
 
 use crate::drain;
 use crate::events::{Kind, NewEvent};
-use crate::execute::{migrate, suspend};
+use crate::execute::{migrate, stop, suspend};
 use crate::migrations::OpenMigration;
 use crate::observe;
 use crate::pool::Pool;
 use crate::queue;
+use crate::reconcile::Subject;
 use crate::record::Cordon;
 use crate::scheduler::Shared;
 
@@ -133,6 +134,12 @@ pub async fn begin(scheduler: &Shared, plan: &Plan) -> Vec<Arc<OpenMigration>> {
 async fn housekeeping(scheduler: &Shared) {
     for entry in scheduler.nodes.list() {
         observe::announce_liveness(scheduler, &entry);
+        if entry.is_lost() {
+            // Those that something else was done with when that was said.
+            for vm in scheduler.vms.on_node(&entry.name()) {
+                scheduler.reconcile.push(Subject::Vm(vm.record().id));
+            }
+        }
     }
     for (vm, end) in scheduler.logs.expire_early().await {
         let Some(entry) = scheduler.vms.get(vm) else {
@@ -144,6 +151,7 @@ async fn housekeeping(scheduler: &Shared) {
             node.acknowledge_console(vm, end);
         }
     }
+    stop::forget_ended(scheduler).await;
     if let Err(error) = scheduler.events.persist(&scheduler.store).await {
         tracing::error!(
             error = &error as &dyn std::error::Error,

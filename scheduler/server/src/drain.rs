@@ -1,5 +1,9 @@
 //! The operator's will about nodes, and how far a drain has come.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_plan::Plan;
 use shoal_proto::NodeName;
 
 use crate::control::{self, Wanted};
@@ -8,6 +12,9 @@ use crate::nodes::NodeEntry;
 use crate::record::{Cordon, NodeRecord};
 use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
+
+/// A plan that is older says nothing of a drain.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// How a drain stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +25,23 @@ pub enum Progress {
     Empty,
     /// Those that are left cannot go; the text says why.
     Stuck(String),
+}
+
+/// A plan that is made for all who watch drains, however many they are.
+#[derive(Debug, Default)]
+pub struct SharedPlan(tokio::sync::Mutex<Option<(Instant, Arc<Plan>)>>);
+
+impl SharedPlan {
+    /// The latest, unless it is too old.
+    async fn get(&self, scheduler: &Shared) -> Arc<Plan> {
+        let mut latest = self.0.lock().await;
+        if let Some((_, plan)) = latest.as_ref().filter(|(made, _)| made.elapsed() < FRESH) {
+            return Arc::clone(plan);
+        }
+        let plan = Arc::new(control::plan(scheduler, Wanted::Drains).await);
+        *latest = Some((Instant::now(), Arc::clone(&plan)));
+        plan
+    }
 }
 
 /// Stores and shows whether a node takes VMs.
@@ -62,7 +86,7 @@ pub async fn progress(scheduler: &Shared, entry: &NodeEntry) -> Progress {
     if leaving || vms.is_empty() {
         return Progress::Moving;
     }
-    let plan = control::plan(scheduler, Wanted::Drains).await;
+    let plan = scheduler.drain_plan.get(scheduler).await;
     if plan
         .actions
         .iter()
@@ -87,4 +111,25 @@ pub async fn progress(scheduler: &Shared, entry: &NodeEntry) -> Progress {
         return Progress::Moving;
     }
     Progress::Stuck(stuck.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Cluster;
+
+    #[tokio::test]
+    async fn those_who_watch_drains_share_a_plan() {
+        let cluster = Cluster::start(2, 1 << 30).await;
+        let shared = &cluster.scheduler.drain_plan;
+        let mut watchers = tokio::task::JoinSet::new();
+        for _ in 0..50 {
+            let scheduler = Arc::clone(&cluster.scheduler);
+            watchers.spawn(async move { scheduler.drain_plan.get(&scheduler).await });
+        }
+        let plans = watchers.join_all().await;
+        let last = shared.0.lock().await.clone().expect("made").1;
+        let same = plans.iter().filter(|plan| Arc::ptr_eq(plan, &last)).count();
+        assert!(same > 1, "each made its own");
+    }
 }

@@ -63,6 +63,12 @@ pub enum Kind {
     NodeUnreachable,
     /// A node has not reported for long: what it was like is forgotten.
     NodeLost,
+    /// An operator has said that a node is off and stays off.
+    NodeDeclaredLost,
+    /// Such a node has come back, and what it had then is ended there.
+    NodeReturned,
+    /// An operator has removed a node.
+    NodeRemoved,
     /// A node is being drained.
     NodeDraining,
     /// A drained node is empty.
@@ -112,6 +118,9 @@ impl Kind {
             Self::NodeReady => "node-ready",
             Self::NodeUnreachable => "node-unreachable",
             Self::NodeLost => "node-lost",
+            Self::NodeDeclaredLost => "node-declared-lost",
+            Self::NodeReturned => "node-returned",
+            Self::NodeRemoved => "node-removed",
             Self::NodeDraining => "node-draining",
             Self::NodeDrained => "node-drained",
             Self::NodeUncordoned => "node-uncordoned",

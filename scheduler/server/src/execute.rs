@@ -5,6 +5,7 @@ pub mod decide;
 pub mod finish;
 pub mod guest_gap;
 pub mod launch;
+pub mod lost;
 pub mod migrate;
 pub mod preempt;
 pub mod settle;

@@ -66,6 +66,15 @@ impl Failures {
         }
     }
 
+    /// A node was removed.
+    pub fn forget(&self, node: &NodeName) {
+        let mut all = self.lock();
+        all.remove(node);
+        for ways in all.values_mut() {
+            ways.remove(&Some(node.clone()));
+        }
+    }
+
     /// What is not tried at a node now, in words, for the planner and for people.
     pub fn of(&self, to: &NodeName) -> Failing {
         let all = self.lock();

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::agent::{Agent, Caller};
-use crate::record::{Cordon, NodeRecord, NodeWishes};
+use crate::record::{Cordon, Lost, NodeRecord, NodeWishes};
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
 /// nothing is restarted.
@@ -166,9 +166,30 @@ impl NodeEntry {
         self.lock().agent.clone()
     }
 
-    /// It has reported lately.
+    /// It has reported lately, and was not declared lost.
     pub fn is_reachable(&self) -> bool {
         self.lock().is_reachable()
+    }
+
+    /// Its agent holds a session, or has reported lately.
+    pub fn is_connected(&self) -> bool {
+        let inner = self.lock();
+        inner.session.is_some() || inner.reports()
+    }
+
+    /// Its operator's word that it is off and stays off.
+    pub fn lost(&self) -> Option<Lost> {
+        self.lock().record.lost.clone()
+    }
+
+    /// Whether there is such a word.
+    pub fn is_lost(&self) -> bool {
+        self.lock().record.lost.is_some()
+    }
+
+    /// Changes it; the caller has stored it.
+    pub fn set_lost(&self, lost: Option<Lost>) {
+        self.lock().record.lost = lost;
     }
 
     /// What it reported, and whether lately.
@@ -276,7 +297,10 @@ impl NodeEntry {
         if inner.record.address != record.address {
             inner.agent = Agent::new(&record, &inner.caller)?;
         }
-        inner.record = record;
+        inner.record = NodeRecord {
+            lost: inner.record.lost.take(),
+            ..record
+        };
         inner.forget |= inner.liveness() == Liveness::Lost;
         inner.trouble = None;
         inner.session = Some(Session {
@@ -291,7 +315,7 @@ impl NodeEntry {
     pub fn is_taken_by_other(&self, address: &str) -> bool {
         let inner = self.lock();
         let begun = inner.session.as_ref().map(|session| session.begun.elapsed());
-        let lives = begun.is_some_and(|begun| begun < SILENCE || inner.is_reachable());
+        let lives = begun.is_some_and(|begun| begun < SILENCE || inner.reports());
         lives && inner.record.address != address
     }
 
@@ -412,6 +436,10 @@ impl NodeEntry {
 
 impl Inner {
     fn is_reachable(&self) -> bool {
+        self.record.lost.is_none() && self.reports()
+    }
+
+    fn reports(&self) -> bool {
         self.last_report.is_some() && self.liveness() == Liveness::Live
     }
 
@@ -461,27 +489,58 @@ impl ObservedVm {
 #[error("address: '{0}' is not IP:PORT")]
 pub struct InvalidAddress(pub String);
 
-/// All nodes that have ever registered.
+/// All nodes that have ever registered, and were not removed.
 #[derive(Debug)]
 pub struct NodeTable {
     caller: Caller,
     nodes: RwLock<BTreeMap<NodeName, Arc<NodeEntry>>>,
+    /// What must not run on nodes that were declared lost and removed, should they come back.
+    removed: Mutex<BTreeMap<NodeName, Lost>>,
 }
 
 impl NodeTable {
     /// From what was stored; agents are called so.
     pub fn new(records: Vec<NodeRecord>, caller: Caller) -> Result<Self, InvalidAddress> {
+        let (gone, present): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.removed);
         let mut nodes = BTreeMap::new();
-        for record in records {
+        for record in present {
             nodes.insert(
                 record.name.clone(),
                 Arc::new(NodeEntry::new(record, true, caller.clone())?),
             );
         }
+        let lost = |record: NodeRecord| Some((record.name, record.lost?));
         Ok(Self {
             caller,
             nodes: RwLock::new(nodes),
+            removed: Mutex::new(gone.into_iter().filter_map(lost).collect()),
         })
+    }
+
+    /// Whether its operator has said that it is off and stays off.
+    pub fn is_lost(&self, name: &NodeName) -> bool {
+        self.get(name).is_some_and(|entry| entry.is_lost())
+    }
+
+    /// The same of a node that was removed, if it was lost.
+    pub fn removed(&self, name: &NodeName) -> Option<Lost> {
+        self.lock_removed().get(name).cloned()
+    }
+
+    /// Forgets a node, but for what must not run there; the caller has stored that.
+    pub fn remove(&self, name: &NodeName) {
+        let entry = self
+            .nodes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
+        if let Some(lost) = entry.and_then(|entry| entry.lost()) {
+            self.lock_removed().insert(name.clone(), lost);
+        }
+    }
+
+    fn lock_removed(&self) -> MutexGuard<'_, BTreeMap<NodeName, Lost>> {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As whom agents are called.
@@ -506,6 +565,7 @@ impl NodeTable {
         }
         let name = record.name.clone();
         let entry = Arc::new(NodeEntry::new(record, false, self.caller.clone())?);
+        self.lock_removed().remove(&name);
         nodes.insert(name, Arc::clone(&entry));
         Ok(entry)
     }

@@ -35,6 +35,9 @@ pub fn report(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, report:
         .filter_map(|(key, facts)| disagreement(scheduler, name, *key, facts))
         .collect();
     entry.heartbeat(&report.node, vms);
+    if entry.is_lost() {
+        return scheduler.reconcile.push(Subject::Returned(name.clone()));
+    }
     for subject in subjects {
         scheduler.reconcile.push(subject);
     }
@@ -51,7 +54,7 @@ pub fn vm_changed(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, fac
     let Some(key) = key(&facts) else { return };
     let subject = disagreement(scheduler, name, key, &facts);
     entry.vm_changed(key, facts);
-    if let Some(subject) = subject {
+    if let Some(subject) = subject.filter(|_| !entry.is_lost()) {
         scheduler.reconcile.push(subject);
     }
 }

@@ -14,7 +14,7 @@ use crate::execute::launch::{self, LaunchError};
 use crate::execute::preempt;
 use crate::limits;
 use crate::observe;
-use crate::record::{Outcome, Phase, QueuedRecord, VmRecord, now_unix_ms};
+use crate::record::{Outcome, Phase, QueuedRecord, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
 use crate::store::{StoreError, Write};
 use crate::view;
@@ -220,9 +220,13 @@ pub async fn enqueue(
         if let Some(error) = placed.err().filter(PlaceError::is_final) {
             return Err(error.into());
         }
+        let runs = Runs {
+            queued_unix_ms: now_unix_ms(),
+            ..draft.runs
+        };
         let record = Arc::new(QueuedRecord {
             sequence: scheduler.queue.next_sequence(),
-            vm: draft,
+            vm: VmRecord { runs, ..draft },
             pinned,
             since_unix_ms: 0,
             room: None,
@@ -305,6 +309,59 @@ async fn try_enqueue_with_room(
     }
 }
 
+/// Has a VM wait again that its node could not start, in its old place: nothing of it is left there. The caller holds its guard.
+pub async fn put_back(
+    scheduler: &Scheduler,
+    entry: &VmEntry,
+    record: &VmRecord,
+    why: &str,
+) -> Result<(), StoreError> {
+    let _planning = scheduler.planning.lock().await;
+    let Some(entry) = scheduler
+        .vms
+        .get(record.id)
+        .filter(|found| std::ptr::eq(found.as_ref(), entry))
+    else {
+        return Ok(());
+    };
+    let epoch = record.last_epoch.next();
+    let vm = VmRecord {
+        phase: Phase::Starting,
+        message: String::new(),
+        epoch,
+        last_epoch: epoch,
+        fenced_through: record.last_epoch,
+        cpu: None,
+        cpu_baseline: false,
+        kvm: None,
+        home: None,
+        placement: String::new(),
+        ..record.clone()
+    };
+    let queued = Arc::new(QueuedRecord {
+        sequence: scheduler.queue.next_sequence(),
+        pinned: record.runs.pinned.clone(),
+        since_unix_ms: record.runs.queued_unix_ms,
+        room: None,
+        vm,
+    });
+    let writes = vec![Write::DeleteVm(record.id), Write::PutQueued(Arc::clone(&queued))];
+    scheduler.store.apply(writes).await?;
+    let waits = VmRecord {
+        phase: Phase::Queued,
+        ..queued.vm.clone()
+    };
+    scheduler.vms.set_aside(&entry, waits);
+    scheduler.queue.push(queued, entry);
+    let message = format!(
+        "{}: waits again, as {} could not start it: {why}",
+        record.name, record.node
+    );
+    let event = NewEvent::new(Kind::VmQueued, limits::shorten(&message)).vm(record);
+    scheduler.events.publish(event.node(&record.node));
+    Ok(())
+}
+
 /// Takes one out of the queue; false if it has left it meanwhile.
 pub async fn withdraw(scheduler: &Shared, vm: VmId) -> Result<bool, StoreError> {
     let _planning = scheduler.planning.lock().await;
@@ -355,6 +412,13 @@ pub async fn advance(scheduler: &Shared) {
     for (number, turn) in turns {
         let Some(waiting) = all.get(number) else { continue };
         let sequence = waiting.record.sequence;
+        // The planner lets it go to the node that it is for, also where starts fail; that is not tried each second.
+        if let Turn::Start(place) = &turn
+            && let Some(why) = starts_fail(scheduler, waiting, place)
+        {
+            order.push((sequence, why));
+            continue;
+        }
         match turn {
             Turn::Start(place) => {
                 if let Err(error) = start(scheduler, waiting, place).await {
@@ -378,6 +442,14 @@ pub async fn advance(scheduler: &Shared) {
         }
     }
     scheduler.queue.arrange(order);
+}
+
+fn starts_fail(scheduler: &Scheduler, waiting: &Waiting, place: &shoal_plan::Placement) -> Option<String> {
+    waiting.record.pinned.as_ref()?;
+    let node: NodeName = place.node.as_str().parse().ok()?;
+    let failing = scheduler.failures.of(&node);
+    let starts = failing.iter().find(|(from, _)| from.is_none());
+    starts.map(|(_, why)| format!("{node}: {why}"))
 }
 
 /// Has others stopped for one that waits; answers what it waits for.

@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::events::{Kind, NewEvent};
 use crate::execute::settle::Settlement;
 use crate::execute::stop::{self, outcome};
-use crate::execute::{finish, launch};
+use crate::execute::{finish, launch, lost};
 use crate::policy::{self, Cause};
 use crate::record::{Intent, Outcome, Phase, VmRecord, now_unix_ms};
 use crate::scheduler::{Scheduler, Shared};
@@ -43,6 +43,8 @@ pub enum Subject {
         /// The copy's epoch.
         epoch: Epoch,
     },
+    /// A node that was declared lost, and reports.
+    Returned(NodeName),
 }
 
 /// Subjects waiting, each once.
@@ -102,6 +104,7 @@ pub async fn run(scheduler: Shared, mut subjects: mpsc::UnboundedReceiver<Subjec
             match subject {
                 Subject::Vm(vm) => reconcile_vm(&scheduler, vm).await,
                 Subject::Stray { node, vm, epoch } => reconcile_stray(&scheduler, &node, vm, epoch).await,
+                Subject::Returned(node) => lost::clear(&scheduler, &node).await,
             }
             drop(permit);
         });
@@ -114,6 +117,9 @@ async fn reconcile_vm(scheduler: &Shared, vm: VmId) {
     };
     // Whoever has the guard deals with the VM already.
     let Some(guard) = entry.try_lock() else { return };
+    if lost::end(scheduler, &entry, &guard).await {
+        return;
+    }
     match &entry.record().phase {
         Phase::Starting => launch::resume_start(scheduler, &entry, &guard).await,
         Phase::Running => check_running(scheduler, &entry, &guard).await,
@@ -210,6 +216,9 @@ async fn reconcile_stray(scheduler: &Shared, node: &NodeName, vm: VmId, epoch: E
         }
         return;
     };
+    if scheduler.nodes.is_lost(node) {
+        return;
+    }
     // A look at the same VM's owner, which may come with every report, must not crowd this out.
     let Ok(guard) = tokio::time::timeout(STRAY_PATIENCE, entry.lock()).await else {
         return;

@@ -1,6 +1,7 @@
 //! What the store keeps. Each record is the whole truth about its subject: nothing else has to be asked to go on
 //! after a restart.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -246,6 +247,10 @@ pub struct GivingWay {
 pub struct Runs {
     /// When this one was begun; 0 if that is not known.
     pub started_unix_ms: i64,
+    /// When the last one ended; 0 if that is not known, or it has not.
+    pub ended_unix_ms: i64,
+    /// Since when it waited to be started for the first time, if its owner lets it wait as long as it takes; 0: that was not asked for.
+    pub queued_unix_ms: i64,
     /// The only node that its owner wants it on.
     pub pinned: Option<NodeName>,
     /// What was written to the console before this run.
@@ -457,6 +462,21 @@ pub struct NodeRecord {
     /// More of its operator's will.
     #[serde(default)]
     pub wishes: NodeWishes,
+    /// Its operator has said that it is off and stays off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<Lost>,
+    /// Its operator has removed it. The record is kept for what must not run there, should it come back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
+}
+
+/// What must not run on a node any more that was declared lost.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// When that was said.
+    pub since_unix_ms: i64,
+    /// VMs that it had, or was to get, each up to this epoch.
+    pub fenced: BTreeMap<VmId, Epoch>,
 }
 
 impl NodeRecord {

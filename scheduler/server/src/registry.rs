@@ -51,6 +51,7 @@ const REGISTER_TIME: Duration = Duration::from_secs(5);
 const CONSOLE_DEPTH: usize = 32;
 const MAX_PIECE_BYTES: usize = 1 << 20;
 const MAX_NODE_CPUS: u32 = 65_536;
+const MOST_NODES: usize = 100_000;
 /// An agent that was asked for a whole report and sends deltas is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -198,6 +199,11 @@ pub async fn begin(
             "node: another agent named '{name}' is connected; give the one at {address} another name"
         )));
     }
+    if known.is_none() && scheduler.nodes.list().len() >= MOST_NODES {
+        return Err(Status::resource_exhausted(format!(
+            "node: there are {MOST_NODES} nodes already; remove those that are gone with `shoal node rm`"
+        )));
+    }
     let old = known.as_ref().map(|entry| entry.record());
     let cpuid = Table::from_bytes(&register.cpuid).map_err(|error| invalid(format!("cpuid: {error}")))?;
     let cpu = if cpuid.is_empty() {
@@ -230,6 +236,11 @@ pub async fn begin(
         wishes: old
             .as_ref()
             .map_or_else(NodeWishes::default, |old| old.wishes.clone()),
+        lost: match &old {
+            Some(old) => old.lost.clone(),
+            None => scheduler.nodes.removed(&name),
+        },
+        removed: false,
     };
     crate::agent::Agent::new(&record, scheduler.nodes.caller()).map_err(bad_address)?;
     if old.as_ref() != Some(&record) {
@@ -356,7 +367,12 @@ async fn take_console(scheduler: &Shared, name: &NodeName, entry: &NodeEntry, co
         entry.acknowledge_console(vm, console.offset.saturating_add(console.data.len() as u64));
         return;
     }
-    match scheduler.logs.append(vm, console.offset, console.data).await {
+    let reached = console.offset.saturating_add(console.data.len() as u64);
+    let stored = scheduler.logs.append(vm, console.offset, console.data).await;
+    if let Some(entry) = scheduler.vms.get(vm) {
+        entry.console_reached(reached);
+    }
+    match stored {
         Ok(end) => entry.acknowledge_console(vm, end),
         // Not acknowledged: the agent keeps them and sends them again.
         Err(error) => tracing::error!(%vm, %error, "console log cannot be written"),

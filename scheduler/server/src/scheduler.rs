@@ -8,6 +8,7 @@ use shoal_proto::{NodeName, node};
 
 use crate::agent::{Agent, AgentError};
 use crate::cpus::Cpus;
+use crate::drain::SharedPlan;
 use crate::events::Events;
 use crate::failures::Failures;
 use crate::history::History;
@@ -77,6 +78,10 @@ pub struct Scheduler {
     pub moves: Moves,
     /// This one and the others.
     pub schedulers: Schedulers,
+    /// VMs that are kept when they have ended.
+    pub keep_ended: usize,
+    /// What those who watch drains look at.
+    pub drain_plan: SharedPlan,
 }
 
 /// After a start, or a failover, agents that live have reported within this.

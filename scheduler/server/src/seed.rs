@@ -72,6 +72,8 @@ fn node(seed: SeedNode) -> Write {
         kvm: None,
         kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
+        lost: None,
+        removed: false,
     })
 }
 

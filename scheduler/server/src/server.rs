@@ -24,6 +24,7 @@ use crate::cluster;
 use crate::config::{SchedulerConfig, Settings};
 use crate::control;
 use crate::cpus::Cpus;
+use crate::drain::SharedPlan;
 use crate::events::Events;
 use crate::failures::Failures;
 use crate::history::History;
@@ -325,6 +326,8 @@ pub fn build(
         imports: tokio::sync::Semaphore::new(MOST_IMPORTS),
         moves: Moves::default(),
         schedulers,
+        keep_ended: config.keep_ended,
+        drain_plan: SharedPlan::default(),
         store,
     };
     let unfinished = Unfinished {

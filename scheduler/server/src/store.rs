@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use prost::Message as _;
 use shoal_cpuid::Table as CpuTable;
-use shoal_proto::{VmId, cluster, vm};
+use shoal_proto::{NodeName, VmId, cluster, vm};
 use tokio::sync::{RwLock, watch};
 
 use crate::cpus::{CpuDigest, StoredCpus};
@@ -193,6 +193,8 @@ pub enum Write {
     DeleteMoveOrder(MoveOrder),
     /// Inserts or replaces a node.
     PutNode(NodeRecord),
+    /// Removes a node.
+    DeleteNode(NodeName),
     /// Keeps a kind of CPU.
     PutCpu(CpuDigest, CpuTable),
     /// Changes or removes the CPU baseline.

@@ -217,6 +217,11 @@ impl FakeNode {
         self.lock().refuse_launches = true;
     }
 
+    /// The opposite.
+    pub fn accept_launches(&self) {
+        self.lock().refuse_launches = false;
+    }
+
     /// VMMs here, in any state.
     pub fn vmms(&self) -> usize {
         self.lock().vms.len()
@@ -562,6 +567,21 @@ impl Cluster {
 
     /// Ends this scheduler's part of the test and opens its state directory again, as after a crash.
     pub async fn restart(&mut self) {
+        self.reopen().await;
+        self.register();
+    }
+
+    /// The same, and all nodes but one have registered since.
+    pub async fn restart_without(&mut self, index: usize) {
+        self.reopen().await;
+        for (at, node) in self.nodes.iter().enumerate() {
+            if at != index {
+                self.register_one(node);
+            }
+        }
+    }
+
+    async fn reopen(&mut self) {
         // The store is locked while it is open: the new one gets a copy, as it was at this moment.
         let copy = tempfile::tempdir().expect("temporary directory");
         std::fs::copy(
@@ -571,7 +591,6 @@ impl Cluster {
         .expect("copied");
         self.scheduler = open(copy.path()).await;
         self.directory = copy;
-        self.register();
     }
 
     /// Every node reports.
@@ -619,17 +638,21 @@ impl Cluster {
 
     fn register(&self) {
         for node in &self.nodes {
-            let entry = self
-                .scheduler
-                .nodes
-                .get_or_insert(node.record.clone())
-                .expect("an address");
-            let (sender, _) = mpsc::channel(1);
-            entry
-                .begin_session(node.record.clone(), 1, sender)
-                .expect("an address");
+            self.register_one(node);
         }
-        self.report();
+    }
+
+    fn register_one(&self, node: &FakeNode) {
+        let entry = self
+            .scheduler
+            .nodes
+            .get_or_insert(node.record.clone())
+            .expect("an address");
+        let (sender, _) = mpsc::channel(1);
+        entry
+            .begin_session(node.record.clone(), 1, sender)
+            .expect("an address");
+        node.report(&self.scheduler);
     }
 }
 
@@ -655,6 +678,7 @@ async fn open(directory: &std::path::Path) -> Shared {
             automation: shoal_plan::Automation::Manual,
             ..shoal_plan::Policy::default()
         },
+        keep_ended: 3,
         cluster_secret: None,
     };
     let (scheduler, subjects, unfinished) = crate::server::open(&config).await.expect("opened");
@@ -679,6 +703,8 @@ async fn serve(name: String, memory_bytes: u64, peers: Arc<Mutex<Vec<FakeNode>>>
         kvm: None,
         kvm_trouble: String::new(),
         wishes: Default::default(),
+        lost: None,
+        removed: false,
     };
     let node = FakeNode {
         state: Arc::default(),

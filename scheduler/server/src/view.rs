@@ -1,14 +1,20 @@
 //! Records and reports as users see them.
 
+use std::time::Duration;
+
 use shoal_plan::{KvmKind, Peak, Rules, SoftwareKernel, Term};
 use shoal_proto::cluster::{self, NodeState, VmPhase};
 
-use crate::nodes::{Liveness, NodeEntry};
+use crate::execute::lost;
+use crate::nodes::{Liveness, NodeEntry, ObservedVm};
 use crate::observe;
 use crate::queue::Waiting;
 use crate::record::{Cordon, ImageRecord, NodeRecord, Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
 use crate::vms::VmEntry;
+
+/// A guest that has written nothing for so long counts as one that has nothing to say.
+const BOOT_TIME: Duration = Duration::from_secs(60);
 
 /// A VM, without its migrations.
 pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
@@ -28,6 +34,8 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
     if !faults.is_empty() {
         message = format!("FAULTS ARE ARMED in its VMM, for a test ({faults}) {message}");
     }
+    let booting =
+        phase == VmPhase::Running && !scheduler.schedulers.follows() && is_booting(entry, seen.as_ref());
     let exit_status = match &record.phase {
         Phase::Ending(Outcome::Exited { status, .. }) | Phase::Ended(Outcome::Exited { status, .. }) => {
             *status
@@ -73,7 +81,16 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         preempted: preempted(&record),
         kvm: kvm(runs_on).into(),
         ring3_kernel: record.runs_ring3_kernel(),
+        booting,
     }
+}
+
+/// It runs, not for long, and its guest has not written anything in this run.
+fn is_booting(entry: &VmEntry, seen: Option<&ObservedVm>) -> bool {
+    let record = entry.record();
+    let reported = seen.and_then(|seen| Some(seen.facts.status.as_ref()?.console_offset));
+    record.ran().is_some_and(|ran| ran < BOOT_TIME)
+        && entry.console_end().max(reported.unwrap_or(0)) <= record.runs.console_offset
 }
 
 fn kvm(kind: Option<KvmKind>) -> cluster::KvmKind {
@@ -204,6 +221,8 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
     let figures = entry.figures();
     let follows = scheduler.schedulers.follows();
     let state = match record.cordon {
+        _ if record.lost.is_some() && (follows || entry.liveness() != Liveness::Live) => NodeState::Lost,
+        _ if record.lost.is_some() => NodeState::NotReady,
         Cordon::Open if follows => NodeState::Unspecified,
         _ if !reachable && !follows => NodeState::Unreachable,
         Cordon::Open if record.kvm_is_unusable() => NodeState::NotReady,
@@ -255,9 +274,14 @@ fn trouble(scheduler: &Scheduler, entry: &NodeEntry, record: &NodeRecord) -> Str
     let kvm = record
         .kvm_is_unusable()
         .then(|| format!("KVM cannot be used there: {}", record.kvm_trouble));
+    let lost = record
+        .lost
+        .as_ref()
+        .map(|lost| lost::in_words(&record.name, lost, entry.liveness()));
     let failing = scheduler.failures.of(&record.name);
     let failing = failing.iter().map(|(_, why)| why.to_string());
-    let all: Vec<String> = entry.trouble().into_iter().chain(kvm).chain(failing).collect();
+    let own = entry.trouble().into_iter().chain(lost).chain(kvm);
+    let all: Vec<String> = own.chain(failing).collect();
     all.join("; ")
 }
 
@@ -293,5 +317,75 @@ pub fn image(record: &ImageRecord) -> cluster::Image {
         created_unix_ms: record.created_unix_ms,
         kvm: hardware.into_iter().chain(software).map(i32::from).collect(),
         ring3_kernel: kernels.software == Some(SoftwareKernel::Ring3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::execute::launch;
+    use crate::record::{Runs, now_unix_ms};
+    use crate::testing::Cluster;
+
+    async fn started(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
+        let draft = cluster.draft(name, 64 << 20);
+        let (entry, guard) = launch::submit(&cluster.scheduler, draft, None)
+            .await
+            .expect("placed");
+        launch::start(&cluster.scheduler, &entry, &guard)
+            .await
+            .expect("started");
+        cluster.report();
+        entry
+    }
+
+    async fn change(cluster: &Cluster, entry: &VmEntry, runs: Runs) {
+        let record = VmRecord {
+            runs,
+            ..entry.record().as_ref().clone()
+        };
+        let saved = cluster.scheduler.save_vm(record, Vec::new()).await;
+        saved.expect("stored");
+    }
+
+    #[tokio::test]
+    async fn a_vm_is_booting_until_its_guest_has_written_or_a_minute_has_passed() {
+        let cluster = Cluster::start(1, 1 << 30).await;
+        let seen = |entry: &VmEntry| {
+            let vm = vm(&cluster.scheduler, entry);
+            assert_eq!(
+                vm.phase(),
+                VmPhase::Running,
+                "whoever does not know of it sees it run"
+            );
+            vm.booting
+        };
+        let talks = started(&cluster, "talks").await;
+        assert!(seen(&talks));
+        talks.console_reached(1);
+        assert!(!seen(&talks));
+
+        let silent = started(&cluster, "silent").await;
+        let long_ago = Runs {
+            started_unix_ms: now_unix_ms() - 61_000,
+            ..Runs::default()
+        };
+        change(&cluster, &silent, long_ago).await;
+        assert!(!seen(&silent));
+
+        // What an earlier run wrote is no sign of life.
+        let again = started(&cluster, "again").await;
+        let second = Runs {
+            started_unix_ms: now_unix_ms(),
+            console_offset: 100,
+            ..Runs::default()
+        };
+        change(&cluster, &again, second).await;
+        again.console_reached(100);
+        assert!(seen(&again));
+        again.console_reached(101);
+        assert!(!seen(&again));
     }
 }

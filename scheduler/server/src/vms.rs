@@ -1,6 +1,7 @@
 //! All VMs in memory: a copy of what the store holds, found by id, name and node.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use shoal_proto::{NodeName, VmId, VmName, cluster};
@@ -24,6 +25,7 @@ pub struct VmEntry {
     operation: Arc<tokio::sync::Mutex<()>>,
     migrations: Mutex<VecDeque<cluster::Migration>>,
     dirty_rate: Mutex<Option<u64>>,
+    console_end: AtomicU64,
 }
 
 impl VmEntry {
@@ -51,6 +53,7 @@ impl VmEntry {
             operation: Arc::default(),
             migrations: Mutex::default(),
             dirty_rate: Mutex::default(),
+            console_end: AtomicU64::new(0),
         })
     }
 
@@ -128,6 +131,16 @@ impl VmEntry {
         *self.dirty_rate.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes_per_second);
     }
 
+    /// Where its console has come to, as far as this scheduler has heard.
+    pub fn console_end(&self) -> u64 {
+        self.console_end.load(Ordering::Relaxed)
+    }
+
+    /// Its console has come so far.
+    pub fn console_reached(&self, end: u64) {
+        self.console_end.fetch_max(end, Ordering::Relaxed);
+    }
+
     fn history(&self) -> std::sync::MutexGuard<'_, VecDeque<cluster::Migration>> {
         self.migrations.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -145,6 +158,8 @@ struct Index {
     by_name: HashMap<VmName, VmId>,
     /// VMs that have not ended.
     by_node: HashMap<NodeName, BTreeSet<VmId>>,
+    /// VMs that have, by when they did.
+    ended: BTreeSet<(i64, VmId)>,
 }
 
 /// All VMs.
@@ -208,6 +223,14 @@ impl VmTable {
         self.read().by_node.get(node).map_or(0, BTreeSet::len)
     }
 
+    /// VMs that have ended, but for the latest so many: the first, at most this number.
+    pub fn ended_but(&self, kept: usize, most: usize) -> Vec<Arc<VmEntry>> {
+        let index = self.read();
+        let old = index.ended.len().saturating_sub(kept).min(most);
+        let first = index.ended.iter().take(old);
+        first.filter_map(|(_, id)| index.by_id.get(id).cloned()).collect()
+    }
+
     /// Whether a name is free.
     pub fn check_name(&self, name: &VmName) -> Result<(), NameTaken> {
         if self.read().by_name.contains_key(name) {
@@ -240,7 +263,7 @@ impl VmTable {
         if let Some(entry) = index.by_id.remove(&id) {
             let record = entry.record();
             index.by_name.remove(&record.name);
-            index.leave_node(&record);
+            index.leave(&record);
         }
     }
 
@@ -248,9 +271,11 @@ impl VmTable {
         let mut index = self.write();
         let old = index.by_id.get(&record.id).map(|entry| entry.record());
         if let Some(old) = old {
-            index.leave_node(&old);
+            index.leave(&old);
         }
-        if !matches!(record.phase, Phase::Ended(_)) {
+        if matches!(record.phase, Phase::Ended(_)) {
+            index.ended.insert((ended(record), record.id));
+        } else {
             index
                 .by_node
                 .entry(record.node.clone())
@@ -277,8 +302,17 @@ impl VmTable {
     }
 }
 
+/// When a VM that has ended did, as far as is known.
+fn ended(record: &VmRecord) -> i64 {
+    match record.runs.ended_unix_ms {
+        0 => record.created_unix_ms,
+        ended => ended,
+    }
+}
+
 impl Index {
-    fn leave_node(&mut self, record: &VmRecord) {
+    fn leave(&mut self, record: &VmRecord) {
+        self.ended.remove(&(ended(record), record.id));
         if let Some(ids) = self.by_node.get_mut(&record.node) {
             ids.remove(&record.id);
             if ids.is_empty() {

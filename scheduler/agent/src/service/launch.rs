@@ -1,5 +1,6 @@
 //! LaunchVm: blobs, epoch, process, boot; each failure leaves nothing behind but the epoch.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,12 +28,15 @@ pub(super) async fn launch(node: Arc<Node>, workload: Workload) -> Result<VmStat
     let _launching = node.begin_launch(key);
     refuse_company(&node, key)?;
     super::check_current(&node, key).await?;
+    // Held until the VMM has read them.
+    let kernel = node.blobs.get(&boot.kernel, &node.schedulers).await?;
+    let initrd = match &boot.initrd {
+        Some(initrd) => Some(node.blobs.get(initrd, &node.schedulers).await?),
+        None => None,
+    };
     let files = BootFiles {
-        kernel: node.blobs.get(&boot.kernel, &node.schedulers).await?,
-        initrd: match &boot.initrd {
-            Some(initrd) => Some(node.blobs.get(initrd, &node.schedulers).await?),
-            None => None,
-        },
+        kernel: PathBuf::clone(&kernel),
+        initrd: initrd.as_deref().cloned(),
         cmdline: boot.cmdline,
     };
 

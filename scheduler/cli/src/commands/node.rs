@@ -1,7 +1,11 @@
-//! `shoal node label|taint|reserve`
+//! `shoal node label|taint|reserve|lost|rm`
 
 use clap::{Args, Subcommand};
-use shoal_proto::cluster::UpdateNodeRequest;
+use serde::Serialize;
+use serde_json::json;
+use shoal_proto::cluster::{
+    DeclareNodeLostRequest, ListVmsRequest, RemoveNodeRequest, UpdateNodeRequest, VmPhase,
+};
 
 use super::nodes::node_table;
 use crate::client::Context;
@@ -18,6 +22,28 @@ pub enum NodeCommand {
     Taint(ChangeArgs),
     /// Keep a part of the node free of VMs.
     Reserve(ReserveArgs),
+    /// Say that a node's host is off and stays off, or must not run its VMs again: they have failed then.
+    Lost(LostArgs),
+    /// Forget nodes that have no VMs and are not connected.
+    Rm(RmArgs),
+}
+
+/// Arguments of `node lost`.
+#[derive(Debug, Args)]
+pub struct LostArgs {
+    /// Its name.
+    node: String,
+    /// It is so: nobody can check it for you. Without this, what would follow is said.
+    #[arg(long)]
+    yes: bool,
+}
+
+/// Arguments of `node rm`.
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// Their names.
+    #[arg(required = true, value_name = "NODE")]
+    nodes: Vec<String>,
 }
 
 /// Arguments of `node label` and `node taint`.
@@ -43,9 +69,11 @@ pub struct ReserveArgs {
     cpus: Option<f64>,
 }
 
-/// Changes a node and shows it.
+/// Does it, and shows what has become of the node.
 pub async fn run(context: &Context, command: NodeCommand) -> Result<(), CliError> {
     let request = match command {
+        NodeCommand::Lost(args) => return lost(context, args).await,
+        NodeCommand::Rm(args) => return remove(context, args).await,
         NodeCommand::Label(args) => {
             let (set_labels, remove_labels) = split(args.changes);
             UpdateNodeRequest {
@@ -76,6 +104,76 @@ pub async fn run(context: &Context, command: NodeCommand) -> Result<(), CliError
     context
         .output
         .show(&view, |_| node_table(std::slice::from_ref(&view)))
+}
+
+/// What became of a node that was declared lost.
+#[derive(Debug, Serialize)]
+struct LostView {
+    node: NodeView,
+    /// Names.
+    failed_vms: Vec<String>,
+    /// Names; something else was done with them, and they follow.
+    busy_vms: Vec<String>,
+}
+
+async fn lost(context: &Context, args: LostArgs) -> Result<(), CliError> {
+    let mut client = context.client().await?;
+    let node = args.node;
+    if !args.yes {
+        let all = client.list_vms(ListVmsRequest {}).await?.into_inner().vms;
+        let there = all
+            .into_iter()
+            .filter(|vm| vm.node == node && !matches!(vm.phase(), VmPhase::Exited | VmPhase::Failed));
+        let names: Vec<String> = there.map(|vm| vm.name).collect();
+        return Err(CliError::Usage(what_it_means(&node, &names)));
+    }
+    let answer = client.declare_node_lost(DeclareNodeLostRequest { node }).await?;
+    let answer = answer.into_inner();
+    let view = LostView {
+        node: NodeView::from(&answer.node.unwrap_or_default()),
+        failed_vms: answer.failed_vms,
+        busy_vms: answer.busy_vms,
+    };
+    context.output.show(&view, |view| {
+        let name = &view.node.name;
+        let mut text = match view.failed_vms.as_slice() {
+            [] => format!("{name} counts as lost; no VM has failed by that"),
+            failed => format!("{name} counts as lost; failed: {}", failed.join(", ")),
+        };
+        if !view.busy_vms.is_empty() {
+            let busy = view.busy_vms.join(", ");
+            text = format!("{text}; busy with something else, and to fail when that has ended: {busy}");
+        }
+        text
+    })
+}
+
+fn what_it_means(node: &str, vms: &[String]) -> String {
+    let vms = match vms {
+        [] => "It has no VMs.".to_owned(),
+        vms => format!(
+            "Its VMs ({}) have failed then, with all that they had in memory; their names are free once they are removed.",
+            vms.join(", ")
+        ),
+    };
+    format!(
+        "`shoal node lost {node}` takes your word that the host of {node} is off and stays off, or must not run its VMs again. \
+         {vms} Should it come back, they are ended there before it takes others. Nobody can check it for you: if the host still \
+         runs, so do they, until then. If it is so, add --yes"
+    )
+}
+
+async fn remove(context: &Context, args: RmArgs) -> Result<(), CliError> {
+    let mut client = context.client().await?;
+    for node in args.nodes {
+        client
+            .remove_node(RemoveNodeRequest { node: node.clone() })
+            .await?;
+        context
+            .output
+            .show_line(&json!({ "removed": node }), |_| format!("{node} removed"))?;
+    }
+    Ok(())
 }
 
 /// What is set, and the keys of what is removed.

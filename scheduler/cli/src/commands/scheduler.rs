@@ -44,6 +44,9 @@ pub struct SchedulerArgs {
     /// makes one.
     #[arg(long, value_name = "FILE")]
     pub cluster_secret: Option<PathBuf>,
+    /// Keep so many VMs that have ended, the latest, with their logs; others are removed.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub keep_ended: usize,
     /// Move nothing unless asked to: begins with the policy automation=manual.
     #[arg(long)]
     pub manual: bool,
@@ -82,6 +85,7 @@ pub async fn run(args: SchedulerArgs) -> Result<(), CliError> {
         vmm_binary: Some(daemon::vmm_binary(args.vmm_binary)?),
         metrics: args.metrics,
         policy,
+        keep_ended: args.keep_ended,
         cluster_secret: daemon::cluster_secret(args.cluster_secret.as_deref())?,
         shutdown: daemon::shutdown()?,
     };

@@ -30,6 +30,9 @@ pub struct UpProcess {
     pub pid: u32,
     /// Field 22 of `/proc/PID/stat`: tells it from a later process with the same pid.
     pub start_ticks: u64,
+    /// Which boot of the host it runs in; none in records of before.
+    #[serde(default)]
+    pub boot_id: Option<uuid::Uuid>,
     /// What it was started with, so that it can be started again.
     pub args: Vec<String>,
 }
@@ -41,6 +44,7 @@ impl UpProcess {
         ProcessIdentity {
             pid: self.pid,
             start_ticks: self.start_ticks,
+            boot_id: self.boot_id,
         }
     }
 }
@@ -139,6 +143,7 @@ mod tests {
             name: "scheduler".into(),
             pid: own.pid,
             start_ticks: own.start_ticks,
+            boot_id: own.boot_id,
             args: Vec::new(),
         };
         let record = UpRecord {

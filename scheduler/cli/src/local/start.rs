@@ -231,6 +231,7 @@ impl LocalCluster {
             name: name.to_owned(),
             pid: identity.pid,
             start_ticks: identity.start_ticks,
+            boot_id: identity.boot_id,
             args,
         })
     }

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 
 use crate::agent::AgentError;
 use crate::execute::launch::LaunchError;
+use crate::execute::lost::LostError;
 use crate::execute::migrate::BeginError;
 use crate::execute::stop::StopError;
 use crate::execute::suspend::SuspendError;
@@ -82,9 +83,10 @@ pub fn launch(error: LaunchError) -> Status {
 pub fn begin(error: BeginError) -> Status {
     let text = error.to_string();
     match error {
-        BeginError::AlreadyMigrating { .. } | BeginError::NotRunning { .. } | BeginError::Busy(_) => {
-            Status::failed_precondition(text)
-        }
+        BeginError::AlreadyMigrating { .. }
+        | BeginError::NotRunning { .. }
+        | BeginError::NodeSilent { .. }
+        | BeginError::Busy(_) => Status::failed_precondition(text),
         BeginError::Refused(refusal) => match refusal {
             MigrateError::UnknownVm(_) | MigrateError::UnknownNode(_) => Status::not_found(text),
             MigrateError::SameNode { .. } => Status::invalid_argument(text),
@@ -101,15 +103,26 @@ pub fn begin(error: BeginError) -> Status {
 pub fn stop(error: StopError) -> Status {
     let text = error.to_string();
     match error {
-        StopError::InDoubt(_) | StopError::NotEnded(_) | StopError::Waits(_) => {
+        StopError::InDoubt(_) | StopError::NotEnded(_) | StopError::NotKnown { .. } | StopError::Waits(_) => {
             Status::failed_precondition(text)
         }
-        StopError::Busy(_) | StopError::Migrating { .. } | StopError::NotConfirmed { .. } => {
-            Status::unavailable(text)
-        }
+        StopError::Busy(_)
+        | StopError::Migrating { .. }
+        | StopError::Later { .. }
+        | StopError::NotConfirmed { .. } => Status::unavailable(text),
         StopError::Agent(error) => agent(error),
         StopError::Store(error) => store(&error),
         StopError::Log(error) => io("console log", &error),
+    }
+}
+
+pub fn lost(error: LostError) -> Status {
+    match error {
+        LostError::Store(error) => store(&error),
+        LostError::TooEarly { .. } => Status::unavailable(error.to_string()),
+        LostError::Reports { .. } | LostError::Connected { .. } | LostError::HasVms { .. } => {
+            Status::failed_precondition(error.to_string())
+        }
     }
 }
 

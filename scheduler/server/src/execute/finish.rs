@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Backoff, preempt};
 use crate::events::{Kind, NewEvent};
-use crate::record::{Outcome, Phase, VmRecord};
+use crate::record::{Outcome, Phase, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::Scheduler;
 use crate::store::{StoreError, Write};
 use crate::vms::{VmEntry, VmGuard};
@@ -72,6 +72,8 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
         return;
     };
     let destroyed = match scheduler.agent(&record.node) {
+        // Its operator's word is all that there will ever be; should it come back, [`super::lost`] sees to it.
+        _ if scheduler.nodes.is_lost(&record.node) => Ok(()),
         Ok(agent) => agent.destroy(record.id, record.epoch).await,
         Err(error) => Err(error),
     };
@@ -97,6 +99,10 @@ pub async fn clean_up(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     let ended = VmRecord {
         phase: Phase::Ended(outcome.clone()),
         giving_way: None,
+        runs: Runs {
+            ended_unix_ms: now_unix_ms(),
+            ..record.runs.clone()
+        },
         ..record.as_ref().clone()
     };
     let ended = save_at_last(scheduler, ended, Vec::new()).await;

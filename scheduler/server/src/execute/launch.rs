@@ -13,6 +13,7 @@ use crate::agent::{Agent, AgentError};
 use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::observe;
+use crate::queue;
 use crate::record::{Outcome, Phase, Runs, VmRecord, now_unix_ms};
 use crate::scheduler::Scheduler;
 use crate::store::{StoreError, Write};
@@ -196,7 +197,13 @@ fn blames_node(code: tonic::Code) -> bool {
     !matches!(code, Code::InvalidArgument | Code::AlreadyExists | Code::Aborted)
 }
 
-/// Starts a submitted VM and waits until it runs. If it does not, nothing is left of it.
+/// Whether a VM goes back to the queue that did not start: its owner lets it wait as long as it takes, and it is the node that
+/// could not.
+fn waits_again(record: &VmRecord, code: tonic::Code) -> bool {
+    record.runs.queued_unix_ms != 0 && record.runs.preempted == 0 && blames_node(code)
+}
+
+/// Starts a submitted VM and waits until it runs. If it does not, nothing is left of it, unless it waits again.
 pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> Result<(), LaunchError> {
     let record = entry.record();
     let told = tell(scheduler, &record, Some(Instant::now() + PATIENCE)).await;
@@ -216,6 +223,15 @@ pub async fn start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuard) -> R
                 reason: format!("node {} could not start it again: {reason}", record.node),
             };
             finish::end_vm(scheduler, entry, outcome, guard).await;
+            Err(LaunchError::Failed {
+                vm: record.name.clone(),
+                node: record.node.clone(),
+                reason,
+                code,
+            })
+        }
+        Told::Failed { reason, code } if waits_again(&record, code) => {
+            queue::put_back(scheduler, entry, &record, &reason).await?;
             Err(LaunchError::Failed {
                 vm: record.name.clone(),
                 node: record.node.clone(),
@@ -258,6 +274,11 @@ pub async fn resume_start(scheduler: &Scheduler, entry: &VmEntry, guard: &VmGuar
     match tell(scheduler, &record, None).await {
         Told::Runs => mark_running(scheduler, entry, guard).await,
         Told::NoAnswer(error) => tracing::info!(vm = %record.id, %error, "start: later"),
+        Told::Failed { reason, code } if waits_again(&record, code) => {
+            if let Err(error) = queue::put_back(scheduler, entry, &record, &reason).await {
+                tracing::error!(vm = %record.id, error = &error as &dyn std::error::Error, "start: later");
+            }
+        }
         Told::Failed { reason, .. } => {
             let reason = format!("node {} could not start it: {reason}", record.node);
             finish::end_vm(scheduler, entry, Outcome::Failed { reason }, guard).await;
@@ -280,6 +301,10 @@ async fn mark_running(scheduler: &Scheduler, entry: &VmEntry, _guard: &VmGuard) 
     let running = VmRecord {
         phase: Phase::Running,
         message: String::new(),
+        runs: Runs {
+            started_unix_ms: now_unix_ms(),
+            ..record.runs.clone()
+        },
         ..record.as_ref().clone()
     };
     let running = finish::save_at_last(scheduler, running, Vec::new()).await;

@@ -36,6 +36,17 @@ pub enum BeginError {
         /// What it does.
         why: &'static str,
     },
+    /// Only its node can send it.
+    #[error(
+        "VM {vm} cannot be moved while node {node} does not answer: only {node} has its memory. If its host is off and stays off, \
+         say so with `shoal node lost {node}`: then VM {vm} has failed, and can be removed and run again"
+    )]
+    NodeSilent {
+        /// The VM's name.
+        vm: String,
+        /// The node.
+        node: NodeName,
+    },
     /// Something else is done with the VM; only for planned moves, which do not wait.
     #[error("VM {0} is busy")]
     Busy(String),
@@ -71,6 +82,13 @@ pub async fn begin_requested(
     }
     let guard = entry.lock().await;
     let record = movable(entry)?;
+    let node = scheduler.nodes.get(&record.node);
+    if !node.is_some_and(|node| node.is_reachable()) {
+        return Err(BeginError::NodeSilent {
+            vm: record.name.to_string(),
+            node: record.node.clone(),
+        });
+    }
     let _planning = scheduler.planning.lock().await;
     let id = plan::VmId::new(&record.id.to_string());
     let asked = to.map(|to| plan::NodeName::new(to.as_str()));

@@ -125,6 +125,7 @@ impl Settlement {
             // The source first: it never ceases to be in doubt by itself, so what the destination says later still holds.
             let source = self.ask_source().await;
             let destination = self.ask_destination().await;
+            let (source, destination) = self.with_operators_word(source, destination);
             let step = decide(source, destination, self.known((source, destination)));
             tracing::debug!(vm = %self.open.intent.vm, migration = %self.open.intent.migration,
                 ?source, ?destination, ?step, "settling");
@@ -347,6 +348,7 @@ impl Settlement {
                 return false;
             }
             Ok(false) => {}
+            Err(_) if self.is_lost(&intent.to) => {}
             Err(error) => {
                 tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "abort not confirmed yet");
                 return false;
@@ -451,6 +453,9 @@ impl Settlement {
         let intent = self.intent();
         let mut record = self.record().as_ref().clone();
         record.message = String::new();
+        if self.is_lost(&intent.to) {
+            record.fenced_through = record.last_epoch;
+        }
         change(&mut record);
         let words = report.reason.clone();
         let how = match report.result() {
@@ -529,21 +534,6 @@ impl Settlement {
         migration
     }
 
-    /// What failed before anything was copied is a fault of the way, or of its end; later it may be the guest's.
-    fn learn(&self, migration: &cluster::Migration) {
-        let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
-        let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {
-            return;
-        };
-        match report.result() {
-            MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
-            MigrationResult::Failed if report.passes == 0 => {
-                failures.note(&intent.to, Some(&intent.from), &report.reason);
-            }
-            _ => {}
-        }
-    }
-
     fn own_report(&self, result: MigrationResult, reason: &str) -> MigrationReport {
         let took_ms = now_unix_ms().saturating_sub(self.open.intent.started_unix_ms);
         MigrationReport {
@@ -591,5 +581,6 @@ impl Settlement {
 }
 
 mod ending;
+mod lost;
 mod post_copy;
 mod turn;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_proto::node;
 use shoal_proto::vm::{VmState, VmStatus};
+use shoal_proto::{NodeName, node};
 
 use super::finish;
 use crate::agent::{Agent, AgentError};
@@ -16,6 +16,9 @@ use crate::vms::{VmEntry, VmGuard};
 
 /// How long a stop waits for the end of a migration that it has asked to cancel.
 const CANCEL_TIME: Duration = Duration::from_secs(60);
+
+/// VMs that have ended and are removed in one round.
+const FORGOTTEN_AT_ONCE: usize = 100;
 
 /// Why a VM was not stopped or removed.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +40,30 @@ pub enum StopError {
     /// It has not ended.
     #[error("VM {0} has not ended; stop it first, or remove it with --force")]
     NotEnded(String),
+    /// It has not ended as far as is known, and its node does not answer.
+    #[error(
+        "VM {vm} had not ended when node {node} answered last; remove it when {node} answers again. If its host is off and stays \
+         off, say so with `shoal node lost {node}`: then VM {vm} has failed, and can be removed"
+    )]
+    NotKnown {
+        /// The VM's name.
+        vm: String,
+        /// The node.
+        node: String,
+    },
+    /// Its node does not answer.
+    #[error(
+        "{error}; VM {vm} is powered off as soon as {node} answers, and can be removed then. If its host is off and stays off, say \
+         so with `shoal node lost {node}`: then VM {vm} has failed, and can be removed"
+    )]
+    Later {
+        /// The VM's name.
+        vm: String,
+        /// The node.
+        node: String,
+        /// What was heard of it.
+        error: AgentError,
+    },
     /// It was stopped for another meanwhile.
     #[error("VM {0} waits for room: `shoal queue` shows it, `shoal rm {0}` takes it out")]
     Waits(String),
@@ -45,7 +72,8 @@ pub enum StopError {
     Agent(#[from] AgentError),
     /// It has ended, but its node has not confirmed that nothing of it is left.
     #[error(
-        "VM {vm} has ended, but node {node} has not confirmed that it is cleaned up; try again when it answers"
+        "VM {vm} has ended, but node {node} has not confirmed that it is cleaned up; try again when it answers. If its host is off \
+         and stays off, say so with `shoal node lost {node}`: then VM {vm} can be removed"
     )]
     NotConfirmed {
         /// The VM's name.
@@ -71,7 +99,13 @@ pub async fn stop(scheduler: &Shared, entry: &Arc<VmEntry>) -> Result<(), StopEr
 pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Result<(), StopError> {
     let record = entry.record();
     if !force && (!record.phase.is_over() || record.giving_way.is_some()) {
-        return Err(StopError::NotEnded(entry.record().name.to_string()));
+        let vm = record.name.to_string();
+        return Err(if is_silent(scheduler, &record.node) {
+            let node = record.node.to_string();
+            StopError::NotKnown { vm, node }
+        } else {
+            StopError::NotEnded(vm)
+        });
     }
     let guard = lock(scheduler, entry).await?;
     stop_guarded(scheduler, entry, &guard).await?;
@@ -83,6 +117,31 @@ pub async fn remove(scheduler: &Shared, entry: &Arc<VmEntry>, force: bool) -> Re
         .events
         .publish(NewEvent::new(Kind::VmRemoved, "removed").vm(&record));
     Ok(())
+}
+
+/// Removes those that ended first, with their logs, where more have ended than are kept.
+pub async fn forget_ended(scheduler: &Shared) {
+    let old = scheduler.vms.ended_but(scheduler.keep_ended, FORGOTTEN_AT_ONCE);
+    for entry in old {
+        let Some(_guard) = entry.try_lock() else { continue };
+        let record = entry.record();
+        if !matches!(record.phase, Phase::Ended(_)) {
+            continue;
+        }
+        if let Err(error) = scheduler.store.apply(vec![Write::DeleteVm(record.id)]).await {
+            return tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "ended VMs are not removed"
+            );
+        }
+        scheduler.vms.remove(record.id);
+        if let Err(error) = scheduler.logs.remove(record.id).await {
+            tracing::warn!(vm = %record.id, %error, "console log is left over");
+        }
+        let why = format!("removed, as {} others have ended since", scheduler.keep_ended);
+        let event = NewEvent::new(Kind::VmRemoved, why);
+        scheduler.events.publish(event.vm(&record));
+    }
 }
 
 /// Waits for the VM; a migration is asked to cancel, or in post-copy to end with its VM.
@@ -136,7 +195,17 @@ async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard)
             };
             scheduler.save_vm(stopping, Vec::new()).await?;
         }
-        let outcome = power_off(&agent, &record).await?;
+        let later = |error: AgentError| match error {
+            AgentError::NoAnswer {
+                vmm_is_silent: false, ..
+            } if is_silent(scheduler, &record.node) => StopError::Later {
+                vm: record.name.to_string(),
+                node: record.node.to_string(),
+                error,
+            },
+            error => error.into(),
+        };
+        let outcome = power_off(&agent, &record).await.map_err(later)?;
         finish::end_vm(scheduler, entry, outcome, guard).await;
     }
     let record = entry.record();
@@ -147,6 +216,11 @@ async fn stop_guarded(scheduler: &Shared, entry: &Arc<VmEntry>, guard: &VmGuard)
             node: record.node.to_string(),
         }),
     }
+}
+
+fn is_silent(scheduler: &Shared, node: &NodeName) -> bool {
+    let entry = scheduler.nodes.get(node);
+    !entry.is_some_and(|entry| entry.is_reachable())
 }
 
 /// Powers a VM off at its node, and says how it ended: it may have ended before.

@@ -15,6 +15,9 @@ use crate::testing::{Cluster, FakeNode, Script, until};
 use crate::view;
 use crate::vms::VmEntry;
 
+mod keeping;
+mod lost;
+
 const GIB: u64 = 1 << 30;
 
 async fn running_vm(cluster: &Cluster) -> Arc<VmEntry> {

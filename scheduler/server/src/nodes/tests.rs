@@ -15,18 +15,22 @@ fn entry() -> NodeEntry {
         kvm: None,
         kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
+        lost: None,
+        removed: false,
     };
     NodeEntry::new(record, true, Caller::new(Term::default(), None)).expect("an address")
 }
 
-/// As if the last report, or the scheduler's start, lay so far back.
-fn silence(entry: &NodeEntry, time: Duration) {
-    let mut inner = entry.lock();
-    let then = Instant::now()
-        .checked_sub(time)
-        .expect("the host runs for longer");
-    inner.since = then;
-    inner.last_report = inner.last_report.map(|_| then);
+impl NodeEntry {
+    /// As if the last report, or the scheduler's start, lay so far back.
+    pub fn silence(&self, time: Duration) {
+        let mut inner = self.lock();
+        let then = Instant::now()
+            .checked_sub(time)
+            .expect("the host runs for longer");
+        inner.since = then;
+        inner.last_report = inner.last_report.map(|_| then);
+    }
 }
 
 fn vm(dirty_rate: Option<u64>) -> ((VmId, Epoch), Arc<node::VmFacts>) {
@@ -61,17 +65,17 @@ async fn a_silent_node_is_suspect_and_then_lost() {
         (29, Liveness::Suspect, false),
         (30, Liveness::Lost, false),
     ] {
-        silence(&entry, Duration::from_secs(silent_s));
+        entry.silence(Duration::from_secs(silent_s));
         assert_eq!(
             (entry.liveness(), entry.is_reachable()),
             (expected, reachable),
             "{silent_s} s"
         );
     }
-    silence(&entry, Duration::from_secs(6));
+    entry.silence(Duration::from_secs(6));
     assert_eq!(entry.liveness_change(), Some(Liveness::Suspect));
     assert_eq!(entry.liveness_change(), None, "told once");
-    silence(&entry, Duration::from_secs(31));
+    entry.silence(Duration::from_secs(31));
     assert_eq!(entry.liveness_change(), Some(Liveness::Lost));
     entry.heartbeat(&busy(), Vec::new());
     assert_eq!(entry.liveness_change(), Some(Liveness::Live));
@@ -80,7 +84,7 @@ async fn a_silent_node_is_suspect_and_then_lost() {
 #[tokio::test]
 async fn one_that_never_reports_is_lost_too() {
     let entry = entry();
-    silence(&entry, Duration::from_secs(31));
+    entry.silence(Duration::from_secs(31));
     assert_eq!(entry.liveness_change(), Some(Liveness::Lost));
     assert_eq!(entry.silent_for(), None);
 }
@@ -93,7 +97,7 @@ async fn what_a_lost_node_was_like_is_forgotten_and_a_suspect_one_is_known() {
         memory_available_bytes: 1 << 30,
         ..node::Heartbeat::default()
     };
-    silence(&entry, Duration::from_secs(10));
+    entry.silence(Duration::from_secs(10));
     entry.heartbeat(&idle, vec![vm(Some(0))]);
     let (key, _) = vm(None);
     let dirty = |entry: &NodeEntry| {
@@ -102,7 +106,7 @@ async fn what_a_lost_node_was_like_is_forgotten_and_a_suspect_one_is_known() {
     };
     assert_eq!(entry.observed().0.load_exported.value(), 3.5);
     assert_eq!(dirty(&entry), 7 << 20);
-    silence(&entry, Duration::from_secs(60));
+    entry.silence(Duration::from_secs(60));
     let (sender, _) = mpsc::channel(1);
     entry
         .begin_session(entry.record(), 7, sender)

@@ -72,6 +72,7 @@ pub async fn encode(
             node.name.as_str().as_bytes(),
             serde_json::to_vec(&node)?,
         ),
+        Write::DeleteNode(name) => delete(Table::Nodes, name.as_str().as_bytes()),
         Write::PutCpu(digest, table) => put(Table::Cpus, digest.0.as_bytes(), table.to_bytes()),
         Write::SetCpuBaseline(Some(digest)) => put(Table::Cpus, BASELINE, digest.0.into_bytes()),
         Write::SetCpuBaseline(None) => delete(Table::Cpus, BASELINE),

@@ -3,7 +3,7 @@ use super::*;
 use crate::history;
 use crate::moves::Direction;
 use crate::record::{
-    BlobRef, Cordon, GivingWay, NodeWishes, Outcome, Phase, QueuedRecord, Runs, SoftwareKvm, VmWishes,
+    BlobRef, Cordon, GivingWay, Lost, NodeWishes, Outcome, Phase, QueuedRecord, Runs, SoftwareKvm, VmWishes,
     now_unix_ms,
 };
 use redb::Database;
@@ -135,6 +135,8 @@ fn vm_record(name: &str) -> VmRecord {
             since_unix_ms: 4,
         }),
         runs: Runs {
+            ended_unix_ms: 6,
+            queued_unix_ms: 7,
             started_unix_ms: 3,
             pinned: Some("node7".parse().expect("a node")),
             console_offset: 77,
@@ -257,6 +259,11 @@ async fn everything_comes_back(place: &impl Place) {
             reserved_memory_bytes: 5,
             reserved_millicpus: 1500,
         },
+        lost: Some(Lost {
+            since_unix_ms: 5,
+            fenced: [(VmId::new(), Epoch(3))].into(),
+        }),
+        removed: false,
     };
     let defaults = cluster::MigrationDefaults {
         link_bandwidth_bytes_per_second: Some(5 << 20),

@@ -1,8 +1,27 @@
 //! What is told, and learnt, of a migration that has ended.
 
-use shoal_proto::vm::MigrationReport;
+use shoal_proto::cluster;
+use shoal_proto::vm::{MigrationReport, MigrationResult};
 
+use super::Settlement;
 use crate::execute::decide::Then;
+
+impl Settlement {
+    /// What failed before anything was copied is a fault of the way, or of its end; later it may be the guest's.
+    pub(super) fn learn(&self, migration: &cluster::Migration) {
+        let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
+        let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {
+            return;
+        };
+        match report.result() {
+            MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
+            MigrationResult::Failed if report.passes == 0 => {
+                failures.note(&intent.to, Some(&intent.from), &report.reason);
+            }
+            _ => {}
+        }
+    }
+}
 
 /// Why a migration that is closed did not come to its end.
 pub(super) fn reason(then: Then) -> &'static str {

@@ -17,6 +17,8 @@ fn some_of_everything() -> Vec<Write> {
         kvm: Some(KvmKind::Hardware),
         kvm_trouble: String::new(),
         wishes: NodeWishes::default(),
+        lost: None,
+        removed: false,
     };
     let event = cluster::Event {
         sequence: 7,

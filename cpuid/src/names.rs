@@ -116,6 +116,13 @@ fn names(leaf: u32, index: u32, register: Register) -> &'static str {
     }
 }
 
+/// Every name there is.
+#[cfg(test)]
+pub(crate) fn every_name() -> impl Iterator<Item = &'static str> {
+    let places = crate::registers::FEATURE_REGISTERS.iter();
+    places.flat_map(|place| names(place.leaf, place.index, place.register).split_ascii_whitespace())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

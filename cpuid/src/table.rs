@@ -151,6 +151,11 @@ impl Table {
         )
     }
 
+    /// The leaf of performance counters.
+    pub(crate) fn perfmon(&self) -> Entry {
+        self.get(LEAF_PERFMON, 0)
+    }
+
     /// Physical address bits.
     #[must_use]
     pub fn address_bits(&self) -> u32 {

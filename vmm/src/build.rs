@@ -1,7 +1,7 @@
 //! A VM from a spec, in one readable order; and the empty VM that an incoming migration is loaded into.
 
-use kvm_bindings::Msrs;
 use kvm_ioctls::Kvm;
+use shoal_cpuid::Msr;
 
 use crate::arch::{acpi, boot, cpuid, msr, tables};
 use crate::fault;
@@ -21,7 +21,7 @@ pub enum BuildError {
     /// The guest was to have features that this host lacks.
     #[error("cpu_baseline: this host lacks {}", .0.join(", "))]
     CpuBaseline(Vec<String>),
-    /// A KVM call on the boot CPU failed.
+    /// A KVM call on a vCPU failed.
     #[error("{ioctl}: {source}")]
     BootCpu {
         /// The call.
@@ -68,7 +68,7 @@ pub fn boot_vm(kvm: &Kvm, spec: &VmSpec, hooks: VmHooks) -> Result<Vm, BuildErro
     let rsdp = acpi::write_tables(&memory, spec.cpus)?;
     let kernel = boot::load(&memory, &spec.kernel, spec.initrd.as_deref(), &spec.cmdline, rsdp)?;
     let vm = Vm::new(kvm, memory, spec.cpus, platform, hooks)?;
-    start_boot_cpu(&vm, kernel)?;
+    set_boot_state(&vm, kernel)?;
     Ok(vm)
 }
 
@@ -98,20 +98,49 @@ pub fn incoming_vm(
     Ok(Vm::new(kvm, memory, spec.cpus, Some(platform), hooks)?)
 }
 
-fn start_boot_cpu(vm: &Vm, kernel: boot::LoadedKernel) -> Result<(), BuildError> {
+fn set_boot_state(vm: &Vm, kernel: boot::LoadedKernel) -> Result<(), BuildError> {
     let failed = |ioctl| move |source| BuildError::BootCpu { ioctl, source };
     let fd = vm.boot_vcpu().fd();
     let reset = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let (regs, sregs) = tables::boot_registers(vm.memory(), kernel.mode, kernel.entry, reset)?;
     fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
     fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
-    let msrs = Msrs::from_entries(&msr::boot_entries()).expect("two entries");
-    let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-    if set < msrs.as_slice().len() {
-        tracing::warn!(
-            set,
-            "this host's KVM did not take all boot MSRs; guests rarely need them"
-        );
+    drop(fd);
+    set_boot_msrs(vm)
+}
+
+fn set_boot_msrs(vm: &Vm) -> Result<(), BuildError> {
+    for vcpu in vm.vcpus() {
+        let refused = msr::write(&vcpu.fd(), msr::boot_entries()).map_err(|source| BuildError::BootCpu {
+            ioctl: "KVM_SET_MSRS",
+            source,
+        })?;
+        if let Some(msr) = refused {
+            tracing::warn!(
+                vcpu = vcpu.id(),
+                "this host's KVM does not take boot {}; guests rarely need it",
+                Msr(msr.index)
+            );
+        }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::tests::{kvm, new_vm};
+
+    #[test]
+    fn what_firmware_would_set_is_set_on_every_cpu() {
+        let Some(kvm) = kvm() else { return };
+        let vm = new_vm(&kvm, 3, None);
+        set_boot_msrs(&vm).expect("set");
+        for vcpu in vm.vcpus() {
+            let indices = msr::boot_entries().map(|(index, _)| index);
+            let read = msr::read(&vcpu.fd(), &indices).expect("read");
+            let read: Vec<(u32, u64)> = read.iter().map(|entry| (entry.index, entry.data)).collect();
+            assert_eq!(read, msr::boot_entries(), "vCPU {}", vcpu.id());
+        }
+    }
 }

@@ -19,6 +19,7 @@ use shoal_vmm::control::{self, ControlConfig};
 use shoal_vmm::fault;
 use shoal_vmm::ran_mark::RanMark;
 use shoal_vmm::spec::VmSpec;
+use shoal_vmm::vm::Platform;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 
@@ -38,6 +39,7 @@ usage: shoal-vmm --api-fd N                     serve the VMM API on an inherite
                                                 tests of Shoal itself
        shoal-vmm --version                      print its version
        shoal-vmm print-cpuid                    print the CPUID table that guests get here, as one line of hex
+       shoal-vmm print-msrs                     print the MSRs that are saved and restored here, as one line of hex numbers
 The API is proto/vm.proto. Logs go to standard error; SHOAL_LOG=debug shows more.";
 
 const LOG_LEVEL: &str = "SHOAL_LOG";
@@ -49,6 +51,7 @@ const USAGE_ERROR: u8 = 2;
 struct Options {
     check_image: bool,
     print_cpuid: bool,
+    print_msrs: bool,
     self_test: bool,
     allow_faults: bool,
     api_fd: Option<i32>,
@@ -77,6 +80,7 @@ fn parse() -> Result<Asked, lexopt::Error> {
         match argument {
             Value(word) if word == "check-image" => options.check_image = true,
             Value(word) if word == "print-cpuid" => options.print_cpuid = true,
+            Value(word) if word == "print-msrs" => options.print_msrs = true,
             Long("self-test") => options.self_test = true,
             Long("allow-faults") => options.allow_faults = true,
             Long("api-fd") => options.api_fd = Some(parser.value()?.parse()?),
@@ -124,6 +128,8 @@ fn main() -> ExitCode {
         check_image(&options)
     } else if options.print_cpuid {
         print_cpuid()
+    } else if options.print_msrs {
+        print_msrs()
     } else if options.self_test {
         self_test()
     } else {
@@ -156,6 +162,13 @@ fn print_cpuid() -> Result<ExitCode, AnyError> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     println!("{hex}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_msrs() -> Result<ExitCode, AnyError> {
+    let msrs = Platform::of_host(&open_kvm()?, 1)?.msr_indices;
+    let words: Vec<String> = msrs.iter().map(|msr| format!("{msr:x}")).collect();
+    println!("{}", words.join(" "));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
+use crate::arch::msr::GuestMsrs;
 use crate::arch::{cpuid, layout, msr};
 use crate::console::Console;
 use crate::devices::{DeviceError, Devices, GuestGap};
@@ -65,14 +66,14 @@ fn call<T>(ioctl: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<
     result.map_err(|source| VmError::Ioctl { ioctl, source })
 }
 
-/// What the guest sees of CPU and time; agreed on before a migration, equal on both sides.
+/// What the guest sees of CPU and time, agreed on before a migration and equal on both sides; and what this host keeps of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Platform {
     /// CPUID, without what differs between vCPUs.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// TSC frequency, kHz.
+    /// TSC frequency that the guest was told when it booted, kHz.
     pub tsc_khz: u32,
-    /// MSRs that are saved, in the order in which they are restored.
+    /// MSRs that this host's KVM saves and restores, whoever has them.
     pub msr_indices: Vec<u32>,
 }
 
@@ -90,12 +91,20 @@ impl Platform {
 
     fn of_vcpu(kvm: &Kvm, cpus: u32, vcpu: &VcpuFd) -> Result<Self, VmError> {
         let tsc_khz = vcpu::read_tsc_khz(vcpu);
+        let cpuid = call("KVM_GET_SUPPORTED_CPUID", cpuid::supported(kvm, cpus, tsc_khz))?;
+        set_cpuid(vcpu, &cpuid, 0)?;
+        let msr_indices = call("KVM_GET_MSR_INDEX_LIST", msr::saved_indices(kvm, vcpu))?;
         Ok(Self {
-            cpuid: call("KVM_GET_SUPPORTED_CPUID", cpuid::supported(kvm, cpus, tsc_khz))?,
+            cpuid,
             tsc_khz,
-            msr_indices: call("KVM_GET_MSR_INDEX_LIST", msr::saved_indices(kvm))?,
+            msr_indices,
         })
     }
+}
+
+fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2], id: u32) -> Result<(), VmError> {
+    let table = cpuid::to_kvm(&cpuid::for_vcpu(entries, id)).map_err(VmError::Cpuid)?;
+    call("KVM_SET_CPUID2", vcpu.set_cpuid2(&table))
 }
 
 /// What connects a VM to the process around it.
@@ -120,6 +129,8 @@ impl std::fmt::Debug for VmHooks {
 #[derive(Debug)]
 pub struct Vm {
     vcpus: Vec<Vcpu>,
+    /// Of each vCPU, those that are saved.
+    msrs: Vec<GuestMsrs>,
     fd: VmFd,
     devices: Arc<Devices>,
     memory: GuestMemory,
@@ -183,16 +194,18 @@ impl Vm {
         let boot_vcpu = call("KVM_CREATE_VCPU", fd.create_vcpu(0))?;
         let platform = platform.map_or_else(|| Platform::of_vcpu(kvm, cpus, &boot_vcpu), Ok)?;
         let mut boot_vcpu = Some(boot_vcpu);
-        let mut vcpus = vec![];
+        let table = cpuid::to_table(&platform.cpuid);
+        let (mut vcpus, mut msrs) = (vec![], vec![]);
         for id in 0..cpus {
             let vcpu = boot_vcpu
                 .take()
                 .map_or_else(|| call("KVM_CREATE_VCPU", fd.create_vcpu(u64::from(id))), Ok)?;
-            let table = cpuid::to_kvm(&cpuid::for_vcpu(&platform.cpuid, id)).map_err(VmError::Cpuid)?;
-            call("KVM_SET_CPUID2", vcpu.set_cpuid2(&table))?;
+            set_cpuid(&vcpu, &platform.cpuid, id)?;
             if vcpu::read_tsc_khz(&vcpu) != platform.tsc_khz {
                 call("KVM_SET_TSC_KHZ", vcpu.set_tsc_khz(platform.tsc_khz))?;
             }
+            let saved = GuestMsrs::new(&vcpu, &table, &platform.msr_indices);
+            msrs.push(call("KVM_GET_MSRS", saved)?);
             vcpus.push(Vcpu::spawn(id, vcpu, Arc::clone(&context))?);
         }
         for vcpu in &vcpus {
@@ -200,6 +213,7 @@ impl Vm {
         }
         Ok(Self {
             vcpus,
+            msrs,
             fd,
             devices,
             memory,
@@ -270,6 +284,12 @@ impl Vm {
         u32::try_from(self.vcpus.len()).expect("at most MAX_CPUS")
     }
 
+    /// All of them.
+    #[must_use]
+    pub fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
     /// Devices.
     #[must_use]
     pub fn devices(&self) -> &Arc<Devices> {
@@ -299,7 +319,7 @@ impl Vm {
     /// # Errors
     /// The part that could not be read, or the vCPU that runs.
     pub fn save(&self) -> Result<Vec<u8>, VmError> {
-        let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
+        let (clock, at) = self.clock()?;
         let mut writer = state::Writer::new();
         for chip_id in IRQCHIP_IDS {
             let mut chip = kvm_irqchip {
@@ -318,24 +338,15 @@ impl Vm {
         let pit = call("KVM_GET_PIT2", self.fd.get_pit2())?;
         writer.section(Kind::Pit, 0, &PitState { pit: to_bytes(&pit) });
         // After the I/O APIC: an interrupt that passes from one to the other in between is in the local APIC's state.
-        for vcpu in &self.vcpus {
+        for (vcpu, msrs) in self.vcpus.iter().zip(&self.msrs) {
             let id = vcpu.id();
             // Not waited for: whoever let it run again may be waiting for the thread that saves.
             let fd = vcpu.fd_if_parked().ok_or(VmError::NotPaused(id))?;
-            let saved = vcpu::save(&fd, &self.platform.msr_indices)
+            let saved = vcpu::read_tsc(&fd)
+                .and_then(|(tsc, read_at)| vcpu::save(&fd, msrs, self.tsc_at(at, tsc, read_at)))
                 .map_err(|source| VmError::VcpuState { id, source })?;
             writer.section(Kind::Vcpu, id, &saved);
         }
-        let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
-            clock.realtime
-        } else {
-            realtime_now_ns()
-        };
-        let clock = ClockState {
-            kvmclock_ns: clock.clock,
-            realtime_ns,
-            tsc_khz: self.platform.tsc_khz,
-        };
         writer.section(Kind::Clock, 0, &clock);
         self.devices.save(&mut writer);
         Ok(writer.finish())
@@ -385,8 +396,7 @@ impl Vm {
         }
         for vcpu in &self.vcpus {
             let saved: state::VcpuState = reader.section(Kind::Vcpu, vcpu.id())?;
-            let away = Duration::from_nanos(away_ns) + now.elapsed();
-            let ticks = self.ticks_in(away);
+            let ticks = || self.ticks_in(Duration::from_nanos(away_ns) + now.elapsed());
             vcpu::restore(&vcpu.fd(), &saved, &self.platform.msr_indices, ticks)
                 .map_err(state_error(vcpu))?;
         }
@@ -397,6 +407,31 @@ impl Vm {
 }
 
 impl Vm {
+    /// The clocks now, and when that is. KVM tells its own real time with its clock where the host's clock is the TSC;
+    /// elsewhere it is taken before anything else is done, or a guest would lose that time in every move.
+    fn clock(&self) -> Result<(ClockState, Instant), VmError> {
+        let before = Instant::now();
+        let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
+        let at = before + before.elapsed() / 2;
+        let realtime_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
+            clock.realtime
+        } else {
+            realtime_now_ns()
+        };
+        let clock = ClockState {
+            kvmclock_ns: clock.clock,
+            realtime_ns,
+            tsc_khz: self.platform.tsc_khz,
+        };
+        Ok((clock, at))
+    }
+
+    /// What a TSC showed at a time shortly before it was read: all clocks are saved as of one moment, so that they do not
+    /// part a little further with every move.
+    fn tsc_at(&self, at: Instant, tsc: u64, read_at: Instant) -> u64 {
+        tsc.wrapping_sub(self.ticks_in(read_at.saturating_duration_since(at)))
+    }
+
     /// Sets kvmclock to what it was, advanced by `away_ns`, counted at `now_ns`. Where KVM can, it adds the time until the
     /// clock is set as well.
     fn set_clock(&self, kvmclock_ns: u64, away_ns: u64, now_ns: u64) -> Result<(), VmError> {
@@ -430,3 +465,6 @@ fn realtime_now_ns() -> u64 {
         .unwrap_or_default();
     u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

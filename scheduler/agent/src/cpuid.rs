@@ -1,4 +1,4 @@
-//! What CPU guests get here, as the VMM says: for the scheduler, which compares nodes.
+//! What CPU guests get here, and which MSRs they can have, as the VMM says: for the scheduler, which compares nodes.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -9,17 +9,28 @@ use tokio::process::Command;
 const LIMIT: Duration = Duration::from_secs(5);
 /// `struct kvm_cpuid_entry2` times KVM_MAX_CPUID_ENTRIES.
 const MAX_BYTES: usize = 40 * 256;
+/// More than any KVM saves.
+const MAX_MSRS: usize = 4096;
 
 /// The CPUID table. Empty, with a warning, if the VMM does not tell: VMs run all the same.
 pub(crate) async fn of_host(vmm_binary: &Path) -> Vec<u8> {
+    ask(vmm_binary, "print-cpuid", parse).await
+}
+
+/// The MSRs that are saved and restored here. Empty, with a warning, if the VMM does not tell.
+pub(crate) async fn msrs_of_host(vmm_binary: &Path) -> Vec<u32> {
+    ask(vmm_binary, "print-msrs", parse_msrs).await
+}
+
+async fn ask<T>(vmm_binary: &Path, command: &str, parse: fn(&[u8]) -> Option<Vec<T>>) -> Vec<T> {
     let printed = Command::new(vmm_binary)
-        .arg("print-cpuid")
+        .arg(command)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
     let why = match tokio::time::timeout(LIMIT, printed).await {
         Ok(Ok(output)) if output.status.success() => match parse(&output.stdout) {
-            Some(table) => return table,
+            Some(told) => return told,
             None => "it printed something else".to_owned(),
         },
         Ok(Ok(output)) => String::from_utf8_lossy(&output.stderr)
@@ -32,7 +43,7 @@ pub(crate) async fn of_host(vmm_binary: &Path) -> Vec<u8> {
     };
     tracing::warn!(
         why,
-        "shoal-vmm print-cpuid: the scheduler cannot compare this node's CPU with others"
+        "shoal-vmm {command}: the scheduler cannot compare this node's CPU with others"
     );
     Vec::new()
 }
@@ -47,6 +58,17 @@ fn parse(line: &[u8]) -> Option<Vec<u8>> {
     let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
     let table = pairs.iter().map(byte).collect::<Option<Vec<u8>>>()?;
     (rest.is_empty() && !table.is_empty()).then_some(table)
+}
+
+/// One line of hex numbers.
+fn parse_msrs(line: &[u8]) -> Option<Vec<u32>> {
+    let words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    let msr = |word: &str| {
+        let digits = word.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u32::from_str_radix(word, 16).ok().filter(|_| digits)
+    };
+    let msrs = words.take(MAX_MSRS + 1).map(msr).collect::<Option<Vec<u32>>>()?;
+    (1..=MAX_MSRS).contains(&msrs.len()).then_some(msrs)
 }
 
 #[cfg(test)]
@@ -69,11 +91,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_a_line_of_hex_numbers_is_a_list_of_msrs() {
+        assert_eq!(
+            parse_msrs(b"10 C0000081 4b564d01\n"),
+            Some(vec![0x10, 0xc000_0081, 0x4b56_4d01])
+        );
+        let many = b"1 ".repeat(MAX_MSRS + 1);
+        for other in [
+            &b""[..],
+            b"\n",
+            b"+1",
+            b"0x10",
+            b"100000000",
+            b"running 1 test",
+            &many,
+        ] {
+            assert_eq!(parse_msrs(other), None);
+        }
+    }
+
     #[tokio::test]
     async fn a_vmm_that_does_not_tell_is_no_obstacle() {
         assert!(of_host(Path::new("/bin/false")).await.is_empty());
         assert!(of_host(Path::new("/bin/true")).await.is_empty());
         assert!(of_host(Path::new("no/such/program")).await.is_empty());
         assert!(of_host(Path::new("/bin/echo")).await.is_empty());
+        assert!(msrs_of_host(Path::new("/bin/true")).await.is_empty());
     }
 }

@@ -137,12 +137,14 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         .transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
     let mut node = node::Node::open(&config, certificates, &state_dir, schedulers).map_err(state_error)?;
-    let (cpuid, kvm) = tokio::join!(
+    let (cpuid, msrs, kvm) = tokio::join!(
         cpuid::of_host(&config.vmm_binary),
+        cpuid::msrs_of_host(&config.vmm_binary),
         kvm::HostKvm::test(&config.vmm_binary),
     );
     kvm.warn();
     node.cpuid = cpuid;
+    node.msrs = msrs;
     node.kvm.send_replace(kvm);
     // Nodes that share a host have the same CPUs, and start at the same time.
     if !node.capacity.budgeted {

@@ -36,6 +36,8 @@ pub(crate) struct Node {
     pub(crate) capacity: Capacity,
     /// What CPU guests get here; empty if that is not known.
     pub(crate) cpuid: Vec<u8>,
+    /// MSRs that are saved and restored here; empty if that is not known.
+    pub(crate) msrs: Vec<u32>,
     /// How KVM runs guests here, as it was tested last.
     pub(crate) kvm: watch::Sender<HostKvm>,
     /// A VM did not start: KVM is tested at once.
@@ -82,6 +84,7 @@ impl Node {
             name: config.node.clone(),
             capacity,
             cpuid: Vec::new(),
+            msrs: Vec::new(),
             kvm: watch::Sender::default(),
             kvm_doubted: Notify::new(),
             cpu_speed: 0.0,

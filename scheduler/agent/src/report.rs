@@ -122,6 +122,7 @@ fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         software_kvm: kvm.kind.map(|kind| kind == KvmKind::Software),
         cpuid: node.cpuid.clone(),
+        msrs: node.msrs.clone(),
         migration_tls: node.certificates.is_some(),
         cpu_speed: node.cpu_speed,
         kvm_trouble: kvm.trouble.clone(),

@@ -1,11 +1,12 @@
-//! The CPUs of nodes and VMs by their features, and the baseline that new VMs get. Equal ones are kept once.
+//! The CPUs of nodes and VMs by their features, the MSRs that nodes save, and the baseline that new VMs get. Equal ones are kept
+//! once.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use shoal_cpuid::Table;
+use shoal_cpuid::{Table, missing_msrs};
 use shoal_plan::{CpuClass, CpuLacks};
 use shoal_proto::cluster::{CpuBaseline, NodeCpu};
 
@@ -14,6 +15,8 @@ use crate::store::{StoreError, Write};
 
 /// Kinds of CPUs, as many as a cluster can have seen. What comes after is not known by its features.
 const MAX_KINDS: usize = 1024;
+/// Lists of MSRs that nodes save, as many as are told apart. What is on others is not known.
+const MAX_LISTS: usize = 1024;
 /// Features named where a node lacks more.
 const NAMED: usize = 8;
 
@@ -28,11 +31,24 @@ impl CpuDigest {
         Self(digest.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// For the planner.
-    pub fn class(&self) -> CpuClass {
-        CpuClass::new(&self.0)
+    /// For the planner: VMs of this kind on a node that saves such MSRs, where that makes a difference.
+    pub fn class(&self, msrs: Option<MsrList>) -> CpuClass {
+        match msrs {
+            None => CpuClass::new(&self.0),
+            Some(MsrList(number)) => CpuClass::new(&format!("{}.{number}", self.0)),
+        }
     }
 }
+
+/// The MSRs that a node's KVM saves: equal lists have the same number, for as long as this scheduler runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MsrList(usize);
+
+/// Kinds of VMs, by the MSRs that are saved where they are.
+pub type Kinds = BTreeMap<Option<MsrList>, BTreeSet<CpuDigest>>;
+
+/// A CPU, and what is saved of it.
+type Place = (CpuDigest, Option<MsrList>);
 
 /// What of this was stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,8 +86,22 @@ pub enum BaselineError {
 struct Inner {
     tables: HashMap<CpuDigest, Arc<Table>>,
     baseline: Option<CpuDigest>,
+    /// By their numbers.
+    msrs: Vec<Arc<[u32]>>,
     /// What VMs of the first lack on nodes of the second.
-    lacking: HashMap<(CpuDigest, CpuDigest), Option<Arc<str>>>,
+    lacking: HashMap<(Place, Place), Option<Arc<str>>>,
+}
+
+impl Inner {
+    fn find_lacking(&self, ((vm, here), (node, there)): &(Place, Place)) -> Option<Arc<str>> {
+        let (vm, node) = (self.tables.get(vm)?, self.tables.get(node)?);
+        let mut missing = vm.missing_on(node);
+        if let Some((here, there)) = here.zip(*there) {
+            let msrs = missing_msrs(vm, &self.msrs[here.0], &self.msrs[there.0]);
+            missing.extend(msrs.iter().map(ToString::to_string));
+        }
+        words(&missing)
+    }
 }
 
 /// All kinds of CPUs that nodes and VMs have.
@@ -87,7 +117,7 @@ impl Cpus {
                 .map(|table| (CpuDigest::of(&table), Arc::new(table)))
                 .collect(),
             baseline: stored.baseline,
-            lacking: HashMap::new(),
+            ..Inner::default()
         }))
     }
 
@@ -117,19 +147,45 @@ impl Cpus {
         self.lock().tables.get(digest).cloned()
     }
 
-    /// Which of these kinds of VMs lack features on a kind of node, and which features.
-    pub fn lacks(&self, vms: &BTreeSet<CpuDigest>, node: &CpuDigest) -> CpuLacks {
+    /// A node's MSRs; none if they are not known, or there are too many lists.
+    pub fn msr_list(&self, msrs: &[u32]) -> Option<MsrList> {
+        let mut sorted = msrs.to_vec();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if sorted.is_empty() {
+            return None;
+        }
+        let known = &mut self.lock().msrs;
+        let number = known.iter().position(|list| **list == *sorted);
+        number
+            .or_else(|| {
+                (known.len() < MAX_LISTS).then(|| {
+                    known.push(sorted.into());
+                    known.len() - 1
+                })
+            })
+            .map(MsrList)
+    }
+
+    /// Which of these kinds of VMs lack features or MSRs on a kind of node, and which.
+    pub fn lacks(&self, vms: &Kinds, node: &CpuDigest, there: Option<MsrList>) -> CpuLacks {
         let inner = &mut *self.lock();
-        let one = |vm: &CpuDigest| {
-            let key = (vm.clone(), node.clone());
-            let tables = &inner.tables;
-            let lacking = inner.lacking.entry(key).or_insert_with(|| {
-                let (vm, node) = (tables.get(vm)?, tables.get(node)?);
-                words(&vm.missing_on(node))
-            });
-            lacking.clone().map(|lacking| (vm.class(), lacking))
-        };
-        vms.iter().filter_map(one).collect()
+        let mut lacks = vec![];
+        for (&here, kinds) in vms {
+            for vm in kinds {
+                let key = ((vm.clone(), here), (node.clone(), there));
+                let lacking = match inner.lacking.get(&key) {
+                    Some(known) => known.clone(),
+                    None => {
+                        let found = inner.find_lacking(&key);
+                        inner.lacking.insert(key, found.clone());
+                        found
+                    }
+                };
+                lacks.extend(lacking.map(|lacking| (vm.class(here), lacking)));
+            }
+        }
+        lacks.into()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::agent::{Agent, Caller};
+use crate::cpus::MsrList;
 use crate::record::{Cordon, Lost, NodeRecord, NodeWishes};
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
@@ -113,6 +114,8 @@ struct Inner {
     forget: bool,
     /// Of one CPU, as measured by its agent.
     cpu_speed: Option<f64>,
+    /// MSRs that are saved there, as told by its agent.
+    msrs: Option<MsrList>,
     /// Bytes per second that migrations out of it got.
     link_rate: Option<u64>,
     observed: Observed,
@@ -143,6 +146,7 @@ impl NodeEntry {
                 announced: if known { Liveness::Live } else { Liveness::Suspect },
                 forget: false,
                 cpu_speed: None,
+                msrs: None,
                 link_rate: None,
                 observed: Observed::default(),
                 figures: node::Heartbeat::default(),
@@ -221,6 +225,16 @@ impl NodeEntry {
     /// Keeps what its agent measured; 0 stands for nothing.
     pub fn set_cpu_speed(&self, speed: f64) {
         self.lock().cpu_speed = (speed.is_finite() && speed > 0.0).then_some(speed);
+    }
+
+    /// The MSRs that are saved and restored there; none where that is not known.
+    pub fn msrs(&self) -> Option<MsrList> {
+        self.lock().msrs
+    }
+
+    /// Keeps what its agent told.
+    pub fn set_msrs(&self, msrs: Option<MsrList>) {
+        self.lock().msrs = msrs;
     }
 
     /// A report has come that says nothing.

@@ -1,7 +1,7 @@
 //! What agents report becomes what the planner sees, and what does not agree with the records is handed to
 //! [`crate::reconcile`]. A report costs what is in it, never a look at the whole cluster.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use shoal_plan::{Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, N
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use shoal_report::Report;
 
-use crate::cpus::CpuDigest;
+use crate::cpus::{Kinds, MsrList};
 use crate::events::{Kind, NewEvent};
 use crate::nodes::{LOST, Liveness, NodeEntry, ObservedVm, SILENCE};
 use crate::queue;
@@ -108,26 +108,46 @@ pub fn announce_liveness(scheduler: &Scheduler, entry: &NodeEntry) {
 
 /// Nodes by name with what the planner calls them, for one look at all VMs: to find each VM's node in the table would take
 /// longer than all the rest.
-struct Hosts(HashMap<NodeName, (Arc<NodeEntry>, shoal_plan::NodeName)>);
+struct Hosts(HashMap<NodeName, Host>);
+
+struct Host {
+    entry: Arc<NodeEntry>,
+    name: shoal_plan::NodeName,
+    /// Known, and not the same on all nodes.
+    msrs: Option<MsrList>,
+}
 
 impl Hosts {
     fn new(nodes: &[Arc<NodeEntry>]) -> Self {
-        let named = |entry: &Arc<NodeEntry>| {
+        let mut named: HashMap<NodeName, Host> = HashMap::with_capacity(nodes.len());
+        for entry in nodes {
             let name = entry.name();
-            let plan_name = shoal_plan::NodeName::new(name.as_str());
-            (name, (Arc::clone(entry), plan_name))
-        };
-        Self(nodes.iter().map(named).collect())
+            let host = Host {
+                entry: Arc::clone(entry),
+                name: shoal_plan::NodeName::new(name.as_str()),
+                msrs: entry.msrs(),
+            };
+            named.insert(name, host);
+        }
+        let lists: HashSet<MsrList> = named.values().filter_map(|host| host.msrs).collect();
+        if lists.len() < 2 {
+            named.values_mut().for_each(|host| host.msrs = None);
+        }
+        Self(named)
+    }
+
+    fn msrs(&self, node: &NodeName) -> Option<MsrList> {
+        self.0.get(node).and_then(|host| host.msrs)
     }
 
     fn seen(&self, node: &NodeName, vm: VmId, epoch: Epoch) -> Option<ObservedVm> {
         self.0
             .get(node)
-            .and_then(|(entry, _)| entry.observed_vm(vm, epoch))
+            .and_then(|host| host.entry.observed_vm(vm, epoch))
     }
 
     fn name(&self, node: &NodeName) -> shoal_plan::NodeName {
-        let known = self.0.get(node).map(|(_, name)| name.clone());
+        let known = self.0.get(node).map(|host| host.name.clone());
         known.unwrap_or_else(|| shoal_plan::NodeName::new(node.as_str()))
     }
 }
@@ -144,9 +164,12 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
             .min(MOST_THREADS),
     };
     let vms = vm_views(scheduler, &hosts, &entries, threads);
-    let mut kinds: BTreeSet<CpuDigest> = scheduler.cpus.baseline().into_iter().collect();
+    let mut kinds = Kinds::new();
+    kinds.insert(None, scheduler.cpus.baseline().into_iter().collect());
     for entry in &entries {
-        if let Some(cpu) = entry.record().cpu.as_ref().filter(|cpu| !kinds.contains(*cpu)) {
+        let record = entry.record();
+        let kinds = kinds.entry(hosts.msrs(&record.node)).or_default();
+        if let Some(cpu) = record.cpu.as_ref().filter(|cpu| !kinds.contains(*cpu)) {
             kinds.insert(cpu.clone());
         }
     }
@@ -161,9 +184,10 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
         view.failing = failing;
         view.speed = relative_speed(&entry, typical);
         if let Some(cpu) = cpu {
+            let msrs = hosts.msrs(&entry.name());
             let of_kind = lacks
-                .entry(cpu.clone())
-                .or_insert_with(|| scheduler.cpus.lacks(&kinds, &cpu));
+                .entry((cpu.clone(), msrs))
+                .or_insert_with(|| scheduler.cpus.lacks(&kinds, &cpu, msrs));
             view.cpu_lacks = Arc::clone(of_kind);
         }
         nodes.push(view);
@@ -359,7 +383,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         cannot_move,
         in_flight,
         since_last_move: entry.since_last_move(),
-        cpu_class: record.cpu.as_ref().map(CpuDigest::class),
+        cpu_class: record.cpu.as_ref().map(|cpu| cpu.class(hosts.msrs(&record.node))),
         kvm: record.kvm,
         ring3: record.runs_ring3_kernel(),
         labels: record.wishes.labels.clone(),

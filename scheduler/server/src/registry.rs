@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use shoal_cpuid::Table;
+use shoal_cpuid::{MAX_MSRS, Table};
 use shoal_plan::KvmKind;
 use shoal_proto::node::registry_server::Registry;
 use shoal_proto::node::{
@@ -206,6 +206,10 @@ pub async fn begin(
     }
     let old = known.as_ref().map(|entry| entry.record());
     let cpuid = Table::from_bytes(&register.cpuid).map_err(|error| invalid(format!("cpuid: {error}")))?;
+    if register.msrs.len() > MAX_MSRS {
+        let count = register.msrs.len();
+        return Err(invalid(format!("msrs: {count}, at most {MAX_MSRS}")));
+    }
     let cpu = if cpuid.is_empty() {
         None
     } else {
@@ -260,6 +264,7 @@ pub async fn begin(
         .begin_session(record, session, sender)
         .map_err(bad_address)?;
     entry.set_cpu_speed(register.cpu_speed);
+    entry.set_msrs(scheduler.cpus.msr_list(&register.msrs));
     observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))
 }

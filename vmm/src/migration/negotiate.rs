@@ -1,7 +1,7 @@
 //! Before the first page: is this the VM, and can it run here?
 
 use kvm_ioctls::{Cap, Kvm};
-use shoal_cpuid::{Table, TableError};
+use shoal_cpuid::{Msr, Table, TableError, missing_msrs, needed_msrs};
 use shoal_proto::{Epoch, MigrationId};
 use zerocopy::IntoBytes as _;
 
@@ -13,7 +13,8 @@ use crate::vm::{Platform, Vm};
 
 /// Devices whose state is sent, in this build.
 const DEVICES: [&str; 3] = ["serial", "console", "power"];
-/// How far two TSC frequencies may lie apart and still be taken for the same (what Linux's own clock tolerates).
+/// How far two TSC frequencies may lie apart and still be taken for the same, by KVM (its parameter `tsc_tolerance_ppm`) and
+/// by Linux's own clock.
 const TSC_TOLERANCE_PPM: u64 = 250;
 /// KVM_GET_XSAVE and KVM_SET_XSAVE carry this much of an XSAVE area; AMX tiles would need more.
 const XSAVE_BYTES: u32 = 4096;
@@ -73,8 +74,8 @@ pub enum Refusal {
         host_khz: u32,
     },
     /// MSRs KVM does not have here.
-    #[error("MSRs: this host's KVM does not know {0:x?}")]
-    Msrs(Vec<u32>),
+    #[error("MSRs: this host's KVM lacks {}", .0.iter().map(Msr::to_string).collect::<Vec<_>>().join(", "))]
+    Msrs(Vec<Msr>),
     /// From hardware virtualization to none.
     #[error("KVM: the VM was started with hardware virtualization, and this host's KVM has none")]
     SoftwareKvm,
@@ -140,7 +141,7 @@ pub fn hello(
         cpus: vm.cpus(),
         tsc_khz: platform.tsc_khz,
         cpuid: platform.cpuid.as_bytes().to_vec(),
-        msr_indices: platform.msr_indices.clone(),
+        msr_indices: needed_msrs(&cpuid::to_table(&platform.cpuid), &platform.msr_indices),
         devices: DEVICES.map(str::to_owned).to_vec(),
         software_kvm: selftest::is_software_kvm(kvm),
         ..Hello::default()
@@ -216,32 +217,27 @@ pub fn check(hello: &Hello, prepared: &Prepared, kvm: &Kvm) -> Result<Platform, 
     let host = Platform::of_host(kvm, spec.cpus)?;
     let guest = Table::from_bytes(&hello.cpuid)?;
     requirements(&guest, &cpuid::to_table(&host.cpuid), kvm)?;
-    if !same_frequency(hello.tsc_khz, host.tsc_khz) && !kvm.check_extension(Cap::TscControl) {
-        return Err(Refusal::Tsc {
-            guest_khz: hello.tsc_khz,
-            host_khz: host.tsc_khz,
-        });
+    let tsc_khz = tsc_khz(hello.tsc_khz, host.tsc_khz, kvm.check_extension(Cap::TscControl))?;
+    let missing = missing_msrs(&guest, &hello.msr_indices, &host.msr_indices);
+    if !missing.is_empty() {
+        return Err(Refusal::Msrs(missing));
     }
-    let unknown: Vec<u32> = hello
-        .msr_indices
-        .iter()
-        .copied()
-        .filter(|index| !host.msr_indices.contains(index))
-        .collect();
-    if !unknown.is_empty() {
-        return Err(Refusal::Msrs(unknown));
-    }
-    // Within the tolerance the host's own frequency is taken: asking KVM for another would need scaling.
-    let tsc_khz = if same_frequency(hello.tsc_khz, host.tsc_khz) {
-        host.tsc_khz
-    } else {
-        hello.tsc_khz
-    };
     Ok(Platform {
         cpuid: cpuid::from_table(&guest),
         tsc_khz,
-        msr_indices: hello.msr_indices.clone(),
+        msr_indices: host.msr_indices,
     })
+}
+
+/// The frequency to ask KVM for: what the guest was told at its boot, wherever it has been since. KVM takes one that is
+/// within its tolerance of the host's own without scaling; were the host's taken instead, one move after another could lead
+/// away from what the guest reckons with.
+fn tsc_khz(guest_khz: u32, host_khz: u32, scales: bool) -> Result<u32, Refusal> {
+    match (guest_khz, host_khz) {
+        (0, _) | (_, 0) if guest_khz != host_khz => Err(Refusal::Tsc { guest_khz, host_khz }),
+        _ if scales || same_frequency(guest_khz, host_khz) => Ok(guest_khz),
+        _ => Err(Refusal::Tsc { guest_khz, host_khz }),
+    }
 }
 
 /// A kernel is chosen for one kind of KVM when the VM starts: it does not go on with the other.
@@ -310,6 +306,23 @@ mod tests {
         assert!(same_frequency(2_000_000, 2_000_400));
         assert!(!same_frequency(2_000_000, 2_001_000));
         assert!(same_frequency(0, 0));
+    }
+
+    #[test]
+    fn a_guest_keeps_the_frequency_of_its_boot_from_host_to_host() {
+        let within = [2_000_300, 1_999_700, 2_000_500].map(|host| tsc_khz(2_000_000, host, false).ok());
+        assert_eq!(within, [Some(2_000_000); 3]);
+        // Though it is within the tolerance of the host before.
+        let refused = tsc_khz(2_000_000, 2_000_900, false)
+            .expect_err("450 ppm")
+            .to_string();
+        assert_eq!(
+            refused,
+            "TSC: the guest's runs at 2000000 kHz, this host's at 2000900 kHz and cannot be scaled"
+        );
+        assert_eq!(tsc_khz(2_000_000, 3_000_000, true).ok(), Some(2_000_000));
+        assert_eq!(tsc_khz(0, 0, false).ok(), Some(0));
+        assert!(tsc_khz(0, 2_000_000, true).is_err() && tsc_khz(2_000_000, 0, true).is_err());
     }
 
     #[test]

@@ -22,7 +22,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use alone::kicked_after;
 pub use alone::run_at_most;
 pub use settle::settle;
-pub use state::{VcpuStateError, forget_tsc, read_tsc_khz, restore, save};
+pub use state::{VcpuStateError, forget_tsc, read_tsc, read_tsc_khz, restore, save};
 pub use unemulated::explain as explain_internal_error;
 
 use crate::devices::{Devices, PowerRequest};

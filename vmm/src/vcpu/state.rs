@@ -1,13 +1,17 @@
 //! Saving and restoring one parked vCPU.
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
-use kvm_ioctls::VcpuFd;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
-use crate::arch::msr;
+use kvm_ioctls::VcpuFd;
+use shoal_cpuid::Msr;
+
+use crate::arch::msr::{self, GuestMsrs};
 use crate::state::{Kind, MsrEntry, StateError, VcpuState, from_bytes, to_bytes};
 
-/// KVM takes and gives at most this many MSRs a call (KVM_MAX_MSR_ENTRIES).
-const MSRS_PER_CALL: usize = 256;
+/// A TSC that was read within this is known well enough.
+const QUICK: Duration = Duration::from_micros(20);
+const TRIES: usize = 5;
 
 /// Why a vCPU's state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -28,12 +32,9 @@ pub enum VcpuStateError {
         /// The refused value.
         data: u64,
     },
-    /// The state holds an MSR that was not agreed on, or one twice.
-    #[error("MSR {0:#x} is not one of those that were negotiated, or is there twice")]
-    MsrNotNegotiated(u32),
-    /// More MSRs than fit one call.
-    #[error("MSR list: {0}")]
-    MsrList(vmm_sys_util::fam::Error),
+    /// The state holds an MSR that is not restored here, or one twice.
+    #[error("{}: this host's KVM does not know it, or it is there twice", Msr(*.0))]
+    UnknownMsr(u32),
     /// Malformed state.
     #[error(transparent)]
     State(#[from] StateError),
@@ -43,11 +44,11 @@ fn call<T>(ioctl: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<
     result.map_err(|source| VcpuStateError::Ioctl { ioctl, source })
 }
 
-/// The state of a parked vCPU, with the MSRs of `msr_indices` in that order.
+/// The state of a parked vCPU, with its MSRs, of which the TSC is `tsc`.
 ///
 /// # Errors
 /// The KVM call that failed.
-pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
+pub fn save(fd: &VcpuFd, msrs: &GuestMsrs, tsc: u64) -> Result<VcpuState, VcpuStateError> {
     // KVM_GET_MP_STATE first: it makes KVM act on pending INIT/SIPI, which changes the registers read after it.
     let mp_state = call("KVM_GET_MP_STATE", fd.get_mp_state())?;
     Ok(VcpuState {
@@ -58,34 +59,41 @@ pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateErro
         xcrs: to_bytes(&call("KVM_GET_XCRS", fd.get_xcrs())?),
         debug_regs: to_bytes(&call("KVM_GET_DEBUGREGS", fd.get_debug_regs())?),
         lapic: to_bytes(&call("KVM_GET_LAPIC", fd.get_lapic())?),
-        msrs: save_msrs(fd, msr_indices)?,
+        msrs: save_msrs(fd, msrs, tsc)?,
         // Last: reading the other state may turn a pending exception into an injected one.
         events: to_bytes(&call("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?),
     })
 }
 
-fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateError> {
-    let mut saved = Vec::with_capacity(indices.len());
-    let mut rest = indices;
-    while !rest.is_empty() {
-        let wanted: Vec<_> = rest
-            .iter()
-            .take(MSRS_PER_CALL)
-            .map(|&index| kvm_msr_entry {
-                index,
-                ..Default::default()
-            })
-            .collect();
-        let mut msrs = Msrs::from_entries(&wanted).map_err(VcpuStateError::MsrList)?;
-        let count = call("KVM_GET_MSRS", fd.get_msrs(&mut msrs))?;
-        saved.extend(msrs.as_slice()[..count].iter().map(|entry| MsrEntry {
-            index: entry.index,
-            data: entry.data,
-        }));
-        // KVM stops at the first it cannot read (listed, but not for this guest's CPUID): leave that one out.
-        rest = &rest[(count + usize::from(count < wanted.len())).min(rest.len())..];
+fn save_msrs(fd: &VcpuFd, msrs: &GuestMsrs, tsc: u64) -> Result<Vec<MsrEntry>, VcpuStateError> {
+    let msrs = call("KVM_GET_MSRS", msrs.read(fd))?;
+    let saved = msrs.iter().map(|entry| MsrEntry {
+        index: entry.index,
+        data: if entry.index == msr::TSC { tsc } else { entry.data },
+    });
+    Ok(saved.collect())
+}
+
+/// The TSC, and when it showed that.
+///
+/// # Errors
+/// The KVM call that failed.
+pub fn read_tsc(fd: &VcpuFd) -> Result<(u64, Instant), VcpuStateError> {
+    let mut best: Option<(Duration, u64, Instant)> = None;
+    for _ in 0..TRIES {
+        let before = Instant::now();
+        let read = call("KVM_GET_MSRS", msr::read(fd, &[msr::TSC]))?;
+        let took = before.elapsed();
+        let tsc = read.first().map_or(0, |entry| entry.data);
+        if best.is_none_or(|(least, ..)| took < least) {
+            best = Some((took, tsc, before + took / 2));
+        }
+        if took < QUICK {
+            break;
+        }
     }
-    Ok(saved)
+    let (_, tsc, at) = best.expect("TRIES is not 0");
+    Ok((tsc, at))
 }
 
 /// Has KVM forget what the TSCs of a VM are expected to show. Call it with the first vCPU, before any is restored.
@@ -97,26 +105,21 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrEntry>, VcpuStateErr
 /// The KVM call that failed.
 pub fn forget_tsc(fd: &VcpuFd) -> Result<(), VcpuStateError> {
     const FAR_FROM_ANY: u64 = 1 << 62;
-    let tsc = kvm_msr_entry {
-        index: msr::TSC,
-        data: FAR_FROM_ANY,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[tsc]).map_err(VcpuStateError::MsrList)?;
-    call("KVM_SET_MSRS", fd.set_msrs(&msrs)).map(drop)
+    call("KVM_SET_MSRS", msr::write(fd, [(msr::TSC, FAR_FROM_ANY)])).map(drop)
 }
 
-/// Loads saved state into a parked vCPU, with no MSRs but those of `msr_indices`. `tsc_advance` is added to the guest's TSC: the time the move took.
+/// Loads saved state into a parked vCPU, with no MSRs but those of `known`. `tsc_advance` tells, when the TSC is set, what is
+/// to be added to it: the time since it was saved.
 ///
 /// # Errors
 /// The section that is malformed, or the KVM call that failed.
 pub fn restore(
     fd: &VcpuFd,
     state: &VcpuState,
-    msr_indices: &[u32],
-    tsc_advance: u64,
+    known: &[u32],
+    tsc_advance: impl FnOnce() -> u64,
 ) -> Result<(), VcpuStateError> {
-    check_msrs(&state.msrs, msr_indices)?;
+    let msrs = checked_msrs(&state.msrs, known)?;
     let kind = Kind::Vcpu;
     call(
         "KVM_SET_MP_STATE",
@@ -146,51 +149,39 @@ pub fn restore(
         "KVM_SET_LAPIC",
         fd.set_lapic(&from_bytes(kind, "lapic", &state.lapic)?),
     )?;
-    restore_msrs(fd, &state.msrs, tsc_advance)?;
+    restore_msrs(fd, msrs, tsc_advance)?;
     call(
         "KVM_SET_VCPU_EVENTS",
         fd.set_vcpu_events(&from_bytes(kind, "events", &state.events)?),
     )
 }
 
-/// Both are in the same order, so one walk over them tells.
-fn check_msrs(msrs: &[MsrEntry], negotiated: &[u32]) -> Result<(), VcpuStateError> {
-    let mut negotiated = negotiated.iter();
-    for msr in msrs {
-        if !negotiated.any(|&index| index == msr.index) {
-            return Err(VcpuStateError::MsrNotNegotiated(msr.index));
-        }
+/// MSRs in the order in which they are restored.
+fn checked_msrs(msrs: &[MsrEntry], known: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let mut known: HashSet<u32> = known.iter().copied().collect();
+    if let Some(unknown) = msrs.iter().find(|msr| !known.remove(&msr.index)) {
+        return Err(VcpuStateError::UnknownMsr(unknown.index));
     }
-    Ok(())
+    let mut msrs: Vec<_> = msrs.iter().map(|msr| (msr.index, msr.data)).collect();
+    msrs.sort_by_key(|&(index, _)| msr::in_order(index));
+    Ok(msrs)
 }
 
-fn restore_msrs(fd: &VcpuFd, msrs: &[MsrEntry], tsc_advance: u64) -> Result<(), VcpuStateError> {
-    let entries: Vec<_> = msrs
-        .iter()
-        .map(|msr| {
-            let data = if msr.index == msr::TSC {
-                msr.data.wrapping_add(tsc_advance)
-            } else {
-                msr.data
-            };
-            kvm_msr_entry {
-                index: msr.index,
-                data,
-                ..Default::default()
-            }
-        })
-        .collect();
-    for chunk in entries.chunks(MSRS_PER_CALL) {
-        let msrs = Msrs::from_entries(chunk).map_err(VcpuStateError::MsrList)?;
-        let count = call("KVM_SET_MSRS", fd.set_msrs(&msrs))?;
-        if let Some(refused) = chunk.get(count) {
-            return Err(VcpuStateError::Msr {
-                index: refused.index,
-                data: refused.data,
-            });
-        }
+fn restore_msrs(
+    fd: &VcpuFd,
+    mut msrs: Vec<(u32, u64)>,
+    tsc_advance: impl FnOnce() -> u64,
+) -> Result<(), VcpuStateError> {
+    if let Some((msr::TSC, tsc)) = msrs.first_mut() {
+        *tsc = tsc.wrapping_add(tsc_advance());
     }
-    Ok(())
+    match call("KVM_SET_MSRS", msr::write(fd, msrs))? {
+        None => Ok(()),
+        Some(refused) => Err(VcpuStateError::Msr {
+            index: refused.index,
+            data: refused.data,
+        }),
+    }
 }
 
 /// TSC frequency of the vCPU, kHz; 0 if KVM does not tell.
@@ -204,20 +195,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_negotiated_msrs_are_restored_each_once() {
+    fn only_known_msrs_are_restored_each_once_and_the_tsc_before_its_deadline() {
         let msrs = |indices: &[u32]| -> Vec<MsrEntry> {
-            let msr = |&index| MsrEntry { index, data: 0 };
+            let msr = |&index| MsrEntry { index, data: 7 };
             indices.iter().map(msr).collect()
         };
-        let negotiated = [0x10, 0x1a0, 0x174, 0x6e0];
-        assert!(check_msrs(&msrs(&negotiated), &negotiated).is_ok());
-        assert!(
-            check_msrs(&msrs(&[0x10, 0x174]), &negotiated).is_ok(),
-            "unreadable ones are left out"
+        let known = [0x10, 0x1a0, 0x174, 0x6e0];
+        let restored = |indices: &[u32]| {
+            let msrs = checked_msrs(&msrs(indices), &known).expect("known");
+            msrs.into_iter().map(|(index, _)| index).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            restored(&[0x6e0, 0x174, 0x10, 0x1a0]),
+            [0x10, 0x174, 0x1a0, 0x6e0]
         );
+        assert_eq!(restored(&[0x174]), [0x174]);
         for (wrong, at) in [([0x10, 0x3a], 0x3a), ([0x174, 0x174], 0x174)] {
-            let refused = check_msrs(&msrs(&wrong), &negotiated);
-            assert!(matches!(refused, Err(VcpuStateError::MsrNotNegotiated(index)) if index == at));
+            let refused = checked_msrs(&msrs(&wrong), &known);
+            assert!(matches!(refused, Err(VcpuStateError::UnknownMsr(index)) if index == at));
         }
     }
 }

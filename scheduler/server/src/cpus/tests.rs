@@ -26,13 +26,19 @@ const AMD: u32 = 0x6874_7541;
 
 /// Each node tells its CPU, as its agent does when it registers.
 async fn tell(cluster: &Cluster, cpus: &[Table]) {
-    for (node, cpu) in cluster.nodes.iter().zip(cpus) {
+    tell_msrs(cluster, cpus, &[]).await;
+}
+
+/// And the MSRs that it saves, as far as there are lists of them.
+async fn tell_msrs(cluster: &Cluster, cpus: &[Table], msrs: &[&[u32]]) {
+    for (number, (node, cpu)) in cluster.nodes.iter().zip(cpus).enumerate() {
         let register = Register {
             node: node.record.name.to_string(),
             address: node.record.address.clone(),
             cpus: node.record.cpus,
             memory_bytes: node.record.memory_bytes,
             cpuid: cpu.to_bytes(),
+            msrs: msrs.get(number).map_or_else(Vec::new, |msrs| msrs.to_vec()),
             ..Register::default()
         };
         let (sender, _) = mpsc::channel(1);
@@ -111,6 +117,52 @@ async fn a_vm_moves_only_where_its_features_are_unless_it_has_the_baseline() {
     assert_eq!(cluster.scheduler.spec_to_launch(&common).cpu_baseline, told);
     clear_baseline(&cluster.scheduler).await.expect("cleared");
     assert!(!view(&cluster.scheduler).applied);
+}
+
+#[tokio::test]
+async fn a_vm_moves_only_where_its_msrs_are_saved() {
+    const TSC: u32 = 0x10;
+    const XSS: u32 = 0xda0;
+    const LSTAR: u32 = 0xc000_0082;
+    let cluster = Cluster::start(3, 1 << 30).await;
+    let cpus = [cpu(INTEL, AVX2), cpu(INTEL, AVX2), cpu(INTEL, AVX2)];
+    // What no guest without XSAVES has is not missed, in whatever order they are told.
+    tell_msrs(&cluster, &cpus, &[&[TSC, XSS, LSTAR], &[LSTAR, TSC], &[TSC]]).await;
+    let vm = run(&cluster, "vm", 0).await;
+    assert_eq!(may_move(&cluster, &vm, "node2"), Ok(()));
+    let refused = may_move(&cluster, &vm, "node3").expect_err("LSTAR is not there");
+    assert!(
+        refused.ends_with("its CPU lacks MSR 0xc0000082 (SYSCALL), which the VM has"),
+        "{refused}"
+    );
+    // A VM needs what is saved where it is.
+    let small = run(&cluster, "small", 2).await;
+    assert_eq!(may_move(&cluster, &small, "node1"), Ok(()));
+    // Of an agent that does not tell nothing is said.
+    tell_msrs(&cluster, &cpus, &[&[TSC, XSS, LSTAR], &[LSTAR, TSC], &[]]).await;
+    assert_eq!(may_move(&cluster, &vm, "node3"), Ok(()));
+
+    apply_baseline(&cluster.scheduler).await.expect("applied");
+    tell_msrs(&cluster, &cpus, &[&[TSC, LSTAR], &[TSC], &[TSC]]).await;
+    let common = run(&cluster, "common", 1).await;
+    assert_eq!(may_move(&cluster, &common, "node3"), Ok(()));
+}
+
+#[tokio::test]
+async fn too_many_msrs_are_refused_at_registration() {
+    let cluster = Cluster::start(1, 1 << 30).await;
+    let register = Register {
+        node: "node1".to_owned(),
+        address: cluster.nodes[0].record.address.clone(),
+        cpus: 1,
+        memory_bytes: 1,
+        msrs: vec![1; 4097],
+        ..Register::default()
+    };
+    let (sender, _) = mpsc::channel(1);
+    let refused = crate::registry::begin(&cluster.scheduler, &register, 7, sender).await;
+    let refused = refused.expect_err("too many");
+    assert_eq!(refused.message(), "msrs: 4097, at most 4096");
 }
 
 #[tokio::test]

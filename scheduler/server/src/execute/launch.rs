@@ -10,7 +10,6 @@ use shoal_proto::{NodeName, VmId, VmName, vm};
 use super::stop::outcome;
 use super::{Backoff, finish};
 use crate::agent::{Agent, AgentError};
-use crate::cpus::CpuDigest;
 use crate::events::{Kind, NewEvent};
 use crate::observe;
 use crate::queue;
@@ -75,7 +74,7 @@ pub fn request(scheduler: &Scheduler, draft: &VmRecord, pinned: Option<&NodeName
         cpus: draft.cpus,
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
-        cpu_class: scheduler.cpus.baseline().as_ref().map(CpuDigest::class),
+        cpu_class: scheduler.cpus.baseline().map(|baseline| baseline.class(None)),
         kernels: Some(Arc::new(draft.kernels())),
         labels: draft.wishes.labels.clone(),
         rules: draft.wishes.rules.clone(),

@@ -11,6 +11,7 @@ const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_CACHE: u32 = 4;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
+const LEAF_AMD_CACHE: u32 = 0x8000_001d;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const LEAF_AMD_CORES: u32 = 0x8000_0008;
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
@@ -44,27 +45,7 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
     });
     let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
     for entry in &mut entries {
-        match entry.function {
-            LEAF_FEATURES => {
-                entry.ecx &= !VMX_BIT;
-                entry.ecx |= HYPERVISOR_BIT | if tsc_deadline { TSC_DEADLINE_BIT } else { 0 };
-                entry.edx = if cpus > 1 {
-                    entry.edx | HTT_BIT
-                } else {
-                    entry.edx & !HTT_BIT
-                };
-                entry.ebx = entry.ebx & 0xff00_ffff | cpus << 16;
-            }
-            LEAF_CACHE => {
-                // EAX 31:26 cores per package less one, 25:14 CPUs sharing this cache less one: one thread a core.
-                let sharing = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
-                entry.eax = entry.eax & 0x3fff | (cpus - 1).min(63) << 26 | sharing << 14;
-            }
-            LEAF_AMD_FEATURES => entry.ecx &= !SVM_BIT,
-            LEAF_HYPERVISOR => entry.eax = LEAF_HYPERVISOR_TIMING,
-            LEAF_AMD_CORES => entry.ecx = entry.ecx & !0xffff | (cpus - 1) | apic_id_bits(cpus) << 12,
-            _ => {}
-        }
+        shape(entry, cpus, tsc_deadline);
     }
     for (index, level, shift, count) in [
         (0, LEVEL_SMT, 0, 1),
@@ -88,6 +69,37 @@ pub fn supported(kvm: &Kvm, cpus: u32, tsc_khz: u32) -> Result<Vec<kvm_cpuid_ent
         ..Default::default()
     });
     Ok(entries)
+}
+
+/// Makes a leaf that KVM took from the host one of a VM of `cpus` CPUs, of one thread each.
+fn shape(entry: &mut kvm_cpuid_entry2, cpus: u32, tsc_deadline: bool) {
+    match entry.function {
+        LEAF_FEATURES => {
+            entry.ecx &= !VMX_BIT;
+            entry.ecx |= HYPERVISOR_BIT | if tsc_deadline { TSC_DEADLINE_BIT } else { 0 };
+            entry.edx = if cpus > 1 {
+                entry.edx | HTT_BIT
+            } else {
+                entry.edx & !HTT_BIT
+            };
+            entry.ebx = entry.ebx & 0xff00_ffff | cpus << 16;
+        }
+        // EAX 25:14: CPUs that share this cache, less one. Intel has in 31:26 the cores of the package, less one; AMD
+        // keeps them reserved.
+        LEAF_CACHE => entry.eax = entry.eax & 0x3fff | (cpus - 1).min(63) << 26 | sharing(entry, cpus) << 14,
+        LEAF_AMD_CACHE => entry.eax = entry.eax & 0x3fff | sharing(entry, cpus) << 14,
+        LEAF_AMD_FEATURES => entry.ecx &= !SVM_BIT,
+        LEAF_HYPERVISOR => entry.eax = LEAF_HYPERVISOR_TIMING,
+        LEAF_AMD_CORES => entry.ecx = entry.ecx & !0xffff | (cpus - 1) | apic_id_bits(cpus) << 12,
+        // One node; EAX and EBX are each vCPU's own.
+        LEAF_AMD_TOPOLOGY => entry.ecx = 0,
+        _ => {}
+    }
+}
+
+/// CPUs that share the cache of this leaf, less one: all of them, from the third level (EAX 7:5) on.
+fn sharing(cache: &kvm_cpuid_entry2, cpus: u32) -> u32 {
+    if cache.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 }
 }
 
 fn apic_id_bits(cpus: u32) -> u32 {
@@ -210,6 +222,32 @@ mod tests {
                 leaf => assert!(![LEAF_AMD_SVM, LEAF_AMD_SEV].contains(&leaf), "{leaf:#x}"),
             }
         }
+    }
+
+    #[test]
+    fn caches_are_shared_by_the_cpus_of_the_vm_not_of_the_host() {
+        // Level 1 data for 2 threads, level 3 unified for 32; 24 cores a package where Intel says so.
+        let leaf = |function, eax| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ..Default::default()
+        };
+        let shaped = |function, eax, cpus| {
+            let mut entry = leaf(function, eax);
+            shape(&mut entry, cpus, true);
+            entry.eax
+        };
+        let (first, third) = (1 << 14 | 0x121, 31 << 14 | 0x163);
+        assert_eq!(shaped(LEAF_AMD_CACHE, first, 4), 0x121);
+        assert_eq!(shaped(LEAF_AMD_CACHE, third, 4), 3 << 14 | 0x163);
+        assert_eq!(shaped(LEAF_AMD_CACHE, third, 1), 0x163);
+        assert_eq!(shaped(LEAF_CACHE, 23 << 26 | third, 4), 3 << 26 | 3 << 14 | 0x163);
+        let mut node = kvm_cpuid_entry2 {
+            ecx: 3 << 8 | 2,
+            ..leaf(LEAF_AMD_TOPOLOGY, 0)
+        };
+        shape(&mut node, 4, true);
+        assert_eq!(node.ecx, 0);
     }
 
     #[test]

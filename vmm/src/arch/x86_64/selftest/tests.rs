@@ -1,4 +1,7 @@
+use shoal_cpuid::Table;
+
 use super::*;
+use crate::arch::msr::GuestMsrs;
 
 /// A test's KVM. `None` where a test may do without.
 fn kvm() -> Option<Kvm> {
@@ -117,6 +120,7 @@ fn no_exception_is_lost_when_a_vcpu_is_saved() {
         ..Default::default()
     };
     fd.set_regs(&regs).expect("registers");
+    let no_msrs = GuestMsrs::new(&fd, &Table::default(), &[]).expect("none");
     for save in 0..SAVES {
         let limit = Duration::from_micros(200 + u64::try_from(save % 100).expect("small"));
         let end = vcpu::run_at_most(&mut fd, limit, |exit| Some(format!("{exit:?}"))).expect("it runs");
@@ -124,7 +128,7 @@ fn no_exception_is_lost_when_a_vcpu_is_saved() {
         let run_on = |fd: &mut VcpuFd| vcpu::run_at_most(fd, MOMENT, |exit| Some(format!("{exit:?}")));
         let end = vcpu::settle(&mut fd, memory.mmap(), run_on).expect("it runs");
         assert_eq!(end, None, "after {save} saves");
-        let state = vcpu::save(&fd, &[]).expect("saved");
-        vcpu::restore(&fd, &state, &[], 0).expect("restored");
+        let state = vcpu::save(&fd, &no_msrs, 0).expect("saved");
+        vcpu::restore(&fd, &state, &[], || 0).expect("restored");
     }
 }

@@ -2,13 +2,11 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use crate::cluster::free_port;
 
 const PROGRAM: &str = "/usr/bin/etcd";
 /// How long it may take to answer.
@@ -39,7 +37,7 @@ impl EtcdServer {
         }
         for _ in 0..TRIES {
             let directory = tempfile::tempdir().expect("a temporary directory");
-            let (port, peer_port) = (free_port(), free_port());
+            let (port, peer_port) = two_ports();
             let mut server = Self {
                 child: spawn(directory.path(), port, peer_port),
                 port,
@@ -135,4 +133,11 @@ fn is_healthy(port: u16) -> bool {
         Ok(answer)
     };
     answer().is_ok_and(|answer| answer.contains(r#""health":"true""#))
+}
+
+/// Free now.
+fn two_ports() -> (u16, u16) {
+    let bound = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
+    let [one, other] = bound.map(|listener| listener.local_addr().expect("its address").port());
+    (one, other)
 }

@@ -1,5 +1,7 @@
 //! Whoever can reach the scheduler may open far more than it can serve at a time: that must not keep it from its work.
 
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 
 use shoal_proto::TERM_HEADER;
@@ -10,6 +12,7 @@ use shoal_proto::node::agent_client::AgentClient;
 use shoal_proto::node::registry_client::RegistryClient;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::machine::Machine;
+use shoal_tests::wait::{self, seconds};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -44,6 +47,39 @@ fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
         "{events:?}"
     );
     drop(held);
+}
+
+#[test]
+fn connections_that_say_nothing_are_closed_and_stop_nothing() {
+    let Some(machine) = Machine::with_kvm("connections that say nothing") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let agent = cluster.node("node1")["address"]
+        .as_str()
+        .expect("an address")
+        .to_owned();
+    let scheduler = cluster.shoal.endpoint().trim_start_matches("http://").to_owned();
+    let connect = |address: &String| {
+        let stream = TcpStream::connect(address).expect("it listens");
+        stream.set_nonblocking(true).expect("set");
+        stream
+    };
+    let silent: Vec<TcpStream> = [scheduler, agent]
+        .iter()
+        .flat_map(|address| std::iter::repeat_n(address, 200).map(connect))
+        .collect();
+    cluster.run_probe("steady", "node1", "128MiB", CALM);
+    // What the other side says first is of no interest.
+    let is_closed = |mut stream: &TcpStream| {
+        let read = stream.read_to_end(&mut Vec::new());
+        !matches!(read, Err(error) if error.kind() == ErrorKind::WouldBlock)
+    };
+    wait::until_true("all of them to be closed", seconds(30), || {
+        silent.iter().all(is_closed)
+    });
+    assert_eq!(cluster.node("node1")["state"], "ready");
+    cluster.wait_for_heartbeats("steady", 1);
 }
 
 #[test]

@@ -53,12 +53,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_door::{Door, Limits};
 use shoal_proto::node::agent_server::AgentServer;
 use shoal_secret::{Demand, Prove};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 pub use adopt::AdoptError;
 pub use certificates::CertificatesError;
@@ -178,7 +178,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
                 terms: node.terms.clone(),
             },
         ))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
+        .serve_with_incoming_shutdown(Door::new(listener, Limits::default()), async {
             // An error means that `stop` was dropped, which is an order to stop too.
             stopped.await.unwrap_or_default();
         });

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_door::{Door, Limits};
 use shoal_proto::cluster::cluster_server::ClusterServer;
 use shoal_proto::node::registry_server::RegistryServer;
 use shoal_secret::{Demand, Prove};
@@ -14,7 +15,6 @@ use tokio::task::{JoinHandle, JoinSet};
 use tonic::server::NamedService as _;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -409,7 +409,7 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
         .add_service(reflection().build_v1alpha()?)
         .add_service(cluster)
         .add_service(registry)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+        .serve_with_incoming_shutdown(Door::new(listener, Limits::default()), async move {
             // An error means that nobody can tell it to end any more.
             let _ = shutdown.wait_for(|ended| *ended).await;
             let _ = ended.send(());

@@ -84,6 +84,9 @@ struct Gate {
     wanted: Wanted,
     /// A brake holds it.
     braked: bool,
+    /// It runs no guest code because a brake holds it, so its owner does not count it as parked.
+    held: bool,
+    /// It runs no guest code, and its state can be saved.
     parked: bool,
     /// The guest ended on this vCPU; it never runs again.
     ended: bool,
@@ -170,6 +173,7 @@ impl Vcpu {
         let gate = Gate {
             wanted: Wanted::Park,
             braked: false,
+            held: false,
             parked: false,
             ended: false,
             thread: None,
@@ -304,9 +308,6 @@ impl Brake {
         let mut gate = lock(&self.shared.gate);
         if gate.braked {
             gate.braked = false;
-            if gate.wanted == Wanted::Run && !gate.ended {
-                gate.parked = false;
-            }
             self.shared.changed.notify_all();
         }
     }
@@ -364,8 +365,16 @@ impl Drop for Runner<'_> {
     }
 }
 
-/// Returns when the vCPU may run guest code, with whether it was paused before (a brake is none); `None` when it is to end.
-fn wait_for_go(shared: &Shared) -> Option<bool> {
+/// What a vCPU's thread is to do next.
+enum Go {
+    /// Run guest code. `was_paused` before; a brake is no pause.
+    Run { was_paused: bool },
+    /// Come to where its state can be saved.
+    Settle,
+}
+
+/// Waits until there is something to do; `None` when the thread is to end. A vCPU parks only if it is `settled`.
+fn wait_for_go(shared: &Shared, settled: bool) -> Option<Go> {
     let mut was_paused = false;
     let mut gate = lock(&shared.gate);
     let mut held_since: Option<Instant> = None;
@@ -374,18 +383,25 @@ fn wait_for_go(shared: &Shared) -> Option<bool> {
             gate.braking.taken += since.elapsed();
         }
         match gate.wanted {
-            Wanted::Run if !gate.braked => return Some(was_paused),
+            Wanted::Run if !gate.braked => {
+                gate.held = false;
+                return Some(Go::Run { was_paused });
+            }
             Wanted::Quit => return None,
             Wanted::Run => {
-                if !gate.parked {
+                if !gate.held {
                     gate.braking.stops += 1;
+                    gate.held = true;
                 }
                 held_since = Some(Instant::now());
             }
-            Wanted::Park => was_paused = true,
+            Wanted::Park if !settled => return Some(Go::Settle),
+            Wanted::Park => {
+                was_paused = true;
+                gate.parked = true;
+                shared.changed.notify_all();
+            }
         }
-        gate.parked = true;
-        shared.changed.notify_all();
         gate = shared.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
     }
 }
@@ -393,20 +409,26 @@ fn wait_for_go(shared: &Shared) -> Option<bool> {
 fn thread_main(id: u32, shared: &Shared, context: &VcpuContext) {
     let _current = CurrentRun::new(&mut lock(&shared.fd));
     let _runner = Runner::new(shared);
-    while let Some(was_paused) = wait_for_go(shared) {
-        if was_paused {
+    let mut settled = true;
+    while let Some(go) = wait_for_go(shared, settled) {
+        if let Go::Run { was_paused: true } = go {
             tell_guest_it_was_paused(&lock(&shared.fd));
         }
         // A fault of this VMM must not leave the owner waiting for a thread that never parks.
         let end = catch_unwind(AssertUnwindSafe(|| {
-            let end = run_until_settled(&mut lock(&shared.fd), context)?;
-            Some(context.with_last_words(end))
+            let mut fd = lock(&shared.fd);
+            let end = match go {
+                Go::Run { .. } => run_until_kicked(&mut fd, context),
+                Go::Settle => run_until_settled(&mut fd, context),
+            };
+            Some(context.with_last_words(end?))
         }))
         .unwrap_or_else(|_| {
             Some(GuestEnd::Failed(
                 "a fault in the VMM's vCPU thread; see its log".into(),
             ))
         });
+        settled = end.is_some() || matches!(go, Go::Settle);
         if let Some(end) = end {
             let mut gate = lock(&shared.gate);
             gate.ended = true;
@@ -426,13 +448,8 @@ fn tell_guest_it_was_paused(fd: &VcpuFd) {
     }
 }
 
-/// Runs guest code until it is stopped (`None`) where its state can be saved, or until the guest's end. Also for a brake, as a
-/// vCPU that a brake holds may be saved without running again.
+/// Runs guest code that was stopped to where its state can be saved (`None`), or to the guest's end.
 fn run_until_settled(fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
-    let end = run_until_kicked(fd, context);
-    if end.is_some() {
-        return end;
-    }
     let settled = settle(fd, &context.memory, |fd| {
         kicked_after(MOMENT, || run_until_kicked(fd, context))
     });

@@ -96,23 +96,16 @@ const SERVICES_FOR_EVER: [u8; 21] = [
     0xcd, 0x04, // int 4
 ];
 
-/// KVM_GET_VCPU_EVENTS is silent of exceptions that INT raises, and there is a KVM that has gone past the INT by then.
-#[test]
-fn no_exception_is_lost_when_a_vcpu_is_saved() {
-    const SAVES: usize = 500;
-    const MOMENT: Duration = Duration::from_micros(50);
-    let Some(kvm) = kvm() else { return };
+/// The self-test's vCPU with this code in ring 3.
+fn in_ring3(kvm: &Kvm, code: &[u8]) -> (GuestMemory, VmFd, VcpuFd) {
     let memory = GuestMemory::new(crate::spec::MIN_MEMORY).expect("memory");
     let header = write_guest(&memory).expect("it fits");
     let mut places = image().windows(RING3_START.len()).enumerate();
     let (at, _) = places.find(|(_, code)| *code == RING3_START).expect("there");
     let at = GuestAddress(LOAD + u64::try_from(at).expect("small"));
-    memory
-        .mmap()
-        .write_slice(&SERVICES_FOR_EVER, at)
-        .expect("it fits");
+    memory.mmap().write_slice(code, at).expect("it fits");
     let vm = kvm.create_vm().expect("a VM");
-    let mut fd = make_vcpu(&kvm, &vm, &memory).expect("a vCPU");
+    let fd = make_vcpu(kvm, &vm, &memory).expect("a vCPU");
     let regs = kvm_regs {
         rip: linear(header.after_popcnt),
         rsp: linear(header.ring0_stack_end),
@@ -120,15 +113,53 @@ fn no_exception_is_lost_when_a_vcpu_is_saved() {
         ..Default::default()
     };
     fd.set_regs(&regs).expect("registers");
+    (memory, vm, fd)
+}
+
+/// Runs it for so long; says how it ended, if it did.
+fn run_for(fd: &mut VcpuFd, limit: Duration) -> Result<Option<String>, VcpuError> {
+    vcpu::run_at_most(fd, limit, |exit| Some(format!("{exit:?}")))
+}
+
+const MOMENT: Duration = Duration::from_micros(50);
+
+/// KVM_GET_VCPU_EVENTS is silent of exceptions that INT raises, and there is a KVM that has gone past the INT by then.
+#[test]
+fn no_exception_is_lost_when_a_vcpu_is_saved() {
+    const SAVES: usize = 500;
+    let Some(kvm) = kvm() else { return };
+    let (memory, _vm, mut fd) = in_ring3(&kvm, &SERVICES_FOR_EVER);
     let no_msrs = GuestMsrs::new(&fd, &Table::default(), &[]).expect("none");
     for save in 0..SAVES {
         let limit = Duration::from_micros(200 + u64::try_from(save % 100).expect("small"));
-        let end = vcpu::run_at_most(&mut fd, limit, |exit| Some(format!("{exit:?}"))).expect("it runs");
-        assert_eq!(end, None, "after {save} saves");
-        let run_on = |fd: &mut VcpuFd| vcpu::run_at_most(fd, MOMENT, |exit| Some(format!("{exit:?}")));
-        let end = vcpu::settle(&mut fd, memory.mmap(), run_on).expect("it runs");
+        assert_eq!(
+            run_for(&mut fd, limit).expect("it runs"),
+            None,
+            "after {save} saves"
+        );
+        let end = vcpu::settle(&mut fd, memory.mmap(), |fd| run_for(fd, MOMENT)).expect("it runs");
         assert_eq!(end, None, "after {save} saves");
         let state = vcpu::save(&fd, &no_msrs, 0).expect("saved");
         vcpu::restore(&fd, &state, &[], || 0).expect("restored");
     }
+}
+
+/// A program that waits right behind an INT looks for ever as if its exception were under way.
+#[test]
+fn a_program_that_waits_behind_an_int_does_not_hold_up_a_pause() {
+    const WAIT_BEHIND_INT: [u8; 6] = [
+        0x31, 0xc0, // xor eax, eax (SERVICE_RING)
+        0xcd, 0x04, // int 4
+        0xeb, 0xfe, // jmp to itself
+    ];
+    let Some(kvm) = kvm() else { return };
+    let (memory, _vm, mut fd) = in_ring3(&kvm, &WAIT_BEHIND_INT);
+    assert_eq!(run_for(&mut fd, 1000 * MOMENT).expect("it runs"), None);
+    let mut tries = 0;
+    let end = vcpu::settle(&mut fd, memory.mmap(), |fd| {
+        tries += 1;
+        run_for(fd, MOMENT)
+    });
+    assert_eq!(end.expect("it runs"), None);
+    assert!(tries <= 20, "{tries}");
 }

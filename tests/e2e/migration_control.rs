@@ -85,6 +85,47 @@ fn refuses_to_cancel(cluster: &Cluster, vm: &str, kind: &str, words: &str) {
 }
 
 #[test]
+fn the_timeout_cuts_a_pass_short_where_the_policy_goes_on() {
+    let Some(machine) = Machine::with_kvm("a timeout in the middle of a pass") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    for (vm, on_stall) in [("fetched", "post-copy"), ("forced", "force")] {
+        cluster.run_probe(vm, "node1", "96MiB", CALM);
+        // Its first pass would take 8 s, and the guest writes hardly anything meanwhile.
+        let report = Moving::start(
+            &cluster.shoal,
+            vm,
+            &[
+                "--to",
+                "node2",
+                "--bandwidth",
+                "8MiB",
+                "--timeout",
+                "1s",
+                "--on-stall",
+                on_stall,
+            ],
+        )
+        .completes();
+        let left = if on_stall == "post-copy" {
+            report["post_copy_pages"].as_u64()
+        } else {
+            let id = report["id"].as_str().expect("an id");
+            let shown = cluster.shoal.json(&["migrations", "show", id]);
+            let last = shown["pass_table"].as_array().and_then(|passes| passes.last());
+            last.and_then(|pass| pass["pages"].as_u64())
+        };
+        assert!(
+            left > Some(32 * MIB / 4096),
+            "half of it at least: {left:?}, {report}"
+        );
+        cluster.wait_for_heartbeats(vm, 2);
+        guest::assert_unharmed(&cluster.logs(vm));
+    }
+}
+
+#[test]
 fn a_slow_migration_is_sped_up_and_one_that_stalls_is_told_what_to_do() {
     let Some(machine) = Machine::alone_with_kvm("changing a migration while it runs") else {
         return;

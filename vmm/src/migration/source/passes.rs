@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use shoal_proto::vm::{MigrationPhase, OnStall};
 
-use super::workers::{PassKind, PassPlan, PassShare, Shared, Workers};
+use super::workers::{PassKind, PassPlan, PassShare, Shared, Unsent, Workers};
 use super::{Source, SourceError};
-use crate::dirty::{Bitmap, DirtyLog};
+use crate::dirty::{self, Bitmap, DirtyLog};
 use crate::migration::precopy::{self, Decision, Limits, PassFacts};
 use crate::migration::widen::Widen;
 use crate::migration::wire::{Empty, FrameKind, KEEP_ALIVE, Pass};
@@ -42,6 +42,8 @@ struct Sent {
     duration: Duration,
     /// What has to go again.
     damaged: Vec<u64>,
+    /// What did not go.
+    unsent: Vec<Unsent>,
 }
 
 impl Sent {
@@ -70,6 +72,7 @@ impl Source<'_> {
             crate::fault::point("source.pre_copy")?;
             let mut found = self.dirty_pages(log)?;
             self.add_damaged(&mut found, &sent.damaged);
+            self.add_unsent(&mut found, &sent.unsent);
             let dirty_bytes = found.iter().map(Bitmap::count).sum::<u64>() * PAGE_SIZE;
             self.sample_rate(&sent, later);
             let facts = PassFacts {
@@ -196,6 +199,30 @@ impl Source<'_> {
         self.recorder.facts.resent_pages += damaged.len() as u64;
     }
 
+    /// Pages that a pass cut short has left.
+    fn add_unsent(&self, dirty: &mut [Bitmap], unsent: &[Unsent]) {
+        for region in self.vm.memory().regions() {
+            let slot = usize::try_from(region.slot).ok();
+            let Some(bitmap) = slot.and_then(|slot| dirty.get_mut(slot)) else {
+                continue;
+            };
+            for part in unsent.iter().filter(|part| part.slot == region.slot) {
+                for (start, pages) in dirty::runs(&part.words) {
+                    let start = part.first + start;
+                    bitmap.set_run(start, pages.min(region.pages().saturating_sub(start)));
+                }
+            }
+        }
+    }
+
+    /// Whether the time is over and what follows is not the end of the migration but the pause, so that the pass is to end.
+    fn is_out_of_time(&self) -> bool {
+        let policy = self.policy();
+        !self.request.paused
+            && matches!(policy.on_stall, OnStall::Force | OnStall::PostCopy)
+            && self.recorder.elapsed() > policy.timeout
+    }
+
     /// One pass over all workers.
     fn pass(
         &mut self,
@@ -224,6 +251,9 @@ impl Source<'_> {
             self.recorder
                 .within_pass(pages.saturating_sub(handled), self.control.bytes_sent() + sent);
             self.go_on(pages.saturating_sub(handled))?;
+            if kind != PassKind::Last && self.is_out_of_time() {
+                workers.cut_short();
+            }
         }
         if kind != PassKind::Last {
             self.go_on(0)?;
@@ -240,6 +270,7 @@ impl Source<'_> {
             handled: share.counts.pages() * PAGE_SIZE,
             duration,
             damaged: share.damaged,
+            unsent: share.unsent,
         })
     }
 
@@ -260,7 +291,7 @@ impl Source<'_> {
                     return Err(SourceError::PauseTooLong { limit, remaining });
                 }
             }
-            // The other policies look after the pass what they do about it; a paused guest never stalls.
+            // The other policies cut the pass short and do then what they do about it; a paused guest never stalls.
             None if self.request.paused || matches!(policy.on_stall, OnStall::Cancel | OnStall::Throttle) => {
                 let elapsed = self.recorder.elapsed();
                 if elapsed > policy.timeout {

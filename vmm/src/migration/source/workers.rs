@@ -22,6 +22,9 @@ use crate::vm::Vm;
 /// Pages of a chunk: write protection is re-armed for so many at once, right before they are read (16 MiB).
 const CHUNK_PAGES: u64 = 4096;
 
+/// So much of a chunk is sent between looks whether the pass is cut short (1 MiB).
+const WORDS_BETWEEN_LOOKS: usize = 4;
+
 /// Which pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PassKind {
@@ -49,6 +52,8 @@ pub struct PassPlan {
     next: AtomicUsize,
     /// By region; empty in the first pass.
     dirty: Vec<Bitmap>,
+    /// Nothing more is sent in it.
+    cut: AtomicBool,
 }
 
 impl PassPlan {
@@ -73,12 +78,24 @@ impl PassPlan {
             chunks,
             next: AtomicUsize::new(0),
             dirty,
+            cut: AtomicBool::new(false),
         }
     }
 
     fn next(&self) -> Option<&Chunk> {
         self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// Pages that a pass was to send, and that were not sent as it was cut short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsent {
+    /// The number of their region.
+    pub slot: u32,
+    /// The page of bit 0, from the region's start.
+    pub first: u64,
+    /// One bit a page.
+    pub words: Vec<u64>,
 }
 
 /// What one worker did in one pass.
@@ -88,6 +105,8 @@ pub struct PassShare {
     pub counts: PageCounts,
     /// Addresses that the destination wants again.
     pub damaged: Vec<u64>,
+    /// What is left if the pass was cut short.
+    pub unsent: Vec<Unsent>,
     /// From the end of the pass to its acknowledgement.
     pub round_trip: Option<Duration>,
 }
@@ -142,6 +161,7 @@ pub struct Workers {
     shares: mpsc::Receiver<Result<PassShare, SourceError>>,
     handed_back: mpsc::Receiver<Connection<Transport>>,
     waiting_for: usize,
+    pass: Option<Arc<PassPlan>>,
     codec: Arc<Mutex<Vec<CodecCounts>>>,
 }
 
@@ -173,6 +193,7 @@ impl Workers {
                 context,
                 kept_alive: Instant::now(),
                 reported: PageCounts::default(),
+                unsent: vec![],
                 told: Told::default(),
                 codec: Arc::clone(&codec),
             };
@@ -190,6 +211,7 @@ impl Workers {
             shares,
             handed_back,
             waiting_for: 0,
+            pass: None,
             codec,
         })
     }
@@ -208,6 +230,14 @@ impl Workers {
             let _ = worker.send(Arc::clone(&pass));
         }
         self.waiting_for = self.passes.len();
+        self.pass = Some(pass);
+    }
+
+    /// Has the pass under way end soon: what was not sent is told with the workers' shares.
+    pub fn cut_short(&self) {
+        if let Some(pass) = &self.pass {
+            pass.cut.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Waits a while for the pass to be finished; `None` while it is not.
@@ -223,6 +253,7 @@ impl Workers {
                     let share = share?;
                     so_far.counts += share.counts;
                     so_far.damaged.extend(share.damaged);
+                    so_far.unsent.extend(share.unsent);
                     so_far.round_trip = so_far.round_trip.max(share.round_trip);
                     self.waiting_for -= 1;
                 }
@@ -267,6 +298,7 @@ struct Worker<'a> {
     context: Context<'a>,
     kept_alive: Instant,
     reported: PageCounts,
+    unsent: Vec<Unsent>,
     told: Told,
     codec: Arc<Mutex<Vec<CodecCounts>>>,
 }
@@ -366,14 +398,27 @@ impl Worker<'_> {
             }
         };
         let mut before_frame = before_frame(self.context, pass.kind, &mut self.told);
-        self.sender.send(
-            &mut self.connection,
-            &region,
-            first,
-            &words,
-            resent,
-            &mut before_frame,
-        )?;
+        for (first, words) in (first..)
+            .step_by(WORDS_BETWEEN_LOOKS * 64)
+            .zip(words.chunks(WORDS_BETWEEN_LOOKS))
+        {
+            if pass.cut.load(Ordering::Relaxed) {
+                self.unsent.push(Unsent {
+                    slot: region.slot,
+                    first,
+                    words: words.to_vec(),
+                });
+                continue;
+            }
+            self.sender.send(
+                &mut self.connection,
+                &region,
+                first,
+                words,
+                resent,
+                &mut before_frame,
+            )?;
+        }
         drop(before_frame);
         self.tell();
         self.keep_alive()
@@ -417,6 +462,7 @@ impl Worker<'_> {
                 raw: counts.raw - self.reported.raw,
                 zero: counts.zero - self.reported.zero,
             },
+            unsent: std::mem::take(&mut self.unsent),
             ..PassShare::default()
         };
         self.reported = counts;

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shoal_proto::TERM_HEADER;
 use shoal_proto::cluster::ImportImageRequest;
 use shoal_proto::cluster::cluster_client::ClusterClient;
@@ -13,6 +14,7 @@ use shoal_proto::node::registry_client::RegistryClient;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::machine::Machine;
 use shoal_tests::wait::{self, seconds};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,6 +25,8 @@ use crate::CALM;
 
 /// More on each of three connections than a scheduler takes.
 const STREAMS: usize = 190;
+/// Connections, more than one address gets.
+const CROWD: usize = 530;
 
 #[test]
 fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
@@ -83,6 +87,38 @@ fn connections_that_say_nothing_are_closed_and_stop_nothing() {
 }
 
 #[test]
+fn a_crowd_that_greets_and_never_calls_keeps_no_one_out() {
+    let mut cluster = Cluster::start(Machine::shared(), &Shape::default());
+    // Both ends of the crowd's connections are on this host, its own in this process.
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit }).expect("raised");
+    cluster.run_probe("before", "node1", "128MiB", CALM);
+    let agent = cluster.node("node1")["address"].as_str().expect("one").to_owned();
+    let scheduler = cluster.shoal.endpoint().trim_start_matches("http://").to_owned();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+
+    let crowd = runtime.block_on(gather(&scheduler));
+    cluster.run_probe("amid", "node2", "128MiB", CALM);
+    let node = cluster.node("node2");
+    cluster.kill_daemon("node2");
+    cluster.start_daemon("node2");
+    cluster.wait_for_return(&node);
+    cluster.run_probe("later", "node2", "128MiB", CALM);
+    cluster.wait_for_heartbeats("before", 5);
+    drop(crowd);
+
+    let crowd = runtime.block_on(gather(&agent));
+    let refused = runtime.block_on(async {
+        let client = AgentClient::connect(format!("http://{agent}")).await;
+        client.expect("connected").stop_vm(VmRef::default()).await
+    });
+    assert_eq!(refused.expect_err("no secret").code(), Code::Unauthenticated);
+    cluster.shoal.ok(&["stop", "before"]);
+    drop(crowd);
+}
+
+#[test]
 fn a_stranger_is_refused_by_agents_and_cannot_register_as_a_node() {
     let cluster = Cluster::start(Machine::shared(), &Shape::default());
     let mode = std::fs::metadata(cluster.state_dir().join("cluster.secret"));
@@ -128,4 +164,44 @@ async fn open_imports(endpoint: &str) -> (JoinSet<Code>, usize) {
         refused += 1;
     }
     (calls, refused)
+}
+
+/// Connects more than an address may, until some have had to go. All that have not greet, and answer what HTTP/2 asks of them.
+async fn gather(address: &str) -> JoinSet<std::io::Result<()>> {
+    let mut crowd = JoinSet::new();
+    for _ in 0..CROWD {
+        let stream = tokio::net::TcpStream::connect(address).await.expect("it listens");
+        crowd.spawn(greet_and_answer(stream));
+    }
+    let first = crowd.join_next().await.expect("a crowd").expect("no panic");
+    first.expect_err("its end is the other side's doing");
+    assert!(crowd.len() > CROWD / 2, "{} are left", crowd.len());
+    crowd
+}
+
+/// Does all that a client does but call, until the other side closes the connection.
+async fn greet_and_answer(mut stream: tokio::net::TcpStream) -> std::io::Result<()> {
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    stream.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await?;
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let [a, b, c, kind, flags, ..] = head;
+        let mut rest = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        stream.read_exact(&mut rest).await?;
+        if flags & ACK != 0 {
+            continue;
+        }
+        match kind {
+            SETTINGS => stream.write_all(&[0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]).await?,
+            PING => {
+                stream.write_all(&[0, 0, 8, PING, ACK, 0, 0, 0, 0]).await?;
+                stream.write_all(&rest).await?;
+            }
+            _ => {}
+        }
+    }
 }

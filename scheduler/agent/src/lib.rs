@@ -178,7 +178,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
                 terms: node.terms.clone(),
             },
         ))
-        .serve_with_incoming_shutdown(Door::new(listener, Limits::default()), async {
+        .serve_with_incoming_shutdown(Door::new(listener, Limits::of_this_process()), async {
             // An error means that `stop` was dropped, which is an order to stop too.
             stopped.await.unwrap_or_default();
         });

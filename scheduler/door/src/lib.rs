@@ -1,51 +1,79 @@
 //! What keeps strangers from filling a daemon's table of connections: who connects has to begin to speak HTTP/2 within some
-//! seconds, and one address gets no more than its share of connections. Knows nothing of what is said on them.
+//! seconds, and neither one address nor all together get more than so many connections. Where there are too many, one that
+//! has never made a call is closed for the next, the oldest first. Knows nothing of what the calls are.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+mod frames;
+mod guest;
+mod seats;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use rustix::process::{Resource, getrlimit};
+use tokio::net::TcpListener;
 use tokio::time::Sleep;
 use tokio_stream::Stream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
 
-/// The client's half of the connection preface of HTTP/2 (RFC 9113, 3.4), in bytes.
-const PREFACE: usize = 24;
-/// Between two words in the log about connections that were refused.
+pub use guest::Guest;
+use seats::Seats;
+
+/// From one line in the log to the next of its kind.
 const QUIET: Duration = Duration::from_secs(1);
+/// How long to leave a listening socket alone that fails, as it does when descriptors run out.
+const BETWEEN_FAILURES: Duration = Duration::from_millis(100);
+/// Connections from one address, where there are descriptors enough.
+const OF_ONE: usize = 512;
+/// Descriptors that are left to the rest of the process, at least.
+const RESERVE: u64 = 64;
 
-/// What one who connects may do.
+/// What those who connect may do.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// How long it may say nothing, or not all of the preface.
+    /// How long one may say nothing, or not all of the preface.
     pub greeting: Duration,
     /// Connections from one address at a time; of IPv6 the first 64 bits are one.
     pub of_one: usize,
+    /// Connections from all addresses at a time.
+    pub of_all: usize,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
+impl Limits {
+    /// What this process can afford: half of the file descriptors that it may open are for connections, and one address gets
+    /// 512 of them, or three quarters if that is less.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        Self::with_descriptors(getrlimit(Resource::Nofile).current)
+    }
+
+    fn with_descriptors(most: Option<u64>) -> Self {
+        let most = most.unwrap_or(u64::MAX);
+        let of_all = (most / 2).min(most.saturating_sub(RESERVE)).max(1);
+        let of_all = usize::try_from(of_all).unwrap_or(usize::MAX);
         Self {
             greeting: Duration::from_secs(5),
-            of_one: 512,
+            of_one: OF_ONE.min(of_all - of_all / 4),
+            of_all,
         }
     }
 }
 
-/// Accepts connections within limits: a stream of them for a server.
+/// Accepts connections within limits: a stream of them for a server, without end and without errors.
 #[derive(Debug)]
 pub struct Door {
     listener: TcpListener,
     limits: Limits,
     seats: Arc<Seats>,
-    told: Option<Instant>,
+    /// Until when a socket that failed is left alone.
+    rest: Option<Pin<Box<Sleep>>>,
+    crowds: Complaints,
+    failures: Complaints,
 }
 
 impl Door {
@@ -56,15 +84,29 @@ impl Door {
             listener,
             limits,
             seats: Arc::default(),
-            told: None,
+            rest: None,
+            crowds: Complaints::default(),
+            failures: Complaints::default(),
         }
     }
 
-    fn tell(&mut self, from: IpAddr) {
-        if self.told.is_none_or(|told| told.elapsed() >= QUIET) {
-            self.told = Some(Instant::now());
-            let most = self.limits.of_one;
-            tracing::warn!(%from, most, "connections are refused: the address has too many");
+    /// Lets one in who has connected, if there is room or can be.
+    fn admit(&mut self, from: IpAddr) -> Option<(seats::Seat, seats::End)> {
+        match Seats::take(&self.seats, from, &self.limits) {
+            Ok(taken) => {
+                if let Some(closed) = taken.instead_of
+                    && self.crowds.are_due()
+                {
+                    tracing::warn!(%from, of = %closed, "a connection that made no call was closed: there are too many");
+                }
+                Some((taken.seat, taken.end))
+            }
+            Err(full) => {
+                if self.crowds.are_due() {
+                    tracing::warn!(%from, "connections are refused: {full}");
+                }
+                None
+            }
         }
     }
 }
@@ -75,225 +117,43 @@ impl Stream for Door {
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let door = self.get_mut();
         loop {
+            if let Some(rest) = &mut door.rest {
+                ready!(rest.as_mut().poll(context));
+                door.rest = None;
+            }
             let (stream, peer) = match ready!(door.listener.poll_accept(context)) {
                 Ok(accepted) => accepted,
-                Err(error) => return Poll::Ready(Some(Err(error))),
+                // A server that was told would ask again at once, and do nothing else.
+                Err(error) => {
+                    if door.failures.are_due() {
+                        tracing::warn!(%error, "connections cannot be accepted; trying again");
+                    }
+                    door.rest = Some(Box::pin(tokio::time::sleep(BETWEEN_FAILURES)));
+                    continue;
+                }
             };
-            let Some(seat) = Seats::take(&door.seats, peer.ip(), door.limits.of_one) else {
-                door.tell(peer.ip());
+            let Some((seat, end)) = door.admit(peer.ip()) else {
                 continue;
             };
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%error, "a connection that has ended already");
                 continue;
             }
-            return Poll::Ready(Some(Ok(Guest {
-                stream,
-                greeting: Some((Box::pin(tokio::time::sleep(door.limits.greeting)), 0)),
-                _seat: seat,
-            })));
+            return Poll::Ready(Some(Ok(Guest::new(stream, door.limits.greeting, seat, end))));
         }
     }
 }
 
-/// Connections by address.
+/// When something was last said in the log of what may happen very often.
 #[derive(Debug, Default)]
-struct Seats(Mutex<HashMap<IpAddr, usize>>);
+struct Complaints(Option<Instant>);
 
-impl Seats {
-    fn take(seats: &Arc<Self>, address: IpAddr, most: usize) -> Option<Seat> {
-        let address = network(address);
-        let mut taken = seats.lock();
-        let of_one = taken.entry(address).or_default();
-        if *of_one >= most {
-            return None;
+impl Complaints {
+    fn are_due(&mut self) -> bool {
+        let due = self.0.is_none_or(|latest| latest.elapsed() >= QUIET);
+        if due {
+            self.0 = Some(Instant::now());
         }
-        *of_one += 1;
-        Some(Seat {
-            seats: Arc::clone(seats),
-            address,
-        })
-    }
-
-    // A number in a map, which no panic can leave half changed.
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What one who connects cannot have many of: an address, or the network that a host of IPv6 may choose its address from.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let [a, b, c, d, ..] = address.segments();
-            IpAddr::from([a, b, c, d, 0, 0, 0, 0])
-        }
-        address @ IpAddr::V4(_) => address,
-    }
-}
-
-#[derive(Debug)]
-struct Seat {
-    seats: Arc<Seats>,
-    address: IpAddr,
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut taken = self.seats.lock();
-        if let Some(of_one) = taken.get_mut(&self.address) {
-            *of_one -= 1;
-            if *of_one == 0 {
-                taken.remove(&self.address);
-            }
-        }
-    }
-}
-
-/// A connection. Reading from it fails if the other side has not begun to speak in time.
-#[derive(Debug)]
-pub struct Guest {
-    stream: TcpStream,
-    /// Until when it has to have sent the preface, and how much of that has come.
-    greeting: Option<(Pin<Box<Sleep>>, usize)>,
-    _seat: Seat,
-}
-
-impl Connected for Guest {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
-    }
-}
-
-impl AsyncRead for Guest {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let guest = self.get_mut();
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut guest.stream).poll_read(context, buffer);
-        let Some((limit, came)) = &mut guest.greeting else {
-            return read;
-        };
-        *came += buffer.filled().len() - before;
-        if *came >= PREFACE {
-            guest.greeting = None;
-        } else if limit.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Guest {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        pieces: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write_vectored(context, pieces)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::SocketAddr;
-
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio_stream::StreamExt as _;
-
-    use super::*;
-
-    async fn door(limits: Limits) -> (Door, SocketAddr) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let address = listener.local_addr().expect("an address");
-        (Door::new(listener, limits), address)
-    }
-
-    async fn next(door: &mut Door) -> Guest {
-        door.next().await.expect("it goes on").expect("accepted")
-    }
-
-    #[tokio::test]
-    async fn who_does_not_greet_in_time_is_sent_away_and_who_does_may_be_silent_then() {
-        let limits = Limits {
-            greeting: Duration::from_millis(50),
-            of_one: 10,
-        };
-        let (mut door, address) = door(limits).await;
-        for said in [0, PREFACE - 1] {
-            let mut client = TcpStream::connect(address).await.expect("connected");
-            client.write_all(&vec![b'x'; said]).await.expect("sent");
-            let mut guest = next(&mut door).await;
-            let mut heard = Vec::new();
-            let error = guest.read_to_end(&mut heard).await.expect_err("too late");
-            assert_eq!((error.kind(), heard.len()), (io::ErrorKind::TimedOut, said));
-        }
-        let mut client = TcpStream::connect(address).await.expect("connected");
-        client.write_all(&[b'x'; PREFACE]).await.expect("sent");
-        let mut guest = next(&mut door).await;
-        let mut heard = [0; PREFACE];
-        guest.read_exact(&mut heard).await.expect("greeted");
-        let later = async {
-            tokio::time::sleep(3 * limits.greeting).await;
-            client.write_all(b"y").await
-        };
-        let (sent, read) = tokio::join!(later, guest.read_u8());
-        sent.expect("sent");
-        assert_eq!(read.expect("no limit any more"), b'y');
-    }
-
-    #[tokio::test]
-    async fn one_address_gets_so_many_connections_and_another_when_one_has_ended() {
-        let limits = Limits {
-            of_one: 2,
-            ..Limits::default()
-        };
-        let (mut door, address) = door(limits).await;
-        let mut clients = Vec::new();
-        let mut guests = Vec::new();
-        for _ in 0..2 {
-            clients.push(TcpStream::connect(address).await.expect("connected"));
-            guests.push(next(&mut door).await);
-        }
-        let mut third = TcpStream::connect(address).await.expect("the kernel takes it");
-        let mut byte = [0];
-        let refused = tokio::select! {
-            _ = door.next() => panic!("one too many"),
-            read = third.read(&mut byte) => read,
-        };
-        assert!(matches!(refused, Ok(0) | Err(_)), "it is closed at once");
-        guests.pop();
-        let _fourth = TcpStream::connect(address).await.expect("connected");
-        next(&mut door).await;
-    }
-
-    #[test]
-    fn a_host_of_ipv6_is_one_whatever_address_it_takes() {
-        let of = |text: &str| network(text.parse().expect("an address"));
-        assert_eq!(of("2001:db8:1:2::3"), of("2001:db8:1:2:ffff::4"));
-        assert_ne!(of("2001:db8:1:2::3"), of("2001:db8:1:3::3"));
-        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
-        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
+        due
     }
 }

@@ -409,7 +409,7 @@ pub async fn serve_grpc(base: &Base, role: Role) -> Result<(), ServerError> {
         .add_service(reflection().build_v1alpha()?)
         .add_service(cluster)
         .add_service(registry)
-        .serve_with_incoming_shutdown(Door::new(listener, Limits::default()), async move {
+        .serve_with_incoming_shutdown(Door::new(listener, Limits::of_this_process()), async move {
             // An error means that nobody can tell it to end any more.
             let _ = shutdown.wait_for(|ended| *ended).await;
             let _ = ended.send(());

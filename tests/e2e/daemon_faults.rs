@@ -100,6 +100,43 @@ fn a_node_that_was_declared_lost_gives_up_its_vms_and_ends_them_when_it_comes_ba
 }
 
 #[test]
+fn a_vm_stays_at_its_source_when_the_node_that_it_moves_to_is_declared_lost() {
+    let Some(machine) = Machine::with_kvm("a destination that is lost in the middle of a move") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
+    let vm = cluster.run_probe("busy", "node1", "512MiB", RESTLESS);
+    let source = cluster.only_vmm(&vm);
+    let before = cluster.node("node2");
+    let migration = cluster.migrate_without_end("busy", "node2", seconds(60));
+    migration.wait_until_sent(64 << 20, seconds(20));
+
+    // The scheduler hears nothing of it any more, while the two VMMs go on.
+    cluster.kill_daemon("node2");
+    wait::until_true("it to be believed", seconds(30), || {
+        let output = cluster.shoal.output(&["node", "lost", "node2", "--yes"]);
+        output.status.success()
+    });
+    let report = migration.report();
+    assert_eq!(report.result(), MigrationResult::Cancelled, "{report:?}");
+    assert_eq!(report.reason, "node node2 was declared lost");
+    assert_eq!(
+        cluster.wait_for_state("busy", "running", seconds(20))["node"],
+        "node1"
+    );
+
+    cluster.start_daemon("node2");
+    cluster.wait_for_return(&before);
+    assert_eq!(cluster.only_vmm(&vm), source);
+    let report = cluster
+        .shoal
+        .json(&["migrate", "busy", "--to", "node2", "--max-downtime", "2s"]);
+    assert_eq!(report["result"], "completed", "{report}");
+    cluster.wait_for_heartbeats("busy", 2);
+    guest::assert_unharmed(&cluster.logs("busy"));
+}
+
+#[test]
 fn a_migration_outlives_the_agents_of_both_nodes() {
     let Some(machine) = Machine::with_kvm("death of agents in the middle of a move") else {
         return;

@@ -122,25 +122,27 @@ async fn adopt(node: &Arc<Node>, key: VmKey, path: PathBuf) -> Result<(), Reason
     Ok(())
 }
 
-/// The VMM's process by its pid file, or, as the agent may have died before it wrote the file, among all that run.
+/// The VMM's process by its pid file. If that names none that runs, it is looked for among all that do: the agent may have died
+/// before it wrote the file, and a file that is wrong must not leave a VMM without an agent.
 async fn find_process(dir: &RuntimeDir) -> io::Result<WatchedProcess> {
     let written = dir.read_identity()?;
-    if let Some(identity) = written.filter(|identity| identity.boot_id.is_some()) {
+    let running = written.filter(ProcessIdentity::is_running);
+    if let Some(identity) = running.filter(|identity| identity.boot_id.is_some()) {
         return WatchedProcess::adopt(identity);
     }
     let path = dir.path().to_owned();
     let found = tokio::task::spawn_blocking(move || find_server(&path)).await??;
     // An agent of before wrote the file, which leaves the boot open.
-    match found.or(written.filter(ProcessIdentity::is_running)) {
+    match found.or(running) {
         Some(identity) => {
             dir.write_identity(identity)?;
             WatchedProcess::adopt(identity)
         }
-        None => Ok(WatchedProcess::gone(ProcessIdentity {
+        None => Ok(WatchedProcess::gone(written.unwrap_or(ProcessIdentity {
             pid: 0,
             start_ticks: 0,
             boot_id: None,
-        })),
+        }))),
     }
 }
 

@@ -493,6 +493,41 @@ async fn the_next_agent_adopts_what_lives_and_clears_away_what_does_not() {
 }
 
 #[tokio::test]
+async fn a_pid_file_that_names_no_process_that_runs_leaves_no_vmm_alone() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let vm = new_vm(1);
+    let agent = Agent::start(&disk, &scheduler).await;
+    agent
+        .client
+        .clone()
+        .launch_vm(launch(&vm, &scheduler.add_blob(b"k"), "x"))
+        .await
+        .expect("launched");
+    agent.stop().await;
+    let dir = disk.state().join(format!("vms/{}-{}", vm.vm_id, vm.epoch));
+    let process = support::agent::identity(&dir);
+    let dead = shoal_agent::ProcessIdentity {
+        start_ticks: process.start_ticks + 1,
+        ..process
+    };
+    let of_another_boot = shoal_agent::ProcessIdentity {
+        boot_id: Some(uuid::Uuid::from_u128(1)),
+        ..process
+    };
+    for wrong in [dead, of_another_boot] {
+        std::fs::write(dir.join("pid"), format!("{wrong}\n")).expect("written");
+        // Without this word it would be cleared away.
+        let _ = std::fs::remove_file(dir.join("ran"));
+        let agent = Agent::start(&disk, &scheduler).await;
+        assert_eq!(support::agent::identity(&dir), process);
+        agent.stop().await;
+    }
+    let agent = Agent::start(&disk, &scheduler).await;
+    agent.client.clone().destroy_vm(vm).await.expect("destroyed");
+    assert!(!process.is_running() && disk.vmms().is_empty());
+}
+
+#[tokio::test]
 async fn what_the_scheduler_missed_is_sent_again() {
     let (scheduler, disk) = (Scheduler::start(), Disk::new());
     let agent = Agent::start(&disk, &scheduler).await;

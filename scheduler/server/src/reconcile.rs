@@ -305,6 +305,10 @@ async fn take_up(
     guard: VmGuard,
     (to, epoch, migration): (NodeName, Epoch, MigrationId),
 ) -> Result<(), StoreError> {
+    let _planning = scheduler.planning.lock().await;
+    if scheduler.nodes.is_lost(&to) {
+        return Ok(());
+    }
     let record = entry.record();
     let intent = Arc::new(Intent {
         vm: record.id,
@@ -346,7 +350,7 @@ pub fn recover(scheduler: &Shared, intents: Vec<Intent>) {
         let Some(guard) = entry.try_lock() else { continue };
         tracing::info!(vm = %intent.vm, migration = %intent.migration, "taking up a migration");
         let open = scheduler.migrations.take_up(Arc::new(intent));
-        tokio::spawn(Settlement::new(Arc::clone(scheduler), entry, open, guard).settle());
+        tokio::spawn(Settlement::inherit(Arc::clone(scheduler), entry, open, guard).settle());
     }
     scheduler.share_bandwidth();
 }

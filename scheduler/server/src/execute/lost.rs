@@ -5,6 +5,7 @@
 //! those epochs is destroyed there, and used up, before it counts as reachable again.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,16 +74,22 @@ pub struct Given {
 /// Takes an operator's word that a node is off and stays off.
 pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, LostError> {
     let node = store(scheduler, entry).await?;
+    for open in scheduler.migrations.list() {
+        let intent = &open.intent;
+        if intent.from == node || intent.to == node {
+            // One that comes from there only has to look: it may have all of the VM.
+            open.ask(|wish| wish.cancel |= intent.to == node);
+        }
+    }
     let mut ends = JoinSet::new();
     for vm in scheduler.vms.on_node(&node) {
         let scheduler = Arc::clone(scheduler);
         ends.spawn(async move {
             let name = vm.record().name.to_string();
-            let Ok(guard) = tokio::time::timeout(PATIENCE, vm.lock()).await else {
-                return (name, false);
-            };
-            let ended = end(&scheduler, &vm, &guard).await;
-            (name, ended && vm.record().phase.is_over())
+            if let Ok(guard) = tokio::time::timeout(PATIENCE, vm.lock()).await {
+                end(&scheduler, &vm, &guard).await;
+            }
+            (name, vm.record().phase.is_over())
         });
     }
     let mut given = Given::default();
@@ -98,6 +105,12 @@ pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, Los
     given.later.retain(still);
     given.up.sort_unstable();
     given.later.sort_unstable();
+    let mut message = format!("{node} was declared lost: its {} VMs have failed", given.up.len());
+    if !given.later.is_empty() {
+        let _ = write!(message, ", {} are busy and follow", given.later.len());
+    }
+    let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
+    scheduler.events.publish(event);
     Ok(given)
 }
 
@@ -122,10 +135,6 @@ async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostEr
     };
     scheduler.store.apply(vec![Write::PutNode(stored)]).await?;
     entry.set_lost(Some(lost));
-    let vms = scheduler.vms.count_on_node(&node);
-    let message = format!("{node} was declared lost: its {vms} VMs have failed");
-    let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
-    scheduler.events.publish(event);
     Ok(node)
 }
 

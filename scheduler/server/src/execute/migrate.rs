@@ -212,6 +212,9 @@ async fn open(
 }
 
 async fn run(mut settlement: Settlement) {
+    if let Err(error) = settlement.wait_for_turn().await {
+        return settlement.never_began(&error).await;
+    }
     if let Err(error) = attempt(&settlement).await {
         settlement.start_failed(&error);
     }
@@ -230,13 +233,15 @@ pub enum AttemptError {
     /// Someone cancelled it before that.
     #[error("cancelled on request, before it began")]
     Cancelled,
+    /// One of its nodes was declared lost before that.
+    #[error("node {0} was declared lost before it began")]
+    Lost(NodeName),
     /// There is nothing left to move.
     #[error("the guest ended before it began")]
     GuestEnded,
 }
 
 async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
-    settlement.wait_for_turn().await?;
     let (intent, open) = (&settlement.intent(), settlement.open());
     let spec = settlement.record().to_spec(intent.epoch);
     let token = MigrationId::new().to_string();
@@ -247,8 +252,12 @@ async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
             prepared.map_err(AttemptError::NotStarted)?
         }
         // Settling has it aborted there; should the preparation be the later one, it is refused.
-        Ok(_) = wishes.wait_for(|wish| wish.cancel) => return Err(AttemptError::Cancelled),
+        Ok(_) = wishes.wait_for(|wish| wish.cancel) => {
+            settlement.check_nodes()?;
+            return Err(AttemptError::Cancelled);
+        }
     };
+    settlement.check_nodes()?;
     if wishes.borrow().cancel {
         return Err(AttemptError::Cancelled);
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_proto::vm::{MigrationPhase, MigrationPolicy, MigrationReport, MigrationResult};
+use shoal_proto::vm::{MigrationReport, MigrationResult};
 use shoal_proto::{Epoch, NodeName, cluster};
 
 use super::decide::{Destination, Known, Source, Step, Then, Waiting, decide, destination_view, source_view};
@@ -24,12 +24,8 @@ use ending::{figures, link_rate, reason};
 /// When both nodes have said the same for this long, what was on its way has arrived or never will: a start whose answer
 /// was lost, the last pages of a source that ended, the word that nothing is missing any more.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often the destination is looked at while the source is followed.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// How long the end of a migration waits for the source's cleaning up, which goes on by itself if it takes longer.
 const CLEANUP_TIME: Duration = Duration::from_secs(8);
-/// How long the source's report is waited for once it is known how the migration ended.
-const REPORT_TIME: Duration = Duration::from_secs(3);
 
 /// A migration on its way to its end.
 #[derive(Debug)]
@@ -45,6 +41,8 @@ pub struct Settlement {
     start_refused: bool,
     /// Someone cancelled it before it was started.
     cancelled: bool,
+    /// An earlier scheduler stored the intent.
+    is_inherited: bool,
     /// What the destination said last.
     destination: Destination,
     /// The source has said that the VM runs at its destination.
@@ -71,12 +69,21 @@ impl Settlement {
             error: None,
             start_refused: false,
             cancelled: false,
+            is_inherited: false,
             destination: Destination::Silent,
             ran_by_source: false,
             destination_died: false,
             has_run_there: false,
             said: (Source::Silent, Destination::Silent),
             since,
+        }
+    }
+
+    /// For an intent that an earlier scheduler has stored.
+    pub fn inherit(scheduler: Shared, entry: Arc<VmEntry>, open: Arc<OpenMigration>, guard: VmGuard) -> Self {
+        Self {
+            is_inherited: true,
+            ..Self::new(scheduler, entry, open, guard)
         }
     }
 
@@ -104,7 +111,7 @@ impl Settlement {
     pub fn start_failed(&mut self, error: &AttemptError) {
         self.error = Some(error.to_string());
         self.start_refused = !matches!(error, AttemptError::Unclear(_));
-        self.cancelled = matches!(error, AttemptError::Cancelled);
+        self.cancelled = matches!(error, AttemptError::Cancelled | AttemptError::Lost(_));
     }
 
     /// Goes on until the intent is closed.
@@ -165,9 +172,12 @@ impl Settlement {
             }
             let _ = tokio::time::timeout(backoff.next(), wishes.changed()).await;
         }
-        let vm = self.open.intent.vm;
+        self.give_back();
+    }
+
+    fn give_back(self) {
         drop(self.guard);
-        self.scheduler.reconcile.push(Subject::Vm(vm));
+        self.scheduler.reconcile.push(Subject::Vm(self.open.intent.vm));
     }
 
     async fn ask_source(&self) -> Source {
@@ -217,146 +227,35 @@ impl Settlement {
         }
     }
 
-    /// Follows the source until its stream ends, whatever the end is.
-    async fn watch(&mut self) -> Result<(), AgentError> {
-        let intent = self.intent();
-        let agent = self.agent(&intent.from)?;
-        let mut wishes = self.open.wishes();
-        let mut shares = self.open.share();
-        let mut looks = tokio::time::interval(LOOK_INTERVAL);
-        looks.reset();
-        let mut cancelled = false;
-        let mut stream = agent
-            .watch_migration(intent.vm, intent.from_epoch, intent.migration)
-            .await?;
-        loop {
-            self.tell_share(&agent).await;
-            let wish = wishes.borrow_and_update().clone();
-            if wish.stop && self.owned() {
-                return Ok(());
-            }
-            if !cancelled && wish.cancel {
-                cancelled = true;
-                let id = intent.migration.to_string();
-                if let Err(error) = agent.cancel_migration(intent.vm, intent.from_epoch, &id).await {
-                    tracing::info!(vm = %intent.vm, migration = %id, %error, "cannot be cancelled");
-                }
-            }
-            tokio::select! {
-                message = stream.message() => match message.map_err(|status| agent.error(status))? {
-                    Some(progress) => {
-                        let post_copy = progress.phase() == MigrationPhase::PostCopy;
-                        self.take_progress(progress);
-                        // The destination owns it from now on, which is to be recorded at once.
-                        if post_copy && !self.owned() && !std::mem::replace(&mut self.ran_by_source, true) {
-                            return Ok(());
-                        }
-                    }
-                    None => return Ok(()),
-                },
-                changed = wishes.changed() => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                }
-                changed = shares.changed() => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                }
-                _ = looks.tick() => {
-                    if self.destination_has_news() {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-    }
-
-    /// Tells the source how much of the network it may use, if that has changed.
-    async fn tell_share(&self, agent: &Agent) {
-        let mut told = self.open.told.lock().await;
-        let Some(share) = self.open.rate().filter(|share| *told != Some(*share)) else {
-            return;
-        };
-        let intent = &self.open.intent;
-        let policy = MigrationPolicy {
-            bandwidth_bytes_per_second: Some(share),
-            ..MigrationPolicy::default()
-        };
-        let set = agent.set_migration(intent.vm, intent.from_epoch, intent.migration, policy);
-        match set.await {
-            Err(error @ AgentError::NoAnswer { .. }) => {
-                tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "share not told yet");
-            }
-            Err(error) => {
-                tracing::debug!(vm = %intent.vm, migration = %intent.migration, %error, "share not taken");
-                *told = Some(share);
-            }
-            Ok(_) => *told = Some(share),
-        }
-    }
-
-    /// By what its node last reported, without asking it.
-    fn destination_has_news(&self) -> bool {
-        let intent = &self.open.intent;
-        let Some(node) = self.scheduler.nodes.get(&intent.to) else {
-            return false;
-        };
-        let seen = node.observed_vm(intent.vm, intent.epoch);
-        match destination_view(seen.as_ref().map(|seen| &*seen.facts)) {
-            Destination::Ended => true,
-            Destination::Gone => self.owned() && node.is_reachable(),
-            Destination::Ran | Destination::Fetching { .. } => !self.owned() || self.open.view().link_lost,
-            Destination::Silent | Destination::Waiting => false,
-        }
-    }
-
-    fn take_progress(&mut self, progress: shoal_proto::vm::MigrationProgress) {
-        if self.owned() {
-            self.show_link(progress.link_lost);
-        }
-        if progress.dirty_rate_bytes_per_second > 0 {
-            self.entry.set_dirty_rate(progress.dirty_rate_bytes_per_second);
-        }
-        if let Some(report) = &progress.report {
-            self.report = Some(report.clone());
-        }
-        self.open.update(|view| view.progress = Some(progress));
-    }
-
-    /// The report, if the source still has it and it did not come yet.
-    async fn fetch_report(&mut self) {
-        if self.report.is_none() && !self.start_refused {
-            let _ = tokio::time::timeout(REPORT_TIME, self.watch()).await;
-        }
-    }
-
     /// Has the destination say that it never runs the VM; true when the migration has ended one way or the other.
     async fn abandon(&mut self, then: Then) -> bool {
         let intent = self.intent();
         let Ok(agent) = self.agent(&intent.to) else {
             return false;
         };
-        match agent
+        let lost = self.is_lost(&intent.to);
+        let ran = match agent
             .abort_incoming(intent.vm, intent.epoch, intent.migration)
             .await
         {
             // It runs, or has run: the next look tells what that means.
-            Ok(true) => {
+            Ok(true) if !lost => {
                 self.has_run_there = true;
                 return false;
             }
-            Ok(false) => {}
-            Err(_) if self.is_lost(&intent.to) => {}
+            Ok(ran) => ran,
+            Err(_) if lost => false,
             Err(error) => {
                 tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "abort not confirmed yet");
                 return false;
             }
-        }
+        };
         if let Err(error) = agent.destroy(intent.vm, intent.epoch).await {
-            // It can never run; the node's next report has it destroyed.
+            // Unless it runs, it never can; the node's next report has it destroyed.
             tracing::info!(vm = %intent.vm, migration = %intent.migration, %error, "incoming VM not cleaned up yet");
+            if ran {
+                return false;
+            }
         }
         self.forget(&intent.to, intent.epoch);
         if then == Then::Resume
@@ -429,7 +328,15 @@ impl Settlement {
         if then != Then::Unknown {
             self.fetch_report().await;
         }
+        let never_began = self.is_inherited
+            && then == Then::Stays
+            && matches!(self.said.0, Source::Running { over: false });
+        let to = &self.open.intent.to;
         let report = match (self.report.take(), &self.error) {
+            (Some(mut report), _) if report.result() == MigrationResult::Cancelled && self.is_lost(to) => {
+                report.reason = format!("node {to} was declared lost");
+                report
+            }
             (Some(mut report), _) if report.result() == MigrationResult::Failed && self.destination_died => {
                 report.reason = format!("{}; the VMM at the destination died", report.reason);
                 report
@@ -444,6 +351,10 @@ impl Settlement {
             }
             (_, Some(error)) if self.cancelled => self.own_report(MigrationResult::Cancelled, error),
             (_, Some(error)) => self.own_report(MigrationResult::Failed, error),
+            _ if never_began => self.own_report(
+                MigrationResult::Cancelled,
+                "the scheduler was restarted before it began; the VM was not harmed",
+            ),
             _ => self.own_report(MigrationResult::Failed, reason(then)),
         };
         self.close_with(then, report, |_| {}).await;
@@ -483,13 +394,10 @@ impl Settlement {
                     "lost during its migration from {} to {}: {words}",
                     intent.from, intent.to
                 );
-                finish::end_vm(
-                    &self.scheduler,
-                    &self.entry,
-                    Outcome::Failed { reason },
-                    &self.guard,
-                )
-                .await;
+                if !crate::execute::lost::end(&self.scheduler, &self.entry, &self.guard).await {
+                    let outcome = Outcome::Failed { reason };
+                    finish::end_vm(&self.scheduler, &self.entry, outcome, &self.guard).await;
+                }
             }
             Then::Exited | Then::Unknown => {
                 reconcile::check_running(&self.scheduler, &self.entry, &self.guard).await;
@@ -584,3 +492,4 @@ mod ending;
 mod lost;
 mod post_copy;
 mod turn;
+mod watch;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Settlement;
 use crate::bandwidth::Share;
 use crate::events::Kind;
-use crate::execute::decide::{Source, source_view};
+use crate::execute::decide::{Source, Then, source_view};
 use crate::execute::migrate::AttemptError;
 
 /// How often the VM is looked at while its migration waits.
@@ -15,7 +15,7 @@ impl Settlement {
     /// Returns when the network has room for it.
     ///
     /// # Errors
-    /// What makes it needless: somebody cancels it, or the guest ends.
+    /// What makes it needless: somebody cancels it, one of its nodes is declared lost, or the guest ends.
     pub async fn wait_for_turn(&self) -> Result<(), AttemptError> {
         if let Some(why) = self.open.waits() {
             self.publish(Kind::MigrationWaits, why);
@@ -23,9 +23,16 @@ impl Settlement {
         let (mut shares, mut wishes) = (self.open.share(), self.open.wishes());
         let mut looks = tokio::time::interval(LOOK_INTERVAL);
         loop {
+            self.check_nodes()?;
+            if wishes.borrow_and_update().cancel {
+                return Err(AttemptError::Cancelled);
+            }
+            if matches!(*shares.borrow_and_update(), Share::Rate(_)) {
+                return Ok(());
+            }
             tokio::select! {
-                _ = shares.wait_for(|share| matches!(share, Share::Rate(_))) => return Ok(()),
-                _ = wishes.wait_for(|wish| wish.cancel) => return Err(AttemptError::Cancelled),
+                _ = shares.changed() => {}
+                _ = wishes.changed() => {}
                 _ = looks.tick() => {
                     if self.guest_has_ended() {
                         return Err(AttemptError::GuestEnded);
@@ -33,6 +40,18 @@ impl Settlement {
                 }
             }
         }
+    }
+
+    /// Closes one that did not get its turn: neither node was told anything of it.
+    pub async fn never_began(mut self, error: &AttemptError) {
+        self.start_failed(error);
+        let then = match error {
+            AttemptError::GuestEnded => Then::Exited,
+            AttemptError::Lost(node) if *node == self.open.intent.from => Then::Lost,
+            _ => Then::Stays,
+        };
+        self.close(then).await;
+        self.give_back();
     }
 
     /// Where it is, by what its node last reported.

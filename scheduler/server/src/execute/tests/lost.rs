@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use shoal_proto::cluster::NodeState;
+use shoal_proto::LEAST_BANDWIDTH;
+use shoal_proto::cluster::{MigrationDefaults, NodeState};
 use tokio::sync::mpsc;
 
 use super::*;
@@ -250,4 +251,144 @@ async fn in_post_copy_a_lost_source_that_still_serves_is_believed_and_one_that_d
     until("it has failed", || entry.record().phase.is_over()).await;
     let reason = failed_of(&entry);
     assert!(reason.starts_with("memory lost with node node1"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_migration_to_a_node_that_is_declared_lost_is_cancelled_and_the_vm_runs_on() {
+    // The node does not answer, or it still does and only its reports do not come.
+    for answers in [false, true] {
+        let cluster = Cluster::start(2, GIB).await;
+        let entry = running_vm(&cluster).await;
+        cluster.nodes[0].set_script(Script::GoOn);
+        let migration = migrate(&cluster, &entry).await;
+        until("it is under way", || cluster.nodes[0].told().len() == 1).await;
+        let node = cut_off(&cluster, 1);
+        cluster.nodes[1].set_silent(!answers);
+        declare(&cluster, &node).await;
+        let (result, ended) = outcome(&migration).await;
+        assert_eq!(result, MigrationResult::Cancelled);
+        let reason = ended.report.expect("a report").reason;
+        assert_eq!(reason, "node node2 was declared lost");
+        assert_eq!(running(&cluster.nodes), [1, 0]);
+        let record = entry.record();
+        assert_eq!(
+            (record.node.as_str(), record.epoch, &record.phase),
+            ("node1", Epoch(1), &Phase::Running)
+        );
+        cluster.nodes[1].set_silent(false);
+        until("it is as any other", || {
+            cluster.report();
+            !node.is_lost()
+        })
+        .await;
+        assert_eq!(cluster.nodes[1].vmms(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_lost_destination_that_is_back_with_the_vm_does_not_get_it_while_the_source_has_it() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = in_doubt(&cluster, true).await;
+    let node = cut_off(&cluster, 1);
+    cluster.nodes[0].set_silent(true);
+    declare(&cluster, &node).await;
+    assert_eq!(cluster.nodes[1].running(), 1);
+    cluster.nodes[1].set_silent(false);
+    cluster.nodes[0].set_silent(false);
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Failed);
+    until("the source runs again, and nothing else does", || {
+        running(&cluster.nodes) == [1, 0]
+    })
+    .await;
+    let record = entry.record();
+    assert_eq!(
+        (record.node.as_str(), record.epoch, &record.phase),
+        ("node1", Epoch(1), &Phase::Running)
+    );
+}
+
+#[tokio::test]
+async fn a_vm_that_its_source_says_has_moved_to_a_lost_node_fails_with_it() {
+    let cluster = Cluster::start(2, GIB).await;
+    let (entry, migration) = post_copy(&cluster).await;
+    let node = cut_off(&cluster, 1);
+    assert_eq!(declare(&cluster, &node).await.up, ["vm"]);
+    assert_eq!(outcome(&migration).await.0, MigrationResult::Completed);
+    assert_eq!(failed_of(&entry), "node node2 was declared lost");
+}
+
+/// `vm` waits at the first node until the network has room for its migration to the second.
+async fn waiting(cluster: &Cluster) -> (Arc<VmEntry>, Arc<OpenMigration>) {
+    let scheduler = &cluster.scheduler;
+    scheduler.defaults.replace(MigrationDefaults {
+        cluster_bandwidth_bytes_per_second: Some(LEAST_BANDWIDTH),
+        ..Default::default()
+    });
+    cluster.nodes[2].set_script(Script::GoOn);
+    let third = cluster.nodes[2].record.name.clone();
+    let (other, guard) = launch::submit(scheduler, cluster.draft("other", 256 << 20), Some(&third))
+        .await
+        .expect("placed");
+    launch::start(scheduler, &other, &guard).await.expect("started");
+    drop(guard);
+    let entry = running_vm(cluster).await;
+    migrate(cluster, &other).await;
+    let migration = migrate(cluster, &entry).await;
+    assert!(migration.waits().is_some());
+    (entry, migration)
+}
+
+#[tokio::test]
+async fn a_move_that_waits_for_bandwidth_ends_at_once_when_one_of_its_nodes_is_lost() {
+    for (lost, words) in [(0, "node node1"), (1, "node node2")] {
+        let cluster = Cluster::start(3, GIB).await;
+        let (entry, migration) = waiting(&cluster).await;
+        let node = cut_off(&cluster, lost);
+        let given = declare(&cluster, &node).await;
+        let (result, ended) = outcome(&migration).await;
+        assert_eq!(result, MigrationResult::Cancelled);
+        let reason = ended.report.expect("a report").reason;
+        assert_eq!(reason, format!("{words} was declared lost before it began"));
+        assert_eq!(cluster.nodes[1].epochs_of(entry.record().id), [0_u64; 0]);
+        let failed = usize::from(lost == 0);
+        assert_eq!((given.up.len(), given.later.len()), (failed, 0));
+        if lost == 0 {
+            assert_eq!(failed_of(&entry), "node node1 was declared lost");
+        } else {
+            assert_eq!(entry.record().phase, Phase::Running);
+            assert_eq!(cluster.nodes[0].running(), 1);
+        }
+        let events = cluster.scheduler.events.after(0);
+        let at = |kind: &str| events.iter().position(|event| event.kind == kind);
+        let declared = at("node-declared-lost").expect("told");
+        assert_eq!(
+            events[declared].message,
+            format!("node{} was declared lost: its {failed} VMs have failed", lost + 1)
+        );
+        assert!(
+            at("vm-failed").is_none_or(|failed| failed < declared),
+            "{events:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_move_that_waited_when_the_scheduler_was_restarted_is_cancelled() {
+    let mut cluster = Cluster::start(3, GIB).await;
+    let id = waiting(&cluster).await.0.record().id;
+    cluster.restart().await;
+    let scheduler = &cluster.scheduler;
+    until("it has ended", || scheduler.migrations.get(id).is_none()).await;
+    let entry = scheduler.vms.get(id).expect("known");
+    let ended = entry.migrations().pop().expect("remembered");
+    let report = ended.report.expect("a report");
+    assert_eq!(report.result(), MigrationResult::Cancelled);
+    assert!(
+        report
+            .reason
+            .starts_with("the scheduler was restarted before it began"),
+        "{}",
+        report.reason
+    );
+    assert_eq!(running(&cluster.nodes)[..2], [1, 0]);
 }

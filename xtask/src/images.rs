@@ -231,6 +231,13 @@ fn assemble(
     {
         replace(&directory.join(name), content)?;
     }
+    // Left by a build with other kernels; the manifest does not name it.
+    for other in Kernel::ALL.map(Kernel::file) {
+        let path = directory.join(other);
+        if files.iter().all(|(name, _)| *name != other) && path.exists() {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
     println!("    image {}: {}", image.name(), directory.display());
     Ok(())
 }

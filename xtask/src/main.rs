@@ -25,6 +25,7 @@ mod test;
 use clap::{Parser, Subcommand};
 
 use context::Context;
+use demo::Story;
 use hardware_kvm::Selection;
 
 #[derive(Debug, Parser)]
@@ -41,6 +42,9 @@ enum Command {
         /// Leave the cluster up and say how to talk to it
         #[arg(long)]
         keep: bool,
+        /// Without Linux, so that no kernel is built: a node that is relieved before it runs out of memory
+        #[arg(long)]
+        probe: bool,
     },
     /// Run every test, or those whose name contains FILTER
     Test {
@@ -97,7 +101,10 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let context = Context::new()?;
     match arguments.command {
-        Command::Demo { keep } => demo::run_demo(&context, keep),
+        Command::Demo { keep, probe } => {
+            let story = if probe { Story::ProbeAlone } else { Story::Whole };
+            demo::run_demo(&context, story, keep)
+        }
         Command::Test {
             filter,
             hardware_kvm: false,

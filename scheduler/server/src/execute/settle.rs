@@ -45,6 +45,8 @@ pub struct Settlement {
     start_refused: bool,
     /// Someone cancelled it before it was started.
     cancelled: bool,
+    /// Should it fail, that says something of the destination or of the way there.
+    blames_the_way: bool,
     /// What the destination said last.
     destination: Destination,
     /// The source has said that the VM runs at its destination.
@@ -71,6 +73,7 @@ impl Settlement {
             error: None,
             start_refused: false,
             cancelled: false,
+            blames_the_way: true,
             destination: Destination::Silent,
             ran_by_source: false,
             destination_died: false,
@@ -105,6 +108,7 @@ impl Settlement {
         self.error = Some(error.to_string());
         self.start_refused = !matches!(error, AttemptError::Unclear(_));
         self.cancelled = matches!(error, AttemptError::Cancelled);
+        self.blames_the_way = error.blames_the_way();
     }
 
     /// Goes on until the intent is closed.
@@ -202,7 +206,12 @@ impl Settlement {
         Known {
             patient: self.since.elapsed() < PATIENCE,
             owned: self.owned(),
+            unwanted: self.start_refused || self.is_to_be_cancelled(),
         }
+    }
+
+    fn is_to_be_cancelled(&self) -> bool {
+        self.open.wishes().borrow().cancel
     }
 
     async fn describe(
@@ -429,6 +438,13 @@ impl Settlement {
         if then != Then::Unknown {
             self.fetch_report().await;
         }
+        self.blames_the_way &= matches!(then, Then::Stays | Then::Resume);
+        // One that was cancelled while its source was silent: nobody but the destination was told.
+        if then == Then::Unknown && !self.cancelled && self.is_to_be_cancelled() {
+            self.cancelled = true;
+            let why = self.error.take().unwrap_or_else(|| reason(then).to_owned());
+            self.error = Some(format!("cancelled on request: {why}"));
+        }
         let report = match (self.report.take(), &self.error) {
             (Some(mut report), _) if report.result() == MigrationResult::Failed && self.destination_died => {
                 report.reason = format!("{}; the VMM at the destination died", report.reason);
@@ -505,6 +521,7 @@ impl Settlement {
         self.publish(Kind::VmResolved, why.clone());
         if *keep == intent.from {
             let report = self.own_report(MigrationResult::Failed, &why);
+            self.blames_the_way = false;
             let fence = |record: &mut VmRecord| record.fenced_through = record.last_epoch;
             self.close_with(Then::Unknown, report, fence).await;
         } else {

@@ -7,7 +7,8 @@ use super::Settlement;
 use crate::execute::decide::Then;
 
 impl Settlement {
-    /// What failed before anything was copied is a fault of the way, or of its end; later it may be the guest's.
+    /// What failed before anything was copied is a fault of the way, or of its end, unless the source or the guest is to blame; later it may be the
+    /// guest's.
     pub(super) fn learn(&self, migration: &cluster::Migration) {
         let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
         let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {
@@ -15,7 +16,7 @@ impl Settlement {
         };
         match report.result() {
             MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
-            MigrationResult::Failed if report.passes == 0 => {
+            MigrationResult::Failed if report.passes == 0 && self.blames_the_way => {
                 failures.note(&intent.to, Some(&intent.from), &report.reason);
             }
             _ => {}

@@ -47,7 +47,7 @@ pub enum LostError {
     },
     /// There are VMs that only it can tell of.
     #[error(
-        "node {node} has {vms} VMs that have not ended; `shoal drain {node}` moves them away while it answers, \
+        "node {node} has VMs that have not ended ({vms}); `shoal drain {node}` moves them away while it answers, \
          `shoal node lost {node}` gives them up if it never will"
     )]
     HasVms {
@@ -112,9 +112,16 @@ async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostEr
     if !entry.has_reported() && scheduler.awaits_reports() {
         return Err(LostError::TooEarly { node });
     }
+    let fenced = may_run(scheduler, &record);
+    let before = record.lost.as_ref();
+    // Said again, it changes nothing, unless there are VMs that were on their way when it was said first.
+    if before.is_some_and(|before| before.fenced == fenced) {
+        return Ok(node);
+    }
+    let since_unix_ms = before.map_or_else(now_unix_ms, |before| before.since_unix_ms);
     let lost = Lost {
-        since_unix_ms: now_unix_ms(),
-        fenced: may_run(scheduler, &record),
+        since_unix_ms,
+        fenced,
     };
     let stored = NodeRecord {
         lost: Some(lost.clone()),
@@ -122,8 +129,11 @@ async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostEr
     };
     scheduler.store.apply(vec![Write::PutNode(stored)]).await?;
     entry.set_lost(Some(lost));
-    let vms = scheduler.vms.count_on_node(&node);
-    let message = format!("{node} was declared lost: its {vms} VMs have failed");
+    let message = match scheduler.vms.count_on_node(&node) {
+        0 => format!("{node} was declared lost; it had no VMs"),
+        1 => format!("{node} was declared lost: its VM has failed"),
+        vms => format!("{node} was declared lost: its {vms} VMs have failed"),
+    };
     let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
     scheduler.events.publish(event);
     Ok(node)

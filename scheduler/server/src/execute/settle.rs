@@ -210,10 +210,6 @@ impl Settlement {
         }
     }
 
-    fn is_to_be_cancelled(&self) -> bool {
-        self.open.wishes().borrow().cancel
-    }
-
     async fn describe(
         &self,
         node: &NodeName,
@@ -439,12 +435,7 @@ impl Settlement {
             self.fetch_report().await;
         }
         self.blames_the_way &= matches!(then, Then::Stays | Then::Resume);
-        // One that was cancelled while its source was silent: nobody but the destination was told.
-        if then == Then::Unknown && !self.cancelled && self.is_to_be_cancelled() {
-            self.cancelled = true;
-            let why = self.error.take().unwrap_or_else(|| reason(then).to_owned());
-            self.error = Some(format!("cancelled on request: {why}"));
-        }
+        self.note_cancelled(then);
         let report = match (self.report.take(), &self.error) {
             (Some(mut report), _) if report.result() == MigrationResult::Failed && self.destination_died => {
                 report.reason = format!("{}; the VMM at the destination died", report.reason);

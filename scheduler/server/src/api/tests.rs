@@ -816,7 +816,7 @@ async fn a_start_that_fails_goes_to_the_next_best_node_which_is_then_the_first_c
     }
     let shown = crate::view::nodes(scheduler);
     assert!(
-        shown[0].trouble.starts_with("the last 1 starts there failed"),
+        shown[0].trouble.starts_with("the last start there failed"),
         "{:?}",
         shown[0].trouble
     );

@@ -142,6 +142,26 @@ fn run_streams_the_console_and_exits_with_the_workloads_status() {
     assert!(!cluster.shoal.ok(&["ps"]).contains("brief"), "it has ended");
     assert!(cluster.shoal.ok(&["ps", "--all"]).contains("exited (5)"));
 
+    // One JSON value on stdout, and the console beside it.
+    let output = cluster.shoal.output(&[
+        "-o",
+        "json",
+        "run",
+        "probe",
+        "--name",
+        "scripted",
+        "--",
+        "seconds=1",
+    ]);
+    let told: Value = serde_json::from_slice(&output.stdout).expect("JSON and nothing else");
+    assert_eq!(
+        (&told["name"], &told["exit_status"]),
+        (&"scripted".into(), &0.into())
+    );
+    let console = String::from_utf8_lossy(&output.stderr);
+    assert!(console.contains("probe: done"), "{console}");
+    cluster.shoal.ok(&["rm", "scripted"]);
+
     let once = [
         "run",
         "probe",
@@ -216,8 +236,15 @@ fn exit_codes_tell_usage_from_an_unreachable_cluster() {
         &["run", "x", "--memory", "lots"],
         &["ps", "--endpoint", "ftp:x"],
     ] {
-        assert_eq!(nowhere.fails(args).code, 2, "{args:?}");
+        let failure = nowhere.fails(args);
+        assert_eq!(
+            (failure.code, &failure.json["error"]["kind"]),
+            (2, &"usage".into()),
+            "{args:?}: {failure:?}"
+        );
     }
+    let help = nowhere.ok(&["-o", "json", "run", "--help"]);
+    assert!(help.contains("Usage:") && !help.contains("\"error\""), "{help}");
     for shell in ["bash", "zsh", "fish"] {
         assert!(nowhere.ok(&["completions", shell]).contains("shoal"));
     }

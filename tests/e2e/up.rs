@@ -154,6 +154,20 @@ fn port_0_is_a_free_port_and_down_makes_nothing() {
         endpoint.starts_with("http://127.0.0.1:") && !endpoint.ends_with(":0"),
         "{view}"
     );
+    // Whoever says where the cluster answers, and not where its state is, is not told that all is well.
+    let elsewhere = Command::new(paths::program("shoal"))
+        .arg("down")
+        .env("SHOAL_ENDPOINT", endpoint)
+        .env("XDG_STATE_HOME", &wrong)
+        .output()
+        .expect("shoal starts");
+    let said = String::from_utf8_lossy(&elsewhere.stderr);
+    assert!(
+        elsewhere.status.code() == Some(1)
+            && said.contains(&*wrong.join("shoal").to_string_lossy())
+            && said.contains(&format!("a cluster answers at {endpoint}")),
+        "{elsewhere:?}"
+    );
     assert_eq!(shoal(&["down"], &wrong)["daemons"], 0);
     assert!(!wrong.exists(), "down makes nothing");
     assert_eq!(shoal(&["down", "--purge"], &state)["daemons"], 2);

@@ -1,5 +1,7 @@
 //! What can be typed.
 
+use std::ffi::OsString;
+
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands;
@@ -66,6 +68,13 @@ impl GlobalArgs {
             return vec![DEFAULT_ENDPOINT.to_owned()];
         }
         said
+    }
+
+    /// Somebody said where, on the command line or in the environment.
+    #[must_use]
+    pub fn says_where(&self) -> bool {
+        let variable = std::env::var("SHOAL_ENDPOINT").unwrap_or_default();
+        !variable.trim().is_empty() || self.endpoints() != [DEFAULT_ENDPOINT]
     }
 
     /// Where and how results are written.
@@ -160,6 +169,28 @@ pub enum Command {
     Completions(commands::completions::CompletionsArgs),
 }
 
+/// Whether `-o json` stands among arguments that cannot be read otherwise.
+pub fn wants_json(args: impl IntoIterator<Item = OsString>) -> bool {
+    let mut value_follows = false;
+    let mut json = false;
+    for arg in args {
+        let Some(arg) = arg.to_str().filter(|&arg| arg != "--") else {
+            break;
+        };
+        let value = if std::mem::take(&mut value_follows) {
+            Some(arg)
+        } else if matches!(arg, "-o" | "--output") {
+            value_follows = true;
+            None
+        } else {
+            let joined = arg.strip_prefix("--output=").or_else(|| arg.strip_prefix("-o"));
+            joined.map(|value| value.trim_start_matches('='))
+        };
+        json |= value == Some("json");
+    }
+    json
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,6 +199,30 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_read_says_whether_it_wants_json() {
+        let wants = |line: &str| wants_json(line.split(' ').map(OsString::from));
+        for line in [
+            "-o json run",
+            "frobnicate -ojson",
+            "ps -o=json",
+            "ps --output json x",
+            "ps --output=json",
+        ] {
+            assert!(wants(line), "{line}");
+        }
+        for line in [
+            "ps",
+            "-o table",
+            "run x -- -o json",
+            "ps -o",
+            "ps json",
+            "ps -o wide json",
+        ] {
+            assert!(!wants(line), "{line}");
+        }
     }
 
     #[test]

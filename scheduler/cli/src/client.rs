@@ -35,6 +35,8 @@ const MAX_MESSAGE: usize = 64 << 20;
 pub struct Context {
     /// Where schedulers answer, as `http://HOST:PORT`.
     pub endpoints: Vec<String>,
+    /// Somebody said so; otherwise it is where `up` has them by default.
+    pub endpoints_are_said: bool,
     /// Where results go.
     pub output: Output,
 }
@@ -45,6 +47,7 @@ impl Context {
     pub fn new(global: &GlobalArgs) -> Self {
         Self {
             endpoints: global.endpoints(),
+            endpoints_are_said: global.says_where(),
             output: global.output(),
         }
     }

@@ -36,6 +36,14 @@ pub enum CliError {
         "lost the cluster during the call: {0}\nwhat was asked may have been done: look with `shoal ps` and `shoal events`"
     )]
     Lost(String),
+    /// The connection broke while something was watched that goes on.
+    #[error("lost the cluster ({reason}); {goes_on}")]
+    LostSight {
+        /// What the connection said.
+        reason: String,
+        /// What goes on, and how to see it again.
+        goes_on: String,
+    },
     /// No node can take the VM.
     #[error("{}", nothing_fits_text(.message, .rejections))]
     NothingFits {
@@ -91,7 +99,7 @@ impl CliError {
         match self {
             Self::Usage(_) => ExitCode::from(2),
             Self::NothingFits { .. } => ExitCode::from(3),
-            Self::Unreachable { .. } | Self::Lost(_) => ExitCode::from(4),
+            Self::Unreachable { .. } | Self::Lost(_) | Self::LostSight { .. } => ExitCode::from(4),
             Self::Interrupted { signal, .. } => ExitCode::from(signal.saturating_add(OF_SIGNAL)),
             _ if self.is_broken_pipe() => ExitCode::from(OF_SIGNAL + SIGPIPE),
             _ => ExitCode::FAILURE,
@@ -112,6 +120,18 @@ impl CliError {
         )
     }
 
+    /// The same, told by one who watched something that goes on.
+    #[must_use]
+    pub fn while_watching(self, goes_on: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::Lost(reason) => Self::LostSight {
+                reason,
+                goes_on: goes_on(),
+            },
+            other => other,
+        }
+    }
+
     /// One word for scripts.
     #[must_use]
     pub fn kind(&self) -> &'static str {
@@ -119,7 +139,7 @@ impl CliError {
             Self::Usage(_) => "usage",
             Self::NothingFits { .. } => "nothing-fits",
             Self::Unreachable { .. } => "unreachable",
-            Self::Lost(_) => "lost",
+            Self::Lost(_) | Self::LostSight { .. } => "lost",
             Self::Interrupted { .. } => "interrupted",
             Self::Refused {
                 code: Code::NotFound, ..
@@ -147,7 +167,7 @@ impl CliError {
     pub fn to_json(&self) -> Value {
         let mut error = json!({ "kind": self.kind(), "message": self.to_string() });
         if let Self::NothingFits { message, rejections } = self {
-            error["message"] = json!(message);
+            error["message"] = json!(nothing_fits_line(message, rejections));
             error["rejections"] = rejections
                 .iter()
                 .map(|r| json!({ "node": r.node, "reason": r.reason }))
@@ -166,6 +186,25 @@ impl CliError {
     #[must_use]
     pub fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// Without the colours, and without the usage that follows on standard error.
+impl From<&clap::Error> for CliError {
+    fn from(error: &clap::Error) -> Self {
+        if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            return Self::Usage("a subcommand or an argument is missing: --help lists them".to_owned());
+        }
+        let text = error.to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        let said = text.split("\n\nUsage:").next().unwrap_or(text);
+        Self::Usage(
+            said.split("\n\nFor more information")
+                .next()
+                .unwrap_or(said)
+                .trim()
+                .to_owned(),
+        )
     }
 }
 
@@ -206,9 +245,38 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
+/// The scheduler's words without its own account of the rejections, which may be cut: all of them are told here.
+fn nothing_fits_head<'a>(message: &'a str, rejections: &[NodeRejection]) -> &'a str {
+    match message.split_once(": ") {
+        Some((head, _)) if !rejections.is_empty() => head,
+        _ => message,
+    }
+}
+
+fn nothing_fits_line(message: &str, rejections: &[NodeRejection]) -> String {
+    let head = nothing_fits_head(message, rejections);
+    let each: Vec<String> = rejections
+        .iter()
+        .map(|rejection| match head.ends_with(&rejection.node) {
+            true => rejection.reason.clone(),
+            false => format!("{}: {}", rejection.node, rejection.reason),
+        })
+        .collect();
+    match each.as_slice() {
+        [] => message.to_owned(),
+        each => format!("{head}: {}", each.join("; ")),
+    }
+}
+
 fn nothing_fits_text(message: &str, rejections: &[NodeRejection]) -> String {
+    let head = nothing_fits_head(message, rejections);
+    match rejections {
+        [] => return message.to_owned(),
+        [only] if head.ends_with(&only.node) => return format!("{head}: {}", only.reason),
+        _ => {}
+    }
     let width = rejections.iter().map(|r| r.node.len()).max().unwrap_or_default();
-    let mut text = message.to_owned();
+    let mut text = head.to_owned();
     for rejection in rejections {
         text.push_str(&format!("\n  {:width$}  {}", rejection.node, rejection.reason));
     }
@@ -242,6 +310,52 @@ mod tests {
         );
         assert_eq!(error.to_json()["error"]["rejections"][0]["node"], "node1");
         assert_eq!(error.kind(), "nothing-fits");
+    }
+
+    #[test]
+    fn each_rejection_is_told_once_and_whole() {
+        let rejection = |node: &str| NodeRejection {
+            node: node.into(),
+            reason: "it lacks: much".into(),
+        };
+        let error = |message: &str, nodes: &[&str]| CliError::NothingFits {
+            message: message.into(),
+            rejections: nodes.iter().map(|node| rejection(node)).collect(),
+        };
+        let several = error("nothing fits: n1: it lacks: much; n2: it la", &["n1", "n2"]);
+        assert_eq!(
+            several.to_string(),
+            "nothing fits\n  n1  it lacks: much\n  n2  it lacks: much"
+        );
+        assert_eq!(
+            several.to_json()["error"]["message"],
+            "nothing fits: n1: it lacks: much; n2: it lacks: much"
+        );
+        let one = error("VM a does not fit on n1: it lacks: mu", &["n1"]);
+        assert_eq!(one.to_string(), "VM a does not fit on n1: it lacks: much");
+        assert_eq!(one.to_json()["error"]["message"], one.to_string());
+        let none = error("nothing fits: the cluster has no nodes", &[]);
+        assert_eq!(none.to_string(), "nothing fits: the cluster has no nodes");
+        assert_eq!(none.to_json()["error"]["message"], none.to_string());
+    }
+
+    #[test]
+    fn usage_errors_are_told_without_the_usage() {
+        use clap::Parser as _;
+        for (line, words) in [
+            ("shoal frobnicate", "unrecognized subcommand 'frobnicate'"),
+            ("shoal run x --memory lots", "invalid value 'lots'"),
+            ("shoal node", "a subcommand or an argument is missing"),
+        ] {
+            let error = crate::args::Cli::try_parse_from(line.split(' ')).expect_err("not a command");
+            let json = CliError::from(&error).to_json();
+            let message = json["error"]["message"].as_str().expect("a message");
+            assert!(
+                message.starts_with(words) && !message.contains("Usage:"),
+                "{message}"
+            );
+            assert_eq!(json["error"]["kind"], "usage");
+        }
     }
 
     #[test]

@@ -36,12 +36,23 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::Cli;
+use crate::args::{Cli, wants_json};
+use crate::error::CliError;
+use crate::output::{Format, Output};
 
 fn main() -> ExitCode {
     // Daemons and VMMs live on, and are not to keep open what whoever called this had open.
     close_fds::set_fds_cloexec(3, &[]);
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version, too, come as errors.
+            if error.use_stderr() && wants_json(std::env::args_os().skip(1)) {
+                Output::new(Format::Json).error_object(&CliError::from(&error));
+            }
+            error.exit();
+        }
+    };
     let output = cli.global.output();
     match commands::run(cli) {
         Ok(code) => code,

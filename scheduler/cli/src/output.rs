@@ -112,9 +112,14 @@ impl Output {
         }
         self.note(&format!("error: {error}"));
         if self.is_json() && !error.is_reported() {
-            drop(self.json(&error.to_json().to_string()));
+            self.error_object(error);
         }
         error.exit_code()
+    }
+
+    /// Writes what scripts read of an error. Nothing can be done if that fails.
+    pub fn error_object(self, error: &CliError) {
+        drop(self.json(&error.to_json().to_string()));
     }
 }
 

@@ -39,6 +39,8 @@ pub enum AgentError {
         what: String,
         /// The node answers, the process of the VM does not.
         vmm_is_silent: bool,
+        /// There was no connection to send the call through: the agent has never seen it.
+        unsent: bool,
     },
     /// The agent says no.
     #[error("{}", .0.message())]
@@ -60,6 +62,14 @@ impl AgentError {
                 ..
             }
         )
+    }
+
+    /// The agent has certainly not done what it was called for: it refused, or never saw the call.
+    pub fn is_without_effect(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::NoAnswer { unsent, .. } => *unsent,
+        }
     }
 
     /// The code of a refusal.
@@ -305,6 +315,7 @@ impl Agent {
                 node: self.node.clone(),
                 what: format!("nothing within {deadline:?}"),
                 vmm_is_silent: false,
+                unsent: false,
             }),
         }
     }
@@ -318,9 +329,22 @@ impl Agent {
                     what: crate::limits::shorten(status.message()),
                     // Only agents set this code: calls to them have their deadline here.
                     vmm_is_silent: status.code() == Code::DeadlineExceeded,
+                    unsent: never_connected(&status),
                 }
             }
             _ => AgentError::Refused(Box::new(status)),
         }
     }
+}
+
+/// The transport could not connect. A call whose connection broke later may have arrived, and has another error.
+fn never_connected(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }

@@ -81,11 +81,16 @@ impl Failures {
         let words = |(from, streak): (&Option<NodeName>, &Streak)| {
             let left = streak.left()?.as_secs() + 1;
             let (count, why) = (streak.count, &streak.why);
-            let what = match from {
-                None => "starts there".to_owned(),
-                Some(from) => format!("moves there from {from}"),
+            let way = match from {
+                None => String::new(),
+                Some(from) => format!(" from {from}"),
             };
-            let words = format!("the last {count} {what} failed; tried again in {left} s: {why}");
+            let act = if from.is_some() { "move" } else { "start" };
+            let last = match count {
+                1 => format!("last {act}"),
+                _ => format!("last {count} {act}s"),
+            };
+            let words = format!("the {last} there{way} failed; tried again in {left} s: {why}");
             let from = from.as_ref().map(|from| shoal_plan::NodeName::new(from.as_str()));
             Some((from, Arc::from(words)))
         };
@@ -127,6 +132,7 @@ mod tests {
         failures.note(&to, None, "disk full");
         let said = failures.of(&to);
         assert_eq!(said.len(), 2);
+        assert!(said[0].1.starts_with("the last start there failed"), "{said:?}");
         assert!(
             said[1].1.starts_with("the last 4 moves there from node1 failed"),
             "{said:?}"

@@ -173,6 +173,23 @@ fn failed(begun: &[Arc<OpenMigration>]) -> BTreeSet<VmId> {
         .collect()
 }
 
+/// In words, with the reason of the first.
+fn what_failed(begun: &[Arc<OpenMigration>], count: usize) -> String {
+    let report = |migration: &Arc<OpenMigration>| {
+        let outcome = migration.view().outcome?;
+        let report = outcome.report?;
+        (report.result() != MigrationResult::Completed).then(|| {
+            let (vm, why) = (outcome.vm_name, report.reason);
+            format!("'{vm}' stays on {}: {why}", migration.intent.from)
+        })
+    };
+    let first = begun.iter().find_map(report).unwrap_or_default();
+    match count {
+        1 => first,
+        _ => format!("{count} moves failed, the first: {first}; see `shoal migrations`"),
+    }
+}
+
 fn progress(plan: &Plan, begun: &[Arc<OpenMigration>], failed: &BTreeSet<VmId>) -> Progress {
     let under_way = begun
         .iter()
@@ -200,7 +217,7 @@ fn progress(plan: &Plan, begun: &[Arc<OpenMigration>], failed: &BTreeSet<VmId>) 
         message = stuck.join("; ");
     }
     if done && !failed.is_empty() {
-        message = format!("{message}; {} moves failed: see `shoal migrations`", failed.len());
+        message = format!("{message}; {}", what_failed(begun, failed.len()));
     }
     Progress {
         moved,

@@ -82,6 +82,12 @@ impl PlannerPolicy {
         Ok(Changed { set, whole })
     }
 
+    /// It differs from what holds.
+    pub fn differs(&self, changed: &Changed) -> bool {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.set != changed.set
+    }
+
     /// Shows a change that has been stored.
     pub fn replace(&self, changed: Changed) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);

@@ -132,6 +132,7 @@ impl Scheduler {
                 node: node.clone(),
                 what: "it has never registered".to_owned(),
                 vmm_is_silent: false,
+                unsent: true,
             })
     }
 }

@@ -103,6 +103,17 @@ impl FakeNode {
         self.register_as(scheduler, record);
     }
 
+    /// Registers again, at an address where nobody listens: as its agent has died since it reported.
+    pub fn lose_agent(&self, scheduler: &Shared) {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let record = NodeRecord {
+            address: free.local_addr().expect("bound").to_string(),
+            ..self.record.clone()
+        };
+        drop(free);
+        self.register_as(scheduler, record);
+    }
+
     fn register_as(&self, scheduler: &Shared, record: NodeRecord) {
         let entry = scheduler.nodes.get(&record.name).expect("registered");
         let (sender, _) = mpsc::channel(1);

@@ -40,6 +40,19 @@ impl From<&LogChunk> for LogView {
 /// Shows a VM's console, byte by byte as the guest wrote it.
 pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
     let mut client = context.client().await?;
+    let vm = &args.vm;
+    let goes_on = || format!("{vm} goes on: `shoal logs -f {vm}` shows it once the cluster answers");
+    let watched = show(context, &mut client, &args).await;
+    watched.map_err(|error| {
+        if args.follow {
+            error.while_watching(goes_on)
+        } else {
+            error
+        }
+    })
+}
+
+async fn show(context: &Context, client: &mut Client, args: &LogsArgs) -> Result<(), CliError> {
     let request = StreamLogsRequest {
         vm: args.vm.clone(),
         follow: args.follow,
@@ -60,7 +73,7 @@ pub async fn run(context: &Context, args: LogsArgs) -> Result<(), CliError> {
         }
     }
     if args.follow {
-        check_ended(&mut client, args.vm).await?;
+        check_ended(client, args.vm.clone()).await?;
     }
     if as_array {
         context.output.show(&all, |_| String::new())

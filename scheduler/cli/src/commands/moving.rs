@@ -95,6 +95,9 @@ pub fn show(context: &Context, node: &str, last: &Step, failed: &str) -> Result<
     if *remaining == 0 {
         Ok(())
     } else {
-        Err(CliError::Reported(format!("{remaining} VMs {failed}: {message}")))
+        let vms = if *remaining == 1 { "VM" } else { "VMs" };
+        Err(CliError::Reported(format!(
+            "{remaining} {vms} {failed}: {message}"
+        )))
     }
 }

@@ -4,11 +4,13 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 use shoal_proto::cluster::{
-    DeclareNodeLostRequest, ListVmsRequest, RemoveNodeRequest, UpdateNodeRequest, VmPhase,
+    DeclareNodeLostRequest, ListNodesRequest, ListVmsRequest, Node, NodeState, RemoveNodeRequest,
+    UpdateNodeRequest, VmPhase,
 };
+use tonic::Code;
 
 use super::nodes::node_table;
-use crate::client::Context;
+use crate::client::{Client, Context};
 use crate::error::CliError;
 use crate::format::parse_size;
 use crate::view::NodeView;
@@ -120,6 +122,7 @@ async fn lost(context: &Context, args: LostArgs) -> Result<(), CliError> {
     let mut client = context.client().await?;
     let node = args.node;
     if !args.yes {
+        check_silent(&mut client, &node).await?;
         let all = client.list_vms(ListVmsRequest {}).await?.into_inner().vms;
         let there = all
             .into_iter()
@@ -146,6 +149,24 @@ async fn lost(context: &Context, args: LostArgs) -> Result<(), CliError> {
         }
         text
     })
+}
+
+/// As the scheduler refuses one that reports, before anybody is asked to be sure.
+async fn check_silent(client: &mut Client, name: &str) -> Result<(), CliError> {
+    let nodes = client.list_nodes(ListNodesRequest {}).await?.into_inner().nodes;
+    let node = nodes.iter().find(|node| node.name == name);
+    let (code, message) = match node.map(Node::state) {
+        None => (
+            Code::NotFound,
+            format!("node {name} is unknown: `shoal nodes` lists the nodes"),
+        ),
+        Some(NodeState::Unreachable | NodeState::Lost) => return Ok(()),
+        Some(_) => (
+            Code::FailedPrecondition,
+            format!("node {name} reports, so it is not lost; `shoal drain {name}` moves its VMs away"),
+        ),
+    };
+    Err(CliError::Refused { code, message })
 }
 
 fn what_it_means(node: &str, vms: &[String]) -> String {

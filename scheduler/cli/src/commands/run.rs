@@ -40,7 +40,8 @@ pub struct RunArgs {
     pub preemptible: bool,
     #[command(flatten)]
     rules: RuleArgs,
-    /// Return when it runs, instead of showing its console until it ends.
+    /// Return when it runs, instead of showing its console until it ends. With `-o json` the console goes to stderr: stdout has the VM
+    /// as one JSON value.
     #[arg(long, short)]
     pub detach: bool,
     /// Remove the VM and its log when it has ended.
@@ -80,6 +81,7 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
     let name = &vm.name;
     let goes_on = || format!("{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it");
     let ended = until_interrupted(follow(context, &mut client, &vm), goes_on).await;
+    let ended = ended.map_err(|error| error.while_watching(goes_on));
     if matches!(&ended, Err(error) if error.is_broken_pipe()) {
         context
             .output

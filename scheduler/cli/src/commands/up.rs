@@ -27,15 +27,17 @@ use crate::page::Page;
 const MEMORY_SHARE_PERCENT: u64 = 75;
 /// Default budgets are multiples of this.
 const MEMORY_STEP: u64 = 64 << 20;
+/// So many nodes unless said otherwise.
+const DEFAULT_NODES: u32 = 3;
 /// Between two looks at the daemons.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Arguments of `up`.
 #[derive(Debug, Args)]
 pub struct UpArgs {
-    /// How many nodes; they are named node1, node2, …
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub nodes: u32,
+    /// How many nodes, 3 unless said; they are named node1, node2, …
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub nodes: Option<u32>,
     /// What each node lends, such as 1GiB; otherwise an equal part of 75 % of what is available.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub node_memory: Option<u64>,
@@ -103,6 +105,9 @@ pub async fn run(context: &Context, args: UpArgs) -> Result<ExitCode, CliError> 
         )));
     }
     let earlier = record.filter(|_| !args.fresh);
+    if let Some(words) = earlier.as_ref().and_then(|earlier| kept_shape(&args, earlier)) {
+        context.output.note(&words);
+    }
     let is_new = earlier.is_none();
     if is_new {
         stop(&state_dir, false).await?;
@@ -135,6 +140,32 @@ pub async fn run(context: &Context, args: UpArgs) -> Result<ExitCode, CliError> 
     let _lock = StateLock::take(&state_dir)?;
     stop(&state_dir, false).await?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What was asked for and does not hold: an earlier cluster goes on as it was.
+fn kept_shape(args: &UpArgs, earlier: &UpRecord) -> Option<String> {
+    let agents = earlier.processes.get(1..).unwrap_or_default();
+    let recorded = |option: &str| -> Option<u64> {
+        let args = &agents.first()?.args;
+        let at = args.iter().position(|arg| arg == option)?;
+        args.get(at + 1)?.parse().ok()
+    };
+    let mut kept = Vec::new();
+    let nodes = u32::try_from(agents.len()).unwrap_or(u32::MAX);
+    if args.nodes.is_some_and(|asked| asked != nodes) {
+        kept.push(format!("--nodes {nodes}"));
+    }
+    let memory = recorded("--memory").filter(|&memory| args.node_memory.is_some_and(|asked| asked != memory));
+    kept.extend(memory.map(|memory| format!("--node-memory {}", format::size(memory))));
+    let cpus =
+        recorded("--cpus").filter(|&cpus| args.node_cpus.is_some_and(|asked| u64::from(asked) != cpus));
+    kept.extend(cpus.map(|cpus| format!("--node-cpus {cpus}")));
+    (!kept.is_empty()).then(|| {
+        format!(
+            "note: an earlier cluster goes on as it was, with {}; --fresh ends it and begins anew",
+            kept.join(" ")
+        )
+    })
 }
 
 async fn start(
@@ -191,13 +222,14 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
         what: "not a usable path".into(),
         source,
     })?;
+    let nodes = args.nodes.unwrap_or(DEFAULT_NODES);
     let cpus = available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
     Ok(LocalConfig {
         state_dir,
         listen: with_port(args.listen)?,
-        nodes: args.nodes,
-        node_memory: args.node_memory.map_or_else(|| default_memory(args.nodes), Ok)?,
-        node_cpus: args.node_cpus.unwrap_or((cpus / args.nodes).max(1)),
+        nodes,
+        node_memory: args.node_memory.map_or_else(|| default_memory(nodes), Ok)?,
+        node_cpus: args.node_cpus.unwrap_or((cpus / nodes).max(1)),
         insecure: args.insecure,
         manual: args.manual,
         migration_tls: !args.no_migration_tls,
@@ -308,6 +340,37 @@ fn text(view: &UpView) -> Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_asked_of_an_earlier_cluster_and_does_not_hold_is_told() {
+        use clap::Parser as _;
+        let process = |name: &str| UpProcess {
+            name: name.to_owned(),
+            pid: 1,
+            start_ticks: 1,
+            boot_id: None,
+            args: ["agent", "--memory", "1073741824", "--cpus", "2"]
+                .map(str::to_owned)
+                .to_vec(),
+        };
+        let earlier = UpRecord {
+            endpoint: String::new(),
+            processes: ["scheduler", "node1", "node2"].map(process).to_vec(),
+        };
+        let told = |line: &str| {
+            let cli = crate::args::Cli::try_parse_from(line.split(' ')).expect("well formed");
+            match cli.command {
+                crate::args::Command::Up(args) => kept_shape(&args, &earlier),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(told("shoal up"), None);
+        assert_eq!(told("shoal up --nodes 2 --node-memory 1GiB --node-cpus 2"), None);
+        let words = told("shoal up --nodes 3 --node-memory 512MiB --node-cpus 1").expect("told");
+        for kept in ["--nodes 2", "--node-memory 1.0 GiB", "--node-cpus 2", "--fresh"] {
+            assert!(words.contains(kept), "{words}");
+        }
+    }
 
     #[test]
     fn meminfo_is_read_and_garbage_is_not() {

@@ -33,6 +33,14 @@ pub struct Stopped {
     pub killed_vmms: usize,
 }
 
+impl Stopped {
+    /// Nothing ran.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.daemons + self.killed_vmms == 0
+    }
+}
+
 /// Ends everything; `None` if nothing was up. Images and events stay unless `purge`.
 pub async fn stop(state_dir: &Path, purge: bool) -> Result<Option<Stopped>, CliError> {
     let record = UpRecord::load(state_dir)?;

@@ -22,7 +22,8 @@ pub async fn call(
 ) -> Result<AnswerStream<DrainNodeResponse>, Status> {
     let entry = super::find_node(scheduler, &request.node)?;
     let name = entry.record().name;
-    if entry.record().cordon != Cordon::Draining {
+    let is_drained = entry.record().cordon == Cordon::Cordoned && drain::is_empty(scheduler, &name);
+    if entry.record().cordon != Cordon::Draining && !is_drained {
         let event = NewEvent::new(Kind::NodeDraining, format!("VMs are moved off {name}")).node(&name);
         let set = drain::set_cordon(scheduler, &entry, Cordon::Draining, event).await;
         set.map_err(|error| errors::store(&error))?;

@@ -19,6 +19,9 @@ pub async fn call(scheduler: &Shared, request: SetPolicyRequest) -> Result<Sched
             .policy
             .change(request)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        if !shared.policy.differs(&changed) {
+            return Ok(shared.policy.view());
+        }
         let write = Write::PutSchedulingPolicy(changed.set.clone());
         let stored = shared.store.apply(vec![write]).await;
         stored.map_err(|error| errors::store(&error))?;

@@ -24,6 +24,7 @@ use super::ClusterApi;
 use crate::execute::launch;
 use crate::moves::{self, MoveOrder};
 use crate::queue;
+use crate::record::Cordon;
 use crate::store::Write;
 use crate::testing::{Cluster, Script, until};
 use crate::vms::VmEntry;
@@ -52,6 +53,54 @@ async fn a_drain_ends_when_its_node_is_uncordoned_and_says_who_stays() {
         "node1 is not drained any more: it was uncordoned; on it stay a"
     );
     assert!(steps.next().await.is_none(), "the stream has ended");
+}
+
+#[tokio::test]
+async fn a_node_that_is_open_and_one_that_is_lost_are_not_said_to_take_vms_again() {
+    let cluster = Cluster::start(1, 1024 * MIB).await;
+    let events = || cluster.scheduler.events.after(0);
+    let uncordon = async || {
+        let request = UncordonNodeRequest {
+            node: "node1".to_owned(),
+        };
+        let uncordoned = api(&cluster).uncordon_node(Request::new(request)).await;
+        uncordoned.expect("uncordoned");
+    };
+    let before = events().len();
+    uncordon().await;
+    assert_eq!(events().len(), before, "nothing has changed: {:?}", events());
+    let entry = cluster.scheduler.nodes.list().remove(0);
+    entry.set_cordon(Cordon::Cordoned);
+    entry.silence(std::time::Duration::from_secs(40));
+    uncordon().await;
+    let last = events().pop().expect("an event").message;
+    assert!(last.contains("does not answer"), "{last}");
+}
+
+#[tokio::test]
+async fn an_expel_from_a_node_whose_agent_has_died_ends_with_the_reason() {
+    let cluster = Cluster::start(2, 1 << 30).await;
+    start(&cluster, "a").await;
+    cluster.nodes[0].lose_agent(&cluster.scheduler);
+    let expel = async || {
+        let request = MoveVmsRequest {
+            node: "node1".to_owned(),
+            direction: Direction::Expel.into(),
+        };
+        let answer = api(&cluster).move_vms(Request::new(request)).await;
+        let steps: Vec<_> = answer.expect("begun").into_inner().collect().await;
+        steps.into_iter().next_back().expect("a step").expect("good")
+    };
+    // It has reported a moment ago.
+    let end = expel().await;
+    assert!(end.done && (end.moved, end.remaining) == (0, 1), "{end:?}");
+    assert!(end.message.contains("node1 gave no clear answer"), "{end:?}");
+    // It is known to be silent.
+    let entry = cluster.scheduler.nodes.list().remove(0);
+    entry.silence(std::time::Duration::from_secs(6));
+    let end = expel().await;
+    assert!(end.done && (end.moved, end.remaining) == (0, 1), "{end:?}");
+    assert!(end.message.contains("node1 is unreachable"), "{end:?}");
 }
 
 async fn start(cluster: &Cluster, name: &str) -> Arc<VmEntry> {
@@ -767,7 +816,7 @@ async fn a_start_that_fails_goes_to_the_next_best_node_which_is_then_the_first_c
     }
     let shown = crate::view::nodes(scheduler);
     assert!(
-        shown[0].trouble.starts_with("the last 1 starts there failed"),
+        shown[0].trouble.starts_with("the last start there failed"),
         "{:?}",
         shown[0].trouble
     );

@@ -54,6 +54,8 @@ pub struct Known {
     pub patient: bool,
     /// The destination is on record as the owner.
     pub owned: bool,
+    /// It was certainly never started, or is to be cancelled: nothing that the source might still send is waited for.
+    pub unwanted: bool,
 }
 
 /// What follows once the destination has confirmed that it never runs the VM.
@@ -100,9 +102,14 @@ pub enum Step {
 }
 
 /// Decides.
-pub fn decide(source: Source, destination: Destination, Known { patient, owned }: Known) -> Step {
+pub fn decide(source: Source, destination: Destination, known: Known) -> Step {
     use Destination as D;
     use Source as S;
+    let Known {
+        patient,
+        owned,
+        unwanted,
+    } = known;
     match (source, destination) {
         (_, D::Ended) | (S::Migrated, _) => Step::Complete,
 
@@ -142,6 +149,7 @@ pub fn decide(source: Source, destination: Destination, Known { patient, owned }
         )),
 
         (S::Silent, D::Gone) => Step::Abandon(Then::Unknown),
+        (S::Silent, D::Waiting) if unwanted => Step::Abandon(Then::Unknown),
         (S::Silent, D::Waiting) => Step::Wait(Waiting::ForAnswer),
         (S::Silent, D::Silent) => Step::Wait(Waiting::InDoubt("neither node answers")),
     }

@@ -48,7 +48,7 @@ pub enum LostError {
     },
     /// There are VMs that only it can tell of.
     #[error(
-        "node {node} has {vms} VMs that have not ended; `shoal drain {node}` moves them away while it answers, \
+        "node {node} has VMs that have not ended ({vms}); `shoal drain {node}` moves them away while it answers, \
          `shoal node lost {node}` gives them up if it never will"
     )]
     HasVms {
@@ -73,7 +73,7 @@ pub struct Given {
 
 /// Takes an operator's word that a node is off and stays off.
 pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, LostError> {
-    let node = store(scheduler, entry).await?;
+    let (node, is_new) = store(scheduler, entry).await?;
     for open in scheduler.migrations.list() {
         let intent = &open.intent;
         if intent.from == node || intent.to == node {
@@ -105,17 +105,24 @@ pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, Los
     given.later.retain(still);
     given.up.sort_unstable();
     given.later.sort_unstable();
-    let mut message = format!("{node} was declared lost: its {} VMs have failed", given.up.len());
-    if !given.later.is_empty() {
-        let _ = write!(message, ", {} are busy and follow", given.later.len());
+    if is_new {
+        let mut message = match given.up.len() {
+            0 => format!("{node} was declared lost; no VM has failed by that"),
+            1 => format!("{node} was declared lost: its VM has failed"),
+            vms => format!("{node} was declared lost: its {vms} VMs have failed"),
+        };
+        if !given.later.is_empty() {
+            let _ = write!(message, ", {} busy and to follow", given.later.len());
+        }
+        let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
+        scheduler.events.publish(event);
     }
-    let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
-    scheduler.events.publish(event);
     Ok(given)
 }
 
 /// Stores it with all that may run there: no plan that is made from now on brings a VM there.
-async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostError> {
+/// Whether that is new is told with the name.
+async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<(NodeName, bool), LostError> {
     let _planning = scheduler.planning.lock().await;
     let record = entry.record();
     let node = record.name.clone();
@@ -125,9 +132,16 @@ async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostEr
     if !entry.has_reported() && scheduler.awaits_reports() {
         return Err(LostError::TooEarly { node });
     }
+    let fenced = may_run(scheduler, &record);
+    let before = record.lost.as_ref();
+    // Said again, it changes nothing, unless there are VMs that were on their way when it was said first.
+    if before.is_some_and(|before| before.fenced == fenced) {
+        return Ok((node, false));
+    }
+    let since_unix_ms = before.map_or_else(now_unix_ms, |before| before.since_unix_ms);
     let lost = Lost {
-        since_unix_ms: now_unix_ms(),
-        fenced: may_run(scheduler, &record),
+        since_unix_ms,
+        fenced,
     };
     let stored = NodeRecord {
         lost: Some(lost.clone()),
@@ -135,7 +149,7 @@ async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<NodeName, LostEr
     };
     scheduler.store.apply(vec![Write::PutNode(stored)]).await?;
     entry.set_lost(Some(lost));
-    Ok(node)
+    Ok((node, true))
 }
 
 /// VMs that a node has or was to get, and what it may still have if this was said of it before.

@@ -224,7 +224,10 @@ async fn run(mut settlement: Settlement) {
 /// Why an attempt did not get as far as a running migration.
 #[derive(Debug, thiserror::Error)]
 pub enum AttemptError {
-    /// The source was not told to start, or refused.
+    /// The destination was not prepared.
+    #[error(transparent)]
+    NotPrepared(AgentError),
+    /// The source refused to start, or was never told to.
     #[error(transparent)]
     NotStarted(AgentError),
     /// Whether it started is not known: its answer was lost.
@@ -241,15 +244,29 @@ pub enum AttemptError {
     GuestEnded,
 }
 
+impl AttemptError {
+    /// It says something of the destination, or of the way there. A source that does not answer, or a guest that ended, does not.
+    pub fn blames_the_way(&self) -> bool {
+        match self {
+            Self::NotPrepared(_) | Self::NotStarted(AgentError::Refused(_)) => true,
+            Self::NotStarted(AgentError::NoAnswer { .. })
+            | Self::Unclear(_)
+            | Self::Cancelled
+            | Self::Lost(_)
+            | Self::GuestEnded => false,
+        }
+    }
+}
+
 async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
     let (intent, open) = (&settlement.intent(), settlement.open());
     let spec = settlement.record().to_spec(intent.epoch);
     let token = MigrationId::new().to_string();
-    let destination = settlement.agent(&intent.to).map_err(AttemptError::NotStarted)?;
+    let destination = settlement.agent(&intent.to).map_err(AttemptError::NotPrepared)?;
     let mut wishes = open.wishes();
     let destination_address = tokio::select! {
         prepared = destination.prepare_incoming(spec, intent.migration, token.clone(), &intent.from) => {
-            prepared.map_err(AttemptError::NotStarted)?
+            prepared.map_err(AttemptError::NotPrepared)?
         }
         // Settling has it aborted there; should the preparation be the later one, it is refused.
         Ok(_) = wishes.wait_for(|wish| wish.cancel) => {
@@ -279,8 +296,11 @@ async fn attempt(settlement: &Settlement) -> Result<(), AttemptError> {
     source
         .start_migration(intent.vm, intent.from_epoch, request, &intent.to)
         .await
-        .map_err(|error| match error {
-            AgentError::Refused(_) => AttemptError::NotStarted(error),
-            AgentError::NoAnswer { .. } => AttemptError::Unclear(error),
+        .map_err(|error| {
+            if error.is_without_effect() {
+                AttemptError::NotStarted(error)
+            } else {
+                AttemptError::Unclear(error)
+            }
         })
 }

@@ -43,6 +43,8 @@ pub struct Settlement {
     cancelled: bool,
     /// An earlier scheduler stored the intent.
     is_inherited: bool,
+    /// Should it fail, that says something of the destination or of the way there.
+    blames_the_way: bool,
     /// What the destination said last.
     destination: Destination,
     /// The source has said that the VM runs at its destination.
@@ -70,6 +72,7 @@ impl Settlement {
             start_refused: false,
             cancelled: false,
             is_inherited: false,
+            blames_the_way: true,
             destination: Destination::Silent,
             ran_by_source: false,
             destination_died: false,
@@ -112,6 +115,7 @@ impl Settlement {
         self.error = Some(error.to_string());
         self.start_refused = !matches!(error, AttemptError::Unclear(_));
         self.cancelled = matches!(error, AttemptError::Cancelled | AttemptError::Lost(_));
+        self.blames_the_way = error.blames_the_way();
     }
 
     /// Goes on until the intent is closed.
@@ -212,6 +216,7 @@ impl Settlement {
         Known {
             patient: self.since.elapsed() < PATIENCE,
             owned: self.owned(),
+            unwanted: self.start_refused || self.is_to_be_cancelled(),
         }
     }
 
@@ -331,6 +336,8 @@ impl Settlement {
         let never_began = self.is_inherited
             && then == Then::Stays
             && matches!(self.said.0, Source::Running { over: false });
+        self.blames_the_way &= matches!(then, Then::Stays | Then::Resume);
+        self.note_cancelled(then);
         let to = &self.open.intent.to;
         let report = match (self.report.take(), &self.error) {
             (Some(mut report), _) if report.result() == MigrationResult::Cancelled && self.is_lost(to) => {
@@ -413,6 +420,7 @@ impl Settlement {
         self.publish(Kind::VmResolved, why.clone());
         if *keep == intent.from {
             let report = self.own_report(MigrationResult::Failed, &why);
+            self.blames_the_way = false;
             let fence = |record: &mut VmRecord| record.fenced_through = record.last_epoch;
             self.close_with(Then::Unknown, report, fence).await;
         } else {

@@ -239,6 +239,7 @@ pub async fn power_off(agent: &Agent, record: &VmRecord) -> Result<Outcome, Agen
                 node: record.node.clone(),
                 what: "the VM was told to stop and has not".to_owned(),
                 vmm_is_silent: false,
+                unsent: false,
             }),
         },
         Err(error) if error.is_not_found() => Ok(Outcome::Failed {

@@ -15,6 +15,7 @@ use crate::testing::{Cluster, FakeNode, Script, until};
 use crate::view;
 use crate::vms::VmEntry;
 
+mod blame;
 mod keeping;
 mod lost;
 

@@ -23,13 +23,21 @@ const DESTINATIONS: [Destination; 7] = [
 const FIRST_LOOK: Known = Known {
     patient: true,
     owned: false,
+    unwanted: false,
 };
 
 fn all_known() -> impl Iterator<Item = Known> {
     let flags = [true, false];
-    flags
+    let pairs = flags
         .into_iter()
-        .flat_map(move |patient| flags.into_iter().map(move |owned| Known { patient, owned }))
+        .flat_map(move |patient| flags.into_iter().map(move |owned| (patient, owned)));
+    pairs.flat_map(move |(patient, owned)| {
+        flags.into_iter().map(move |unwanted| Known {
+            patient,
+            owned,
+            unwanted,
+        })
+    })
 }
 
 fn table() -> impl Iterator<Item = (Source, Destination)> {
@@ -75,6 +83,7 @@ fn patience_ends() {
     let late = Known {
         patient: false,
         owned: false,
+        unwanted: false,
     };
     let running = Source::Running { over: false };
     assert_eq!(
@@ -87,6 +96,17 @@ fn patience_ends() {
     // The destination has said for long that nothing is missing.
     for source in [Source::PostCopy, Source::Migrating] {
         assert_eq!(decide(source, Destination::Ran, late), Step::Complete);
+    }
+}
+
+/// The destination's word alone ends one that nobody waits for; before, it ended when the destination gave up by itself.
+#[test]
+fn one_that_was_never_started_or_is_cancelled_does_not_wait_for_a_silent_source() {
+    for known in all_known().filter(|known| known.unwanted && !known.owned) {
+        let step = decide(Source::Silent, Destination::Waiting, known);
+        assert_eq!(step, Step::Abandon(Then::Unknown));
+        let unheard = decide(Source::Silent, Destination::Silent, known);
+        assert!(matches!(unheard, Step::Wait(_)), "{unheard:?}");
     }
 }
 
@@ -142,8 +162,7 @@ fn memory_that_is_still_needed_is_never_destroyed() {
 #[test]
 fn an_owner_on_record_stays_the_owner() {
     for (source, destination) in table() {
-        for patient in [true, false] {
-            let owned = Known { patient, owned: true };
+        for owned in all_known().filter(|known| known.owned) {
             let step = decide(source, destination, owned);
             assert!(
                 !matches!(

@@ -7,7 +7,21 @@ use super::Settlement;
 use crate::execute::decide::Then;
 
 impl Settlement {
-    /// What failed before anything was copied is a fault of the way, or of its end; later it may be the guest's.
+    pub(super) fn is_to_be_cancelled(&self) -> bool {
+        self.open.wishes().borrow().cancel
+    }
+
+    /// One that was cancelled while its source was silent: nobody but the destination was told.
+    pub(super) fn note_cancelled(&mut self, then: Then) {
+        if then == Then::Unknown && !self.cancelled && self.is_to_be_cancelled() {
+            self.cancelled = true;
+            let why = self.error.take().unwrap_or_else(|| reason(then).to_owned());
+            self.error = Some(format!("cancelled on request: {why}"));
+        }
+    }
+
+    /// What failed before anything was copied is a fault of the way, or of its end, unless the source or the guest is to blame; later it may be the
+    /// guest's.
     pub(super) fn learn(&self, migration: &cluster::Migration) {
         let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
         let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {
@@ -15,7 +29,7 @@ impl Settlement {
         };
         match report.result() {
             MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
-            MigrationResult::Failed if report.passes == 0 => {
+            MigrationResult::Failed if report.passes == 0 && self.blames_the_way => {
                 failures.note(&intent.to, Some(&intent.from), &report.reason);
             }
             _ => {}

@@ -41,6 +41,7 @@ impl Settlement {
             node: lost.clone(),
             what: "it was declared lost".to_owned(),
             vmm_is_silent: false,
+            unsent: false,
         })
     }
 

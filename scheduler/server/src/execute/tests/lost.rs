@@ -91,6 +91,27 @@ async fn a_lost_node_gives_up_its_vms_and_runs_none_of_them_when_it_comes_back()
 }
 
 #[tokio::test]
+async fn a_word_that_is_said_again_is_no_event() {
+    let cluster = Cluster::start(2, GIB).await;
+    running_vm(&cluster).await;
+    let node = cut_off(&cluster, 0);
+    let events = || cluster.scheduler.events.after(0);
+    declare(&cluster, &node).await;
+    let (told, lost) = (events().len(), node.lost());
+    let said = |words: &str| events().iter().any(|event| event.message == words);
+    assert!(
+        said("node1 was declared lost: its VM has failed"),
+        "{:?}",
+        events()
+    );
+    assert_eq!(declare(&cluster, &node).await, Given::default());
+    assert_eq!((events().len(), node.lost()), (told, lost));
+    let other = cut_off(&cluster, 1);
+    declare(&cluster, &other).await;
+    assert!(said("node2 was declared lost; it had no VMs"), "{:?}", events());
+}
+
+#[tokio::test]
 async fn a_node_that_reports_is_neither_lost_nor_removed() {
     let cluster = Cluster::start(1, GIB).await;
     let scheduler = &cluster.scheduler;

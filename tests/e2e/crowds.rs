@@ -30,7 +30,10 @@ const CROWD: usize = 530;
 
 #[test]
 fn hundreds_of_empty_imports_stop_neither_runs_nor_logs_nor_heartbeats() {
-    let cluster = Cluster::start(Machine::shared(), &Shape::default());
+    let Some(machine) = Machine::with_kvm("imports that send nothing") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
     cluster.run_probe("before", "node1", "128MiB", CALM);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let endpoint = cluster.shoal.endpoint().to_owned();
@@ -88,7 +91,10 @@ fn connections_that_say_nothing_are_closed_and_stop_nothing() {
 
 #[test]
 fn a_crowd_that_greets_and_never_calls_keeps_no_one_out() {
-    let mut cluster = Cluster::start(Machine::shared(), &Shape::default());
+    let Some(machine) = Machine::with_kvm("a crowd that never calls") else {
+        return;
+    };
+    let mut cluster = Cluster::start(machine, &Shape::default());
     // Both ends of the crowd's connections are on this host, its own in this process.
     let limit = getrlimit(Resource::Nofile);
     let current = limit.maximum;
@@ -120,7 +126,10 @@ fn a_crowd_that_greets_and_never_calls_keeps_no_one_out() {
 
 #[test]
 fn a_stranger_is_refused_by_agents_and_cannot_register_as_a_node() {
-    let cluster = Cluster::start(Machine::shared(), &Shape::default());
+    let Some(machine) = Machine::with_kvm("strangers") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
     let mode = std::fs::metadata(cluster.state_dir().join("cluster.secret"));
     assert_eq!(mode.expect("`up` made it").permissions().mode() & 0o777, 0o600);
     let address = cluster.node("node1")["address"].as_str().expect("one").to_owned();

@@ -107,7 +107,7 @@ pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, Los
     given.later.sort_unstable();
     if is_new {
         let mut message = match given.up.len() {
-            0 => format!("{node} was declared lost; no VM has failed by that"),
+            0 if given.later.is_empty() => format!("{node} was declared lost; it had no VMs"),
             1 => format!("{node} was declared lost: its VM has failed"),
             vms => format!("{node} was declared lost: its {vms} VMs have failed"),
         };

@@ -46,7 +46,10 @@ fn a_node_that_was_declared_lost_gives_up_its_vms_and_ends_them_when_it_comes_ba
         assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
         assert!(said.contains(words), "{args:?}: {said}");
     };
-    for lost in [&["node", "lost", "node1"][..], &["node", "lost", "node1", "--yes"]] {
+    for lost in [
+        &["node", "lost", "node1"][..],
+        &["node", "lost", "node1", "--yes"],
+    ] {
         refused(&cluster, lost, 1, "node1 reports");
     }
     refused(&cluster, &["node", "rm", "node1"], 1, "is connected");

@@ -92,8 +92,8 @@ fn bad_sizes_names_and_targets_are_refused() {
     refuse(&["logs", "nobody"], &["nobody"]);
 
     for name in ["small", "large"] {
-        assert_eq!(cluster.vm(name)["state"], "running");
         cluster.wait_for_heartbeats(name, 1);
+        assert_eq!(cluster.vm(name)["state"], "running");
         guest::assert_unharmed(&cluster.logs(name));
     }
 }

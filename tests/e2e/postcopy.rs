@@ -14,6 +14,7 @@ use shoal_tests::guest;
 use shoal_tests::machine::Machine;
 use shoal_tests::proxy::{Proxy, Trouble};
 use shoal_tests::vmm::{self, Vmm, probe_spec};
+use shoal_tests::wait;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, timeout};
@@ -326,6 +327,20 @@ fn a_vm_that_is_stopped_in_post_copy_needs_its_source_no_more() {
         let report = moving.report().await;
         assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
         assert!(report.reason.contains("ended at its destination"), "{report:?}");
+        assert_eq!(pair.source.state().await, VmState::Migrated);
+    });
+}
+
+#[test]
+fn a_vm_that_is_stopped_before_its_source_knows_that_it_runs_stops() {
+    on_runtime("a stop between Commit and its answer", async {
+        let mut pair = Pair::with(SLOW, "", "destination.running=delay:2000").await;
+        let moving = pair.migrate(1);
+        wait::until_true("Commit to come", LIMIT, || pair.destination.has_run());
+        let stopped = pair.destination.client.stop(StopRequest {}).await;
+        assert_eq!(stopped.expect("stopped").into_inner().state(), VmState::Exited);
+        let report = moving.report().await;
+        assert_eq!(report.result(), MigrationResult::Completed, "{report:?}");
         assert_eq!(pair.source.state().await, VmState::Migrated);
     });
 }

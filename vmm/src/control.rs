@@ -438,7 +438,12 @@ impl Control {
                 return;
             }
             State::Incoming(id, arbiter) => {
+                let committed = arbiter.is_committed();
                 self.state = State::Incoming(id, arbiter);
+                if committed {
+                    // It runs already; the migration's thread is about to hand it over.
+                    return self.stops.push(reply);
+                }
                 return answer(
                     reply,
                     Err(self.wrong_state("abort the incoming migration instead")),

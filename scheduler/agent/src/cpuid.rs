@@ -4,13 +4,12 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use shoal_cpuid::MAX_MSRS;
 use tokio::process::Command;
 
 const LIMIT: Duration = Duration::from_secs(5);
 /// `struct kvm_cpuid_entry2` times KVM_MAX_CPUID_ENTRIES.
 const MAX_BYTES: usize = 40 * 256;
-/// More than any KVM saves.
-const MAX_MSRS: usize = 4096;
 
 /// The CPUID table. Empty, with a warning, if the VMM does not tell: VMs run all the same.
 pub(crate) async fn of_host(vmm_binary: &Path) -> Vec<u8> {

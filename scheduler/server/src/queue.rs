@@ -324,26 +324,12 @@ pub async fn put_back(
     else {
         return Ok(());
     };
-    let epoch = record.last_epoch.next();
-    let vm = VmRecord {
-        phase: Phase::Starting,
-        message: String::new(),
-        epoch,
-        last_epoch: epoch,
-        fenced_through: record.last_epoch,
-        cpu: None,
-        cpu_baseline: false,
-        kvm: None,
-        home: None,
-        placement: String::new(),
-        ..record.clone()
-    };
     let queued = Arc::new(QueuedRecord {
         sequence: scheduler.queue.next_sequence(),
         pinned: record.runs.pinned.clone(),
         since_unix_ms: record.runs.queued_unix_ms,
         room: None,
-        vm,
+        vm: record.to_begin_anew(),
     });
     let writes = vec![Write::DeleteVm(record.id), Write::PutQueued(Arc::clone(&queued))];
     scheduler.store.apply(writes).await?;

@@ -332,6 +332,24 @@ impl Default for VmWishes {
 }
 
 impl VmRecord {
+    /// As it is to be started again, at the next epoch and wherever it fits, with nothing left of how it was started before.
+    pub fn to_begin_anew(&self) -> Self {
+        let epoch = self.last_epoch.next();
+        Self {
+            phase: Phase::Starting,
+            message: String::new(),
+            epoch,
+            last_epoch: epoch,
+            fenced_through: self.last_epoch,
+            cpu: None,
+            cpu_baseline: false,
+            kvm: None,
+            home: None,
+            placement: String::new(),
+            ..self.clone()
+        }
+    }
+
     /// For how long this run of it lasts, if it runs.
     pub fn ran(&self) -> Option<Duration> {
         let started = match self.runs.started_unix_ms {

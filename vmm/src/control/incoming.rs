@@ -106,5 +106,8 @@ impl Control {
                 }
             }
         }
+        for reply in std::mem::take(&mut self.stops) {
+            self.stop(reply);
+        }
     }
 }

@@ -224,8 +224,11 @@ impl Vcpu {
         lock(&self.shared.fd)
     }
 
-    /// The same, at once: none if the vCPU runs.
+    /// The same, at once: none if the vCPU runs, or is held by a brake where its state cannot be saved.
     pub fn fd_if_parked(&self) -> Option<MutexGuard<'_, VcpuFd>> {
+        if !lock(&self.shared.gate).parked {
+            return None;
+        }
         match self.shared.fd.try_lock() {
             Ok(fd) => Some(fd),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),

@@ -37,7 +37,9 @@ pub fn settle<T>(
             return Ok(Some(end));
         }
     }
-    tracing::debug!("the guest does not come past an INT instruction");
+    tracing::warn!(
+        "the guest does not come past an INT instruction; if its exception is under way it is lost"
+    );
     Ok(None)
 }
 

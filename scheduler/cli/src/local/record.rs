@@ -99,7 +99,7 @@ impl UpRecord {
 /// Held while `up` or `down` changes a state directory, so that two do not mix.
 #[derive(Debug)]
 pub struct StateLock {
-    _file: File,
+    file: File,
 }
 
 impl StateLock {
@@ -110,13 +110,21 @@ impl StateLock {
         let path = state_dir.join(LOCK);
         let file = File::create(&path).map_err(|error| file_error(path.clone(), "cannot create", error))?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { file }),
             Err(TryLockError::WouldBlock) => Err(CliError::Failed(format!(
                 "another `shoal up` or `shoal down` is at work in {}",
                 state_dir.display()
             ))),
             Err(TryLockError::Error(error)) => Err(file_error(path, "cannot lock", error)),
         }
+    }
+}
+
+impl Drop for StateLock {
+    /// Closing the file would not do: a child that another thread has forked holds it open until its own exec.
+    fn drop(&mut self) {
+        // The lock goes with the last descriptor at the latest.
+        let _ = self.file.unlock();
     }
 }
 

@@ -5,7 +5,6 @@
 //! those epochs is destroyed there, and used up, before it counts as reachable again.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -106,22 +105,36 @@ pub async fn declare(scheduler: &Shared, entry: &NodeEntry) -> Result<Given, Los
     given.up.sort_unstable();
     given.later.sort_unstable();
     if is_new {
-        let mut message = match given.up.len() {
-            0 if given.later.is_empty() => format!("{node} was declared lost; it had no VMs"),
-            1 => format!("{node} was declared lost: its VM has failed"),
-            vms => format!("{node} was declared lost: its {vms} VMs have failed"),
-        };
-        if !given.later.is_empty() {
-            let _ = write!(message, ", {} busy and to follow", given.later.len());
-        }
+        let message = in_figures(&node, given.up.len(), given.later.len());
         let event = NewEvent::new(Kind::NodeDeclaredLost, message).node(&node);
         scheduler.events.publish(event);
     }
     Ok(given)
 }
 
-/// Stores it with all that may run there: no plan that is made from now on brings a VM there.
-/// Whether that is new is told with the name.
+fn in_figures(node: &NodeName, failed: usize, busy: usize) -> String {
+    let vms = |count: usize| {
+        if count == 1 {
+            "1 VM".to_owned()
+        } else {
+            format!("{count} VMs")
+        }
+    };
+    let become_of = match (failed, busy) {
+        (0, 0) => "it had no VMs".to_owned(),
+        (failed, 0) => format!("{} failed by that", vms(failed)),
+        (0, busy) => format!("{} busy with something else, and to fail after that", vms(busy)),
+        (failed, busy) => format!(
+            "{} failed by that, {} busy with something else and to fail after that",
+            vms(failed),
+            vms(busy)
+        ),
+    };
+    format!("{node} was declared lost; {become_of}")
+}
+
+/// Stores it with all that may run there: no plan that is made from now on brings a VM there. Answers the node's name, and whether
+/// anything was new.
 async fn store(scheduler: &Shared, entry: &NodeEntry) -> Result<(NodeName, bool), LostError> {
     let _planning = scheduler.planning.lock().await;
     let record = entry.record();

@@ -150,20 +150,9 @@ pub async fn requeue(scheduler: &Scheduler, entry: &VmEntry, record: &VmRecord) 
             record.runs.console_offset
         }
     };
-    let epoch = record.last_epoch.next();
     let again = VmRecord {
-        phase: Phase::Starting,
-        message: String::new(),
-        epoch,
-        last_epoch: epoch,
-        fenced_through: record.last_epoch,
         suspended: None,
         giving_way: None,
-        cpu: None,
-        cpu_baseline: false,
-        kvm: None,
-        home: None,
-        placement: String::new(),
         runs: Runs {
             started_unix_ms: 0,
             console_offset: console_end,
@@ -171,7 +160,7 @@ pub async fn requeue(scheduler: &Scheduler, entry: &VmEntry, record: &VmRecord) 
             last_preempted: Some(giving_way.clone()),
             ..record.runs.clone()
         },
-        ..record.clone()
+        ..record.to_begin_anew()
     };
     let queued = Arc::new(QueuedRecord {
         sequence: scheduler.queue.next_sequence(),

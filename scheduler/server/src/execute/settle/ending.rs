@@ -20,8 +20,8 @@ impl Settlement {
         }
     }
 
-    /// What failed before anything was copied is a fault of the way, or of its end, unless the source or the guest is to blame; later it may be the
-    /// guest's.
+    /// What failed before anything was copied is a fault of the way, or of its end, unless the source or the guest is to blame.
+    /// Later it may be the guest's.
     pub(super) fn learn(&self, migration: &cluster::Migration) {
         let (intent, failures) = (&self.open.intent, &self.scheduler.failures);
         let Some(report) = migration.report.as_ref().filter(|_| intent.from != intent.to) else {

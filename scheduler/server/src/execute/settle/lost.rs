@@ -13,8 +13,10 @@ impl Settlement {
         self.scheduler.nodes.is_lost(node)
     }
 
+    /// Whether it may begin.
+    ///
     /// # Errors
-    /// A migration neither begins from nor to a node that was declared lost.
+    /// One of its nodes was declared lost.
     pub fn check_nodes(&self) -> Result<(), AttemptError> {
         let intent = &self.open.intent;
         let lost = [&intent.from, &intent.to]
@@ -23,9 +25,10 @@ impl Settlement {
         lost.map_or(Ok(()), |node| Err(AttemptError::Lost(node.clone())))
     }
 
+    /// Whether anything is to be heard from the source.
+    ///
     /// # Errors
-    /// Nothing is to be heard from the source: it was declared lost and does not report, or what it sends to has been given up with
-    /// the VM.
+    /// It was declared lost and does not report, or what it sends to has been given up with the VM.
     pub(super) fn check_watched(&self) -> Result<(), AgentError> {
         let intent = &self.open.intent;
         let node = self.scheduler.nodes.get(&intent.from);

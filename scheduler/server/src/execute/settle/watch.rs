@@ -68,8 +68,10 @@ impl Settlement {
         }
     }
 
+    /// Asks the source to cancel.
+    ///
     /// # Errors
-    /// If the source may not have heard of it, so that it has to be said again.
+    /// It may not have heard of it, so that it has to be said again.
     async fn cancel(&self, agent: &Agent) -> Result<(), AgentError> {
         let intent = &self.open.intent;
         let id = intent.migration.to_string();

@@ -100,7 +100,7 @@ async fn a_word_that_is_said_again_is_no_event() {
     let (told, lost) = (events().len(), node.lost());
     let said = |words: &str| events().iter().any(|event| event.message == words);
     assert!(
-        said("node1 was declared lost: its VM has failed"),
+        said("node1 was declared lost; 1 VM failed by that"),
         "{:?}",
         events()
     );
@@ -383,7 +383,7 @@ async fn a_move_that_waits_for_bandwidth_ends_at_once_when_one_of_its_nodes_is_l
         let at = |kind: &str| events.iter().position(|event| event.kind == kind);
         let declared = at("node-declared-lost").expect("told");
         let told = if lost == 0 {
-            "node1 was declared lost: its VM has failed"
+            "node1 was declared lost; 1 VM failed by that"
         } else {
             "node2 was declared lost; it had no VMs"
         };

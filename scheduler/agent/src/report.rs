@@ -127,7 +127,17 @@ fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
         cpu_speed: node.cpu_speed,
         kvm_trouble: kvm.trouble.clone(),
         term: node.terms.highest(),
+        cpu_quota: cpu_quota(node),
     }
+}
+
+/// What VMs get at most, as long as that can be read.
+fn cpu_quota(node: &Node) -> Option<f64> {
+    let quota = node.cgroup.as_ref()?.cpu_quota();
+    quota.unwrap_or_else(|error| {
+        tracing::warn!(%error, "the CPU quota of VMs is not known");
+        None
+    })
 }
 
 async fn wait_until_registered(

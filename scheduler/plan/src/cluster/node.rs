@@ -45,7 +45,7 @@ impl<'a> Node<'a> {
             1.0
         };
         let load_local = load(view.load_local);
-        let cpus = f64::from(view.cpus.max(1)) - load(view.reserved_cpus);
+        let cpus = view.usable_cpus() - load(view.reserved_cpus);
         Self {
             view,
             memory: view.memory.0 as f64,
@@ -71,7 +71,7 @@ impl<'a> Node<'a> {
 
     /// On a node with more load than CPUs its VMs get less than they want: how many times more they want.
     pub fn stretch(&self, cpu_use: f64) -> f64 {
-        let saturated = self.load_local > f64::from(self.view.cpus) && cpu_use > 0.0;
+        let saturated = self.load_local > self.view.usable_cpus() && cpu_use > 0.0;
         if saturated {
             (self.load_local / cpu_use).max(1.0)
         } else {

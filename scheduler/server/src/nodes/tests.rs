@@ -130,7 +130,7 @@ async fn a_vm_that_is_not_sampled_has_no_dirty_rate() {
 }
 
 #[tokio::test]
-async fn speeds_that_cannot_be_are_not_known() {
+async fn speeds_and_quotas_that_cannot_be_are_not_known() {
     let entry = entry();
     for (told, known) in [
         (0.0, None),
@@ -141,5 +141,7 @@ async fn speeds_that_cannot_be_are_not_known() {
     ] {
         entry.set_cpu_speed(told);
         assert_eq!(entry.cpu_speed(), known, "{told}");
+        entry.set_cpu_quota(Some(told));
+        assert_eq!(entry.cpu_quota(), known, "{told}");
     }
 }

@@ -19,6 +19,7 @@ const POLL: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Groups {
     root: PathBuf,
+    version: Version,
 }
 
 impl Groups {
@@ -30,6 +31,7 @@ impl Groups {
         let (mount, version) = cpu_controller()?;
         let groups = Self {
             root: mount.join(name),
+            version,
         };
         groups.remove().context("left by an earlier run")?;
         if version == Version::Two {
@@ -52,6 +54,19 @@ impl Groups {
             }
         }
         Ok(groups)
+    }
+
+    /// Has them get their quotas also where others want the CPUs.
+    ///
+    /// # Errors
+    /// If that may not be asked for.
+    pub fn favour(&self) -> Result<()> {
+        // The most that there is.
+        let (file, weight) = match self.version {
+            Version::One => ("cpu.shares", "262144"),
+            Version::Two => ("cpu.weight", "10000"),
+        };
+        write(&self.root.join(file), weight)
     }
 
     /// What `shoal up --cgroup` is told.

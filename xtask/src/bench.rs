@@ -50,6 +50,7 @@ pub fn run_benchmarks(context: &Context, options: &[String]) -> Result<()> {
 ///
 /// # Errors
 /// If something cannot be built, or one of them fails.
+#[expect(dead_code, reason = "to be the last step of `cargo xtask test`")]
 pub fn judge_quickly(context: &Context) -> Result<()> {
     step("judging what the scheduler does", || {
         run_benchmarks(context, &["judgement".to_owned(), "--quick".to_owned()])

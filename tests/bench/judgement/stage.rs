@@ -19,6 +19,7 @@ use super::{Outcome, Settings};
 pub const BUSY: &[&str] = &["wss=1MiB", "rate=10000000"];
 /// Of each node, unless a row says otherwise: half a CPU.
 pub const HALF: f64 = 0.5;
+const GROUPS: &str = "shoal-judgement";
 const MEMORY: &str = "64MiB";
 /// From one look to the next.
 const LOOK: Duration = Duration::from_secs(1);
@@ -56,13 +57,26 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Starts nodes with a CPU quota each, which move nothing yet.
+    /// Starts nodes with a CPU quota each, which they get whatever else the host does, and which move nothing yet.
     ///
     /// # Errors
     /// If cgroups cannot be made.
     pub fn start(settings: Settings, quotas: &[f64]) -> Result<Self> {
-        let machine = machine()?;
-        let groups = Groups::make("shoal-judgement", quotas)?;
+        let (machine, groups) = (machine()?, Groups::make(GROUPS, quotas)?);
+        groups.favour()?;
+        Self::with_groups(settings, machine, groups, quotas)
+    }
+
+    /// The same, but others take from what they get.
+    ///
+    /// # Errors
+    /// If cgroups cannot be made.
+    pub fn start_among_others(settings: Settings, quotas: &[f64]) -> Result<Self> {
+        let (machine, groups) = (machine()?, Groups::make(GROUPS, quotas)?);
+        Self::with_groups(settings, machine, groups, quotas)
+    }
+
+    fn with_groups(settings: Settings, machine: Machine, groups: Groups, quotas: &[f64]) -> Result<Self> {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,

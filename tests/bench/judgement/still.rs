@@ -29,7 +29,7 @@ pub fn equals(settings: Settings) -> Result<Outcome> {
 
 /// The same, while something else takes half of the host.
 pub fn equals_beside_hog(settings: Settings) -> Result<Outcome> {
-    let stage = Stage::start(settings, &[HALF; 3])?;
+    let stage = Stage::start_among_others(settings, &[HALF; 3])?;
     let vms = stage.busy_guests(&[2, 2, 2])?;
     let _hog = Hogs::start(1)?;
     stage.hands_off();

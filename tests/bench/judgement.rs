@@ -77,7 +77,11 @@ static ROWS: [Row; 10] = [
         "the same, 5 min beside a CPU hog on the host: 0 moves",
         still::equals_beside_hog,
     ),
-    row("burst", "30 times `run -d`: within one VM of even", burst::run),
+    row(
+        "burst",
+        "30 times `run -d` at once: within one VM of even",
+        burst::run,
+    ),
     row(
         "hot",
         "6/0/0: at most 4 moves to 2/2/2, then none for 4 min; the guests get more done",

@@ -262,6 +262,7 @@ impl<'a> Engine<'a> {
             let seen = Observation {
                 now: self.now,
                 snapshot: &self.observer.snapshot,
+                loads: &self.observer.loads,
                 policy: &self.scenario.policy,
             };
             for chosen in self.balancer.round(&seen) {

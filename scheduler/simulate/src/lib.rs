@@ -17,6 +17,7 @@ pub mod policy;
 pub mod power;
 pub mod random;
 pub mod report;
+pub mod sampled;
 pub mod text;
 pub mod trace;
 pub mod workload;

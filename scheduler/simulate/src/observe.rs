@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use shoal_estimate::{Meter, WINDOW};
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, ExportedLoad, Growth, InFlight, LocalLoad, NodeName,
-    NodeView, Policy, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Growth, InFlight, NodeName, NodeView, Policy, VmView,
 };
 
 use crate::migration::Migration;
+use crate::sampled::SampledLoad;
 use crate::world::{Life, Node, Vm};
 
 /// After so many samples of the same value a smoothed one has reached it.
@@ -18,7 +19,8 @@ const MOST_SAMPLES: u32 = 64;
 #[derive(Debug)]
 pub(crate) struct Observer {
     pub snapshot: ClusterSnapshot,
-    nodes: Vec<(LocalLoad, ExportedLoad)>,
+    /// For policies that go by run queues.
+    pub loads: Vec<SampledLoad>,
     vms: Vec<Seen>,
     numbers: HashMap<String, usize>,
 }
@@ -27,7 +29,7 @@ pub(crate) struct Observer {
 struct Seen {
     /// Place in the snapshot.
     at: Option<usize>,
-    cpu: LocalLoad,
+    cpu: Meter,
     growth: Growth,
     node: Option<usize>,
     dirty: Option<f64>,
@@ -46,7 +48,7 @@ impl Observer {
                 vms: Vec::new(),
                 held: Vec::new(),
             },
-            nodes: vec![Default::default(); nodes.len()],
+            loads: vec![SampledLoad::default(); nodes.len()],
             vms: vec![Seen::default(); vms.len()],
             numbers: vms
                 .iter()
@@ -105,12 +107,9 @@ impl Observer {
     ) {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates; not negative
         let samples = (interval.round() as u32).clamp(1, MOST_SAMPLES);
-        for ((node, view), (local, exported)) in
-            nodes.iter().zip(&mut self.snapshot.nodes).zip(&mut self.nodes)
-        {
+        for ((node, view), load) in nodes.iter().zip(&mut self.snapshot.nodes).zip(&mut self.loads) {
             for _ in 0..samples {
-                view.load_local = local.update(node.load);
-                view.load_exported = exported.update(node.load);
+                load.update(node.load);
             }
             view.memory_available = bytes(node.spec.memory as f64 - node.used);
             view.pressure_memory = (1.0 - node.memory_factor) * 100.0;
@@ -128,10 +127,11 @@ impl Observer {
             let resident = bytes(vm.resident);
             view.growth = seen.growth.update(resident, Duration::from_secs_f64(interval));
             view.resident = Some(resident);
-            // A VM gets CPUs of its node; the plan counts what it uses in those.
-            for _ in 0..samples {
-                view.cpu_use = seen.cpu.update(vm.given / nodes[node].spec.speed);
-            }
+            // A VM gets CPUs of its node; the plan counts what it wants in those.
+            let wanted = (vm.wanted / nodes[node].spec.speed).min(f64::from(vm.spec.cpus));
+            seen.cpu.update(wanted, Duration::from_secs_f64(interval));
+            view.cpu = (seen.cpu.age() >= WINDOW).then(|| seen.cpu.value());
+            view.ran = Some(seen.cpu.age());
             view.dirty_rate = seen.dirty.map(|rate| BytesPerSecond(bytes(rate).0));
             view.cannot_move = None;
             view.since_last_move = vm
@@ -157,6 +157,8 @@ pub struct Observation<'a> {
     pub snapshot: &'a ClusterSnapshot,
     /// Shoal's constants; the limits hold for all.
     pub policy: &'a Policy,
+    /// Run queues as sampled, of the snapshot's nodes.
+    pub loads: &'a [SampledLoad],
 }
 
 pub(crate) fn bytes(amount: f64) -> Bytes {

@@ -176,7 +176,7 @@ impl<'a> Cluster<'a> {
             ready: view.state == NodeState::Ready,
             mean: 0.0,
             variance: 0.0,
-            now: view.load_local * view.speed,
+            now: view.other.mean * view.speed,
             used: 0.0,
             declared: 0.0,
             vms: Vec::new(),
@@ -213,7 +213,7 @@ impl<'a> Cluster<'a> {
                 cpus: view.cpus,
                 mean,
                 variance,
-                now: view.cpu_use * speed,
+                now: view.cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean) * speed,
                 resident: view
                     .resident
                     .map_or(declared / policy.overcommit, |resident| resident.0 as f64),
@@ -222,6 +222,7 @@ impl<'a> Cluster<'a> {
                 rested,
             });
             let number = cluster.vms.len() - 1;
+            cluster.nodes[at].now += cluster.vms[number].now;
             cluster.count(number, to.unwrap_or(at), 1.0);
             cluster.nodes[to.unwrap_or(at)].vms.push(number);
         }

@@ -158,6 +158,29 @@ impl Stage {
         self.run(name, MEMORY, BUSY)
     }
 
+    /// Runs them all at once, each by a command of its own. Answers their nodes.
+    ///
+    /// # Errors
+    /// If one is refused.
+    pub fn run_busy_at_once(&self, names: &[String]) -> Result<Vec<String>> {
+        let start = |name: &String| {
+            let mut words = vec![
+                "run", "probe", "--detach", "--name", name, "--memory", MEMORY, "--",
+            ];
+            words.extend(BUSY);
+            self.cluster.shoal.start(&words)
+        };
+        let commands: Vec<_> = names.iter().map(start).collect();
+        let mut nodes = Vec::new();
+        for command in commands {
+            let output = command.wait_with_output().context("shoal run")?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "shoal run: {said}");
+            nodes.push(text(&serde_json::from_slice(&output.stdout)?, "node"));
+        }
+        Ok(nodes)
+    }
+
     /// Has `run` start VMs on that node, of which the scheduler then may dispose as it likes: no rule holds them there.
     ///
     /// # Errors

@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_estimate::Estimate;
+
 use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, NUMBER, SIZE, TERMS, cut, parse_from_str};
 use super::policy::set_policy;
 use super::print::cannot_move;
@@ -180,9 +182,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.set("cpu_limit", NUMBER, limit, &mut node.cpu_limit)?;
     fields.set("available", SIZE, parse_size, &mut node.memory_available.0)?;
     fields.rate("other_growth", &mut node.other_growth)?;
-    fields.number("load", &mut node.load_local)?;
-    node.load_exported = node.load_local;
-    fields.number("exported", &mut node.load_exported)?;
+    fields.number("other", &mut node.other.mean)?;
+    fields.number("other_error", &mut node.other.error)?;
     fields.number("pressure_memory", &mut node.pressure_memory)?;
     fields.number("pressure_cpu", &mut node.pressure_cpu)?;
     fields.set("migration_tls", "yes or no", parse_yes, &mut node.migration_tls)?;
@@ -222,7 +223,14 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_size(text).map(|size| Some(Bytes(size))),
         &mut vm.resident,
     )?;
-    fields.number("cpu", &mut vm.cpu_use)?;
+    let cpu = |text: &str| match text {
+        "unknown" => Some(None),
+        _ => parse_number(text).map(|cpus| Some(Estimate::exactly(cpus))),
+    };
+    fields.set("cpu", "a number or unknown", cpu, &mut vm.cpu)?;
+    if let Some(cpu) = &mut vm.cpu {
+        fields.number("cpu_error", &mut cpu.error)?;
+    }
     fields.set(
         "dirty",
         SIZE,
@@ -288,6 +296,7 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     fields.set("preemptible", "yes or no", parse_yes, &mut vm.preemptible)?;
     let ran = |text: &str| parse_duration(text).map(Some);
     fields.set("ran", DURATION, ran, &mut vm.ran)?;
+    fields.set("longest_pause", DURATION, ran, &mut vm.longest_pause)?;
     let other = |text: &str| parse_name(text).map(|id| Some(VmId::new(&id)));
     fields.set("gives_way_to", "the id of a VM", other, &mut vm.gives_way_to)?;
     Ok(vm)

@@ -29,6 +29,7 @@ impl Engine<'_> {
         let seen = Observation {
             now: self.now,
             snapshot: &self.observer.snapshot,
+            loads: &self.observer.loads,
             policy: &self.scenario.policy,
         };
         self.balancer.place(&seen, &request)

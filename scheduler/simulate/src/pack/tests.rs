@@ -1,4 +1,4 @@
-use shoal_plan::{Bytes, NodeView, VmView};
+use shoal_plan::{Bytes, Estimate, NodeView, VmView};
 
 use super::*;
 
@@ -13,8 +13,7 @@ fn cluster(nodes: usize, vms: &[(usize, f64)]) -> (ClusterSnapshot, HashMap<VmId
     }
     for (number, (node, cpu)) in vms.iter().enumerate() {
         let mut view = VmView::new(&format!("v{number}"), &format!("n{node}"), 2, Bytes::gib(2));
-        (view.cpu_use, view.resident) = (*cpu, Some(Bytes::gib(1)));
-        snapshot.nodes[*node].load_local += cpu;
+        (view.cpu, view.resident) = (Some(Estimate::exactly(*cpu)), Some(Bytes::gib(1)));
         let mut forecast = Forecast::default();
         for _ in 0..SAMPLES {
             forecast.update(*cpu);
@@ -32,14 +31,7 @@ fn apply(snapshot: &mut ClusterSnapshot, moves: &[(VmId, NodeName)]) {
             .iter_mut()
             .find(|vm| vm.id == *id)
             .expect("it is there");
-        let (from, cpu) = (std::mem::replace(&mut vm.node, to.clone()), vm.cpu_use);
-        for node in &mut snapshot.nodes {
-            if node.name == from {
-                node.load_local -= cpu;
-            } else if node.name == *to {
-                node.load_local += cpu;
-            }
-        }
+        vm.node = to.clone();
     }
 }
 

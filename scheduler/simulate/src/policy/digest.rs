@@ -5,11 +5,14 @@ use std::collections::HashMap;
 use shoal_plan::{LaunchRequest, NodeName, NodeState, NodeView, VmView};
 
 use super::{Move, Observation};
+use crate::sampled::SampledLoad;
 
 /// A node with its sums. What moves counts at its destination.
 #[derive(Debug, Clone)]
 pub(super) struct Node<'a> {
     pub view: &'a NodeView,
+    /// By its run queue.
+    pub load: SampledLoad,
     /// CPUs.
     pub cpus: f64,
     /// Work per second.
@@ -68,15 +71,16 @@ impl<'a> Digest<'a> {
             .map(|(number, node)| (&node.name, number))
             .collect();
         let mut digest = Self {
-            nodes: snapshot.nodes.iter().map(node).collect(),
+            nodes: snapshot
+                .nodes
+                .iter()
+                .zip(seen.loads)
+                .map(|(view, load)| node(view, *load))
+                .collect(),
             vms: Vec::with_capacity(snapshot.vms.len()),
             overcommit: seen.policy.overcommit,
             threshold: seen.policy.usher_threshold,
         };
-        let mut uses = vec![0.0; snapshot.nodes.len()];
-        for vm in &snapshot.vms {
-            uses[numbers[&vm.node]] += vm.cpu_use;
-        }
         for view in &snapshot.vms {
             let at = numbers[&view.node];
             let to = view.in_flight.as_ref().map(|flight| numbers[&flight.to]);
@@ -84,23 +88,11 @@ impl<'a> Digest<'a> {
                 digest.nodes[at].outgoing += 1;
                 digest.nodes[to].incoming += 1;
             }
-            let load = snapshot.nodes[at].load_local;
-            // With more load than CPUs, VMs get less than they want.
-            let stretch = if load > f64::from(snapshot.nodes[at].cpus) && uses[at] > 0.0 {
-                (load / uses[at]).max(1.0)
-            } else {
-                1.0
-            };
             let declared = view.declared.0 as f64;
             let vm = Vm {
                 view,
                 node: to.unwrap_or(at),
-                cpu: match view.resident {
-                    Some(_) => (view.cpu_use * stretch)
-                        .min(f64::from(view.cpus))
-                        .max(view.cpu_use),
-                    None => f64::from(view.cpus),
-                },
+                cpu: view.cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean),
                 resident: view
                     .resident
                     .map_or(declared / seen.policy.overcommit, |resident| resident.0 as f64),
@@ -170,9 +162,10 @@ impl<'a> Digest<'a> {
     }
 }
 
-fn node(view: &NodeView) -> Node<'_> {
+fn node(view: &NodeView, load: SampledLoad) -> Node<'_> {
     Node {
         view,
+        load,
         cpus: f64::from(view.cpus.max(1)),
         capacity: f64::from(view.cpus.max(1)) * view.speed,
         memory: view.memory.0.max(1) as f64,

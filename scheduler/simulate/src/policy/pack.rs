@@ -47,7 +47,7 @@ impl Balancer for Pack {
                 .find(|node| node.name == vm.node)
                 .map_or(1.0, |node| node.speed);
             let mut forecast = self.forecasts.remove(&vm.id).unwrap_or_default();
-            forecast.update(vm.cpu_use * speed);
+            forecast.update(vm.cpu.map_or(f64::from(vm.cpus), |cpu| cpu.mean) * speed);
             forecasts.insert(vm.id.clone(), forecast);
         }
         self.forecasts = forecasts;

@@ -1,20 +1,31 @@
 //! Each rule, on clusters small enough to work out by hand.
 
-use shoal_plan::{Bytes, ClusterSnapshot, NodeView, Policy, VmView};
+use shoal_plan::{Bytes, ClusterSnapshot, Estimate, NodeView, Policy, VmView};
 
 use super::*;
 use crate::random::Random;
+use crate::sampled::SampledLoad;
 
 fn node(name: &str, load: f64) -> NodeView {
     let mut view = NodeView::new(name, 4, Bytes::gib(16));
-    (view.load_local, view.load_exported) = (load, load);
+    view.other = Estimate::exactly(load);
     view
 }
 
 fn vm(id: &str, node: &str, cpu: f64, mib: u64) -> VmView {
     let mut view = VmView::new(id, node, 1, Bytes::gib(2));
-    (view.cpu_use, view.resident) = (cpu, Some(Bytes::mib(mib)));
+    (view.cpu, view.resident) = (Some(Estimate::exactly(cpu)), Some(Bytes::mib(mib)));
     view
+}
+
+/// What runs on each node.
+fn loads(snapshot: &ClusterSnapshot) -> Vec<SampledLoad> {
+    let of = |node: &NodeView| {
+        let here = snapshot.vms.iter().filter(|vm| vm.node == node.name);
+        let vms: f64 = here.filter_map(|vm| vm.cpu).map(|cpu| cpu.mean).sum();
+        SampledLoad::steady(node.other.mean + vms)
+    };
+    snapshot.nodes.iter().map(of).collect()
 }
 
 fn ask(balancer: &mut dyn Balancer, snapshot: &ClusterSnapshot) -> Vec<(String, String)> {
@@ -23,6 +34,7 @@ fn ask(balancer: &mut dyn Balancer, snapshot: &ClusterSnapshot) -> Vec<(String, 
         now: 60.0,
         snapshot,
         policy: &policy,
+        loads: &loads(snapshot),
     };
     let moves = balancer.round(&seen).into_iter();
     moves.map(|m| (m.vm.to_string(), m.to.to_string())).collect()
@@ -34,7 +46,7 @@ fn moved(vm: &str, to: &str) -> Vec<(String, String)> {
 
 fn uneven() -> ClusterSnapshot {
     ClusterSnapshot {
-        nodes: vec![node("a", 3.0), node("b", 0.0)],
+        nodes: vec![node("a", 0.0), node("b", 0.0)],
         vms: vec![
             vm("v1", "a", 0.9, 512),
             vm("v2", "a", 0.8, 512),
@@ -55,7 +67,7 @@ fn openmosix_moves_the_second_most_loaded() {
     assert_eq!(moves.expect("it moves"), moved("v2", "b"));
     // 130 % of it there is not below what is here.
     let mut even = uneven();
-    (even.nodes[1].load_exported, even.nodes[1].load_local) = (2.0, 2.0);
+    even.nodes[1].other = Estimate::exactly(2.0);
     let mut balancer = openmosix::OpenMosix::new(1);
     assert!((0..20).all(|_| ask(&mut balancer, &even).is_empty()));
 }
@@ -102,7 +114,7 @@ fn drs_moves_only_where_vms_are_not_served() {
     );
     let mut full = uneven();
     full.vms.push(vm("v5", "a", 1.0, 512));
-    (full.nodes[0].load_local, full.nodes[0].load_exported) = (4.0, 4.0);
+    full.nodes[0].other = Estimate::exactly(1.0);
     let moves = ask(&mut drs::Drs, &full);
     assert_eq!(moves.len(), 1, "{moves:?}");
     assert_eq!(moves[0].1, "b");

@@ -15,7 +15,7 @@ const LEAST_GAIN: f64 = 2.0;
 /// Runs it.
 pub fn run(settings: Settings) -> Result<Outcome> {
     let (measure, patience, rest) = if settings.quick {
-        (8, 60, 20)
+        (8, 50, 20)
     } else {
         (20, 240, 240)
     };

@@ -217,7 +217,10 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
         (&planned["from"], &planned["to"]),
         (&"node1".into(), &"node2".into())
     );
-    assert!(text(&planned["reason"]).starts_with("slowdown on node1"), "{planned}");
+    assert!(
+        text(&planned["reason"]).starts_with("slowdown on node1"),
+        "{planned}"
+    );
     assert!(text(&planned["details"]).contains("load"), "{planned}");
     wait::until_true("the advice to be told", seconds(60), || {
         !cluster.events_of_kind("migration-advised").is_empty()

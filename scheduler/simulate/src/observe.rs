@@ -46,7 +46,7 @@ impl Observer {
             snapshot: ClusterSnapshot {
                 nodes: views.collect(),
                 vms: Vec::new(),
-                held: Vec::new(),
+                ..ClusterSnapshot::default()
             },
             loads: vec![SampledLoad::default(); nodes.len()],
             vms: vec![Seen::default(); vms.len()],

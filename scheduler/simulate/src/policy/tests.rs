@@ -53,7 +53,7 @@ fn uneven() -> ClusterSnapshot {
             vm("v3", "a", 0.7, 512),
             vm("v4", "a", 0.6, 512),
         ],
-        held: Vec::new(),
+        ..ClusterSnapshot::default()
     }
 }
 
@@ -101,7 +101,7 @@ fn hbal_stops_when_nothing_gains() {
     let balanced = ClusterSnapshot {
         nodes: vec![node("a", 0.5), node("b", 0.5)],
         vms: vec![vm("v1", "a", 0.5, 512), vm("v2", "b", 0.5, 512)],
-        held: Vec::new(),
+        ..ClusterSnapshot::default()
     };
     assert!(ask(&mut hbal::Hbal, &balanced).is_empty());
 }
@@ -167,7 +167,7 @@ fn every_policy_survives_any_snapshot() {
         let snapshot = ClusterSnapshot {
             vms: vms.collect(),
             nodes: nodes.to_vec(),
-            held: Vec::new(),
+            ..ClusterSnapshot::default()
         };
         scenario.mode = if round % 2 == 0 { Mode::Spread } else { Mode::Pack };
         for kind in PolicyKind::ALL {

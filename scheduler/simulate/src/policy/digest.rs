@@ -4,12 +4,13 @@ use std::collections::HashMap;
 
 use shoal_plan::{LaunchRequest, NodeName, NodeState, NodeView, VmView};
 
-use super::{Move, Observation};
+use super::{Move, Observation, RunQueue};
 
 /// A node with its sums. What moves counts at its destination.
 #[derive(Debug, Clone)]
 pub(super) struct Node<'a> {
     pub view: &'a NodeView,
+    pub queue: RunQueue,
     /// CPUs.
     pub cpus: f64,
     /// Work per second.
@@ -68,23 +69,23 @@ impl<'a> Digest<'a> {
             .map(|(number, node)| (&node.name, number))
             .collect();
         let mut digest = Self {
-            nodes: snapshot.nodes.iter().map(node).collect(),
+            nodes: snapshot.nodes.iter().zip(&seen.samples.nodes).map(node).collect(),
             vms: Vec::with_capacity(snapshot.vms.len()),
             overcommit: seen.policy.overcommit,
             threshold: seen.policy.usher_threshold,
         };
         let mut uses = vec![0.0; snapshot.nodes.len()];
-        for vm in &snapshot.vms {
-            uses[numbers[&vm.node]] += vm.cpu_use;
+        for (vm, used) in snapshot.vms.iter().zip(&seen.samples.vms) {
+            uses[numbers[&vm.node]] += used;
         }
-        for view in &snapshot.vms {
+        for (view, used) in snapshot.vms.iter().zip(&seen.samples.vms) {
             let at = numbers[&view.node];
             let to = view.in_flight.as_ref().map(|flight| numbers[&flight.to]);
             if let Some(to) = to {
                 digest.nodes[at].outgoing += 1;
                 digest.nodes[to].incoming += 1;
             }
-            let load = snapshot.nodes[at].load_local;
+            let load = digest.nodes[at].queue.local;
             // With more load than CPUs, VMs get less than they want.
             let stretch = if load > f64::from(snapshot.nodes[at].cpus) && uses[at] > 0.0 {
                 (load / uses[at]).max(1.0)
@@ -96,9 +97,7 @@ impl<'a> Digest<'a> {
                 view,
                 node: to.unwrap_or(at),
                 cpu: match view.resident {
-                    Some(_) => (view.cpu_use * stretch)
-                        .min(f64::from(view.cpus))
-                        .max(view.cpu_use),
+                    Some(_) => (used * stretch).min(f64::from(view.cpus)).max(*used),
                     None => f64::from(view.cpus),
                 },
                 resident: view
@@ -154,10 +153,7 @@ impl<'a> Digest<'a> {
         self.nodes[to].vms.push(vm);
         self.vms[vm].node = to;
         self.vms[vm].movable = false;
-        Move {
-            vm: self.vms[vm].view.id.clone(),
-            to: self.nodes[to].view.name.clone(),
-        }
+        Move::new(self.vms[vm].view.id.clone(), self.nodes[to].view.name.clone())
     }
 
     /// The node that takes a new VM at the lowest value of `cost`; the first of equals.
@@ -170,9 +166,10 @@ impl<'a> Digest<'a> {
     }
 }
 
-fn node(view: &NodeView) -> Node<'_> {
+fn node<'a>((view, queue): (&'a NodeView, &RunQueue)) -> Node<'a> {
     Node {
         view,
+        queue: *queue,
         cpus: f64::from(view.cpus.max(1)),
         capacity: f64::from(view.cpus.max(1)) * view.speed,
         memory: view.memory.0.max(1) as f64,

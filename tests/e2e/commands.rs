@@ -68,7 +68,7 @@ fn scripts_find_the_keys_that_they_rely_on() {
         assert!(value.is_array() || value.is_object(), "{command:?}");
     }
     let plan = cluster.shoal.json(&["rebalance", "--dry-run"]);
-    has_keys(&plan, &["moves", "score_before", "score_after", "summary"]);
+    has_keys(&plan, &["moves", "slowdown_before", "slowdown_after", "summary"]);
     for table in [["ps"], ["nodes"], ["events"]] {
         assert!(cluster.shoal.ok(&table).contains("node2"), "a was moved there");
     }

@@ -198,7 +198,7 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
     let shoal = &cluster.shoal;
     let started_with = shoal.json(&["policy", "get", "automation"]);
     assert_eq!(started_with[0]["value"], "manual", "{started_with}");
-    shoal.ok(&["policy", "set", "automation=advise", "cool_down=1s"]);
+    shoal.ok(&["policy", "set", "automation=advise", "cool_down=1s", "settle=0s"]);
     // A probe never sleeps: each wants a CPU, and the node has one.
     for name in ["a", "b"] {
         run(&cluster, name, &["--node", "node1"]);
@@ -209,7 +209,7 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
         (dry["moves"].as_array().is_some_and(|moves| !moves.is_empty())).then_some(dry)
     });
     assert!(
-        dry["score_after"].as_f64() < dry["score_before"].as_f64(),
+        dry["slowdown_after"].as_f64() < dry["slowdown_before"].as_f64(),
         "{dry}"
     );
     let planned = &dry["moves"][0];
@@ -217,7 +217,11 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
         (&planned["from"], &planned["to"]),
         (&"node1".into(), &"node2".into())
     );
-    assert!(text(&planned["reason"]).contains("load"), "{planned}");
+    assert!(
+        text(&planned["reason"]).starts_with("slowdown on node1"),
+        "{planned}"
+    );
+    assert!(text(&planned["details"]).contains("load"), "{planned}");
     wait::until_true("the advice to be told", seconds(60), || {
         !cluster.events_of_kind("migration-advised").is_empty()
     });
@@ -235,7 +239,7 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
     let moved = text(&done["moves"][0]["vm"]);
     let why = shoal.json(&["explain", &moved]);
     assert!(
-        text(&why["placement"]).contains("load"),
+        text(&why["placement"]).contains("slowdown"),
         "its last move and why: {why}"
     );
     assert_all_run_unharmed(&cluster, &["a", "b"]);

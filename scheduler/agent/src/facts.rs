@@ -1,12 +1,15 @@
 //! What one VMM process uses: resident memory, CPU, and threads that want to run.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use shoal_estimate::{Estimate, Meter, WINDOW};
 
 use crate::procfs::host::InOut;
-use crate::procfs::{self, TICKS_PER_SECOND};
+use crate::procfs::{self, RunTimes, TICKS_PER_SECOND};
 
 /// What the VMM calls the threads that run guest code: `vcpu0`, `vcpu1`, …
 const VCPU_THREAD: &str = "vcpu";
@@ -25,6 +28,8 @@ pub(crate) struct Usage {
     pub(crate) runnable: u64,
     /// CPUs that its vCPUs waited for while others had them, over the last interval.
     pub(crate) cpu_steal: Option<f64>,
+    /// CPUs that its vCPUs would use if they never had to wait, over the last while; none until that has been seen for long enough.
+    pub(crate) cpu_demand: Option<Estimate>,
     /// Bytes per second from storage, over the last interval.
     pub(crate) read_rate: Option<u64>,
     /// Bytes per second to storage, over the last interval.
@@ -36,6 +41,8 @@ pub(crate) struct Usage {
 pub(crate) struct UsageMeter {
     cpu: CpuMeter,
     run_delay: RateMeter,
+    vcpus: VcpuMeter,
+    demand: Meter,
     storage: InOutMeter,
     latest: Usage,
 }
@@ -52,7 +59,12 @@ impl UsageMeter {
             .filter(|stat| stat.is_running())
             .and_then(|stat| self.cpu.sample(stat.cpu_ticks, now));
         let threads = threads(pid);
-        let delay = threads.run_delay_ns;
+        let delay =
+            (!threads.vcpus.is_empty()).then(|| threads.vcpus.values().map(|times| times.waited_ns).sum());
+        let fallback = cpu_use.filter(|_| threads.vcpus.is_empty());
+        if let Some((cpus, elapsed)) = self.vcpus.sample(threads.vcpus, fallback, now) {
+            self.demand.update(cpus, elapsed);
+        }
         let storage = procfs::read(&format!("/proc/{pid}/io"))
             .ok()
             .and_then(|text| procfs::parse_storage(&text));
@@ -62,6 +74,7 @@ impl UsageMeter {
             cpu_use: cpu_use.unwrap_or(0.0),
             runnable: threads.runnable,
             cpu_steal: self.run_delay.sample(delay, now).map(|ns| ns / 1e9),
+            cpu_demand: (self.demand.age() >= WINDOW).then(|| self.demand.value()),
             read_rate,
             write_rate,
         };
@@ -88,6 +101,57 @@ impl CpuMeter {
         let used = ticks.saturating_sub(old_ticks) as f64 / TICKS_PER_SECOND as f64;
         (seconds > 0.0).then(|| used / seconds)
     }
+}
+
+/// Turns the times of vCPU threads into CPUs that they would use if they never had to wait.
+///
+/// A guest that computes for a while, rests, and computes again is slowed down by others only while it computes. Of a vCPU that ran
+/// for `r`, waited for `w` and rested for the remaining `i`, the same guest alone would run for `r` of each `r + i`. One that is
+/// never at rest wants a whole CPU, however little it gets.
+#[derive(Debug, Default)]
+struct VcpuMeter {
+    last: Option<(HashMap<u64, RunTimes>, Instant)>,
+}
+
+/// A vCPU that did not wait for less than this part of the time says nothing of how it would be without waiting.
+const LEAST_UNHINDERED: f64 = 0.02;
+
+impl VcpuMeter {
+    /// CPUs wanted since the sample before, and how long that is; none for the first. Where the kernel does not tell how long threads
+    /// waited, `fallback` is what they used.
+    fn sample(
+        &mut self,
+        vcpus: HashMap<u64, RunTimes>,
+        fallback: Option<f64>,
+        now: Instant,
+    ) -> Option<(f64, Duration)> {
+        let (before, then) = self.last.replace((vcpus, now))?;
+        let elapsed = now.saturating_duration_since(then);
+        if let Some(used) = fallback {
+            return Some((used, elapsed));
+        }
+        let (vcpus, _) = self.last.as_ref()?;
+        let wanted = vcpus.iter().filter_map(|(thread, times)| {
+            let old = before.get(thread)?;
+            Some(wanted(times.since(*old), elapsed))
+        });
+        Some((wanted.sum(), elapsed))
+    }
+}
+
+/// Part of a CPU that one vCPU wants.
+fn wanted(times: RunTimes, elapsed: Duration) -> f64 {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "nanoseconds of one interval are far below 2^52"
+    )]
+    let seconds = |ns: u64| ns as f64 / 1e9;
+    let elapsed = elapsed.as_secs_f64();
+    let unhindered = elapsed - seconds(times.waited_ns);
+    if unhindered < LEAST_UNHINDERED * elapsed {
+        return 1.0;
+    }
+    (seconds(times.ran_ns) / unhindered).clamp(0.0, 1.0)
 }
 
 /// Turns a counter into what it counts a second.
@@ -165,8 +229,8 @@ fn guest_memory_file(proc: &Path) -> Option<u64> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Threads {
     runnable: u64,
-    /// Of all vCPUs together; `None` if the kernel does not say.
-    run_delay_ns: Option<u64>,
+    /// Of each vCPU, by its thread; none if the kernel does not say.
+    vcpus: HashMap<u64, RunTimes>,
 }
 
 fn threads(pid: u32) -> Threads {
@@ -180,12 +244,9 @@ fn threads(pid: u32) -> Threads {
         let runs = procfs::ProcessStat::parse(&text).is_some_and(|stat| stat.state == 'R');
         threads.runnable += u64::from(runs);
         if procfs::thread_name(&text).is_some_and(|name| name.starts_with(VCPU_THREAD)) {
-            let delay = read("schedstat")
-                .ok()
-                .and_then(|text| procfs::parse_run_delay(&text));
-            if let Some(delay) = delay {
-                *threads.run_delay_ns.get_or_insert(0) += delay;
-            }
+            let times = read("schedstat").ok().and_then(|text| RunTimes::parse(&text));
+            let thread = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            threads.vcpus.extend(thread.zip(times));
         }
     }
     threads
@@ -231,6 +292,49 @@ mod tests {
     }
 
     #[test]
+    fn what_a_vcpu_wants_does_not_depend_on_what_it_gets() {
+        let times = |ran_ms: u64, waited_ms: u64| RunTimes {
+            ran_ns: ran_ms * 1_000_000,
+            waited_ns: waited_ms * 1_000_000,
+        };
+        let second = Duration::from_secs(1);
+        for (ran, waited, cpus) in [
+            (1000, 0, 1.0),
+            (500, 500, 1.0),
+            (10, 990, 1.0),
+            (0, 1200, 1.0), // of an interval before
+            (0, 0, 0.0),
+            (500, 0, 0.5),
+            // Half as fast: 2 s of each 3 s are spent on what took 1 s of 2 s.
+            (333, 333, 0.499),
+        ] {
+            let wanted = wanted(times(ran, waited), second);
+            assert!((wanted - cpus).abs() < 1e-3, "{ran} {waited}: {wanted}");
+        }
+        let mut meter = VcpuMeter::default();
+        let start = Instant::now();
+        let of = |threads: &[(u64, RunTimes)]| threads.iter().copied().collect::<HashMap<_, _>>();
+        assert_eq!(
+            meter.sample(of(&[(1, times(100, 0)), (2, times(0, 0))]), None, start),
+            None
+        );
+        let (cpus, elapsed) = meter
+            .sample(
+                of(&[(1, times(600, 500)), (3, times(900, 0))]),
+                None,
+                start + second,
+            )
+            .expect("two samples");
+        assert_eq!(
+            (cpus, elapsed),
+            (1.0, second),
+            "thread 3 has only begun, 2 has ended"
+        );
+        let fallback = meter.sample(HashMap::new(), Some(0.7), start + 2 * second);
+        assert_eq!(fallback, Some((0.7, second)));
+    }
+
+    #[test]
     fn a_vcpu_thread_is_known_by_its_name() {
         let (stop, stopped) = std::sync::mpsc::channel::<()>();
         let (name, named) = std::sync::mpsc::channel();
@@ -244,7 +348,7 @@ mod tests {
         let seen = threads(std::process::id());
         assert!(seen.runnable > 0);
         let schedstat = std::path::Path::new("/proc/self/schedstat").exists();
-        assert_eq!(seen.run_delay_ns.is_some(), schedstat);
+        assert_eq!(!seen.vcpus.is_empty(), schedstat);
         drop(stop);
         thread.join().expect("no panic").expect_err("no more senders");
     }

@@ -193,7 +193,7 @@ impl Node {
             memory_available_bytes: load.memory_available_bytes,
             cpu_use: load.cpu_use,
             run_queue: load.run_queue,
-            pressure: load.pressure,
+            pressure: Some(load.pressure),
             vms: vms
                 .iter()
                 .filter(|vm| !vm.is_retiring())
@@ -205,6 +205,9 @@ impl Node {
             network_receive_bytes_per_second: load.rates.network_receive_bytes_per_second,
             network_transmit_bytes_per_second: load.rates.network_transmit_bytes_per_second,
             numa: load.numa,
+            other_cpu: load.other_cpu.map(|other| other.mean),
+            other_cpu_error: load.other_cpu.map(|other| other.error),
+            vmm_cpu: load.other_cpu.map(|_| load.vmm_cpu),
         })
     }
 

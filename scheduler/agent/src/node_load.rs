@@ -1,14 +1,15 @@
 //! What the node has, and what of it is in use.
 //!
-//! With a budget (`shoal up`: several nodes on one host) the VMMs' own use counts, against the budget. Without one
-//! the node is the whole host, and all that runs on it counts.
+//! With a budget (`--memory`, `--cpus`; `shoal up`: several nodes on one host) the VMMs' own use counts, against what is lent.
+//! Without one the node is the whole host, and all that runs on it counts. What is seen of the host is told in either case.
 
 use std::fs;
 use std::io;
 use std::num::NonZero;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use shoal_estimate::{Estimate, Meter};
 use shoal_proto::node::{HostRates, NumaNode, Pressure};
 
 use crate::facts::{CpuMeter, InOutMeter, Usage};
@@ -22,18 +23,21 @@ pub(crate) struct Capacity {
     pub(crate) memory_bytes: u64,
     /// Use is counted from the VMMs alone: several nodes may share the host.
     pub(crate) budgeted: bool,
+    pub(crate) host_cpus: u32,
 }
 
 impl Capacity {
     /// The budget, completed by what the host has.
     pub(crate) fn detect(memory_budget: Option<u64>, cpus: Option<u32>) -> io::Result<Self> {
         let host_cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let host_cpus = u32::try_from(host_cpus).unwrap_or(u32::MAX);
         let memory_bytes = match memory_budget {
             Some(budget) => budget,
             None => host_memory()?.total,
         };
         Ok(Self {
-            cpus: cpus.unwrap_or(u32::try_from(host_cpus).unwrap_or(u32::MAX)),
+            cpus: cpus.unwrap_or(host_cpus),
+            host_cpus,
             memory_bytes,
             budgeted: memory_budget.is_some() || cpus.is_some(),
         })
@@ -46,11 +50,13 @@ pub(crate) struct NodeLoad {
     pub(crate) memory_available_bytes: u64,
     pub(crate) cpu_use: f64,
     pub(crate) run_queue: f64,
-    /// `None` with a budget: the host's pressure is not this node's doing, and not the node's to relieve.
-    pub(crate) pressure: Option<Pressure>,
-    /// Nothing with a budget, for the same reason.
+    /// CPUs of the host that anything but the VMMs of this agent uses, over the last while; none until that has been seen.
+    pub(crate) other_cpu: Option<Estimate>,
+    /// CPUs that the VMMs use, over the last while.
+    pub(crate) vmm_cpu: f64,
+    /// Of the host, as are all that follow.
+    pub(crate) pressure: Pressure,
     pub(crate) rates: HostRates,
-    /// Nothing with a budget.
     pub(crate) numa: Vec<NumaNode>,
 }
 
@@ -59,6 +65,9 @@ pub(crate) struct NodeLoad {
 pub(crate) struct LoadMeter {
     capacity: Capacity,
     host_cpu: CpuMeter,
+    other_cpu: Meter,
+    vmm_cpu: Meter,
+    sampled: Option<Instant>,
     swap: InOutMeter,
     network: InOutMeter,
 }
@@ -68,6 +77,9 @@ impl LoadMeter {
         Self {
             capacity,
             host_cpu: CpuMeter::default(),
+            other_cpu: Meter::default(),
+            vmm_cpu: Meter::default(),
+            sampled: None,
             swap: InOutMeter::default(),
             network: InOutMeter::default(),
         }
@@ -75,25 +87,39 @@ impl LoadMeter {
 
     /// The node now, given the use of its VMMs at the same time.
     pub(crate) fn sample(&mut self, vms: &[Usage], now: Instant) -> io::Result<NodeLoad> {
-        if self.capacity.budgeted {
-            Ok(budget_load(self.capacity, vms))
-        } else {
-            self.host_load(now)
-        }
-    }
-
-    fn host_load(&mut self, now: Instant) -> io::Result<NodeLoad> {
         let text = procfs::read("/proc/stat")?;
-        let cpu = CpuTimes::parse(&text).ok_or_else(|| procfs::malformed("/proc/stat"))?;
+        let host = CpuTimes::parse(&text).ok_or_else(|| procfs::malformed("/proc/stat"))?;
+        let memory = host_memory()?;
+        let vmm_cpu: f64 = vms.iter().map(|vm| vm.cpu_use).sum();
+        let host_cpu = self.host_cpu.sample(host.busy_ticks, now);
+        if let Some((busy, then)) = host_cpu.zip(self.sampled.replace(now)) {
+            let elapsed = now.saturating_duration_since(then);
+            self.other_cpu.update((busy - vmm_cpu).max(0.0), elapsed);
+            self.vmm_cpu.update(vmm_cpu, elapsed);
+        }
+        let (memory_available_bytes, cpu_use, runnable) = if self.capacity.budgeted {
+            let used = vms
+                .iter()
+                .fold(0_u64, |sum, vm| sum.saturating_add(vm.resident_bytes));
+            let left = self.capacity.memory_bytes.saturating_sub(used);
+            let runnable = vms.iter().map(|vm| vm.runnable).sum();
+            (left.min(memory.available), vmm_cpu, runnable)
+        } else {
+            // Less this thread, which is counting.
+            let runnable = host.runnable.saturating_sub(1);
+            (memory.available, host_cpu.unwrap_or(0.0), runnable)
+        };
         Ok(NodeLoad {
-            memory_available_bytes: host_memory()?.available,
-            cpu_use: self.host_cpu.sample(cpu.busy_ticks, now).unwrap_or(0.0),
-            run_queue: count(cpu.runnable.saturating_sub(1)), // this thread, which is counting
-            pressure: Some(Pressure {
+            memory_available_bytes,
+            cpu_use,
+            run_queue: count(runnable),
+            other_cpu: (self.other_cpu.age() > Duration::ZERO).then(|| self.other_cpu.value()),
+            vmm_cpu: self.vmm_cpu.value().mean,
+            pressure: Pressure {
                 cpu: pressure("cpu"),
                 memory: pressure("memory"),
                 io: pressure("io"),
-            }),
+            },
             rates: self.host_rates(now),
             numa: numa_nodes(Path::new("/sys/devices/system/node")),
         })
@@ -110,21 +136,8 @@ impl LoadMeter {
             swap_out_bytes_per_second: swap_out,
             network_receive_bytes_per_second: receive,
             network_transmit_bytes_per_second: transmit,
+            ..HostRates::default()
         }
-    }
-}
-
-fn budget_load(capacity: Capacity, vms: &[Usage]) -> NodeLoad {
-    let used = vms
-        .iter()
-        .fold(0_u64, |sum, vm| sum.saturating_add(vm.resident_bytes));
-    NodeLoad {
-        memory_available_bytes: capacity.memory_bytes.saturating_sub(used),
-        cpu_use: vms.iter().map(|vm| vm.cpu_use).sum(),
-        run_queue: count(vms.iter().map(|vm| vm.runnable).sum()),
-        pressure: None,
-        rates: HostRates::default(),
-        numa: Vec::new(),
     }
 }
 
@@ -203,43 +216,55 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_counts_only_the_vmms() {
-        let capacity = Capacity::detect(Some(1024 * MIB), Some(4)).expect("detected");
-        assert_eq!((capacity.cpus, capacity.memory_bytes), (4, 1024 * MIB));
+    fn a_budget_limits_what_is_lent_and_the_host_is_seen_all_the_same() {
+        let capacity = Capacity::detect(Some(64 * MIB), Some(4)).expect("detected");
+        assert_eq!((capacity.cpus, capacity.memory_bytes), (4, 64 * MIB));
         let mut meter = LoadMeter::new(capacity);
-        let vms = [usage(300 * MIB, 0.5, 1), usage(100 * MIB, 1.0, 2)];
-        let load = meter.sample(&vms, Instant::now()).expect("sampled");
-        let expected = NodeLoad {
-            memory_available_bytes: 624 * MIB,
-            cpu_use: 1.5,
-            run_queue: 3.0,
-            pressure: None,
-            rates: HostRates::default(),
-            numa: Vec::new(),
-        };
-        assert_eq!(load, expected);
+        let vms = [usage(30 * MIB, 0.5, 1), usage(10 * MIB, 1.0, 2)];
+        let start = Instant::now();
+        let load = meter.sample(&vms, start).expect("sampled");
+        assert_eq!(
+            (load.memory_available_bytes, load.cpu_use, load.run_queue),
+            (24 * MIB, 1.5, 3.0)
+        );
+        assert_eq!(load.other_cpu, None, "one sample says nothing yet");
         let over = meter
-            .sample(&[usage(2048 * MIB, 0.0, 0)], Instant::now())
+            .sample(&[usage(2048 * MIB, 0.0, 0)], start + Duration::from_secs(1))
             .expect("sampled");
         assert_eq!(over.memory_available_bytes, 0);
+        assert!(over.other_cpu.is_some());
+        sees_the_host(&over);
+    }
+
+    #[test]
+    fn no_more_is_free_of_a_budget_than_of_the_host() {
+        let capacity = Capacity::detect(Some(u64::MAX), None).expect("detected");
+        let load = LoadMeter::new(capacity)
+            .sample(&[], Instant::now())
+            .expect("sampled");
+        assert!(load.memory_available_bytes <= host_memory().expect("read").total);
     }
 
     #[test]
     fn without_a_budget_the_node_is_the_host() {
         let capacity = Capacity::detect(None, None).expect("detected");
         assert!(capacity.cpus > 0 && capacity.memory_bytes > MIB);
+        assert_eq!(capacity.cpus, capacity.host_cpus);
         let mut meter = LoadMeter::new(capacity);
         let start = Instant::now();
         meter.sample(&[], start).expect("sampled");
         let load = meter
-            .sample(&[], start + std::time::Duration::from_secs(1))
+            .sample(&[], start + Duration::from_secs(1))
             .expect("sampled");
         assert!((1..=capacity.memory_bytes).contains(&load.memory_available_bytes));
+        sees_the_host(&load);
+    }
+
+    fn sees_the_host(load: &NodeLoad) {
         assert!(load.rates.network_receive_bytes_per_second.is_some());
         // A kernel without PSI does not say that there is no pressure.
-        let pressure = load.pressure.expect("of the host");
         assert_eq!(
-            pressure.memory.is_some(),
+            load.pressure.memory.is_some(),
             Path::new("/proc/pressure/memory").exists()
         );
     }

@@ -33,7 +33,7 @@ pub struct ProcessIdentity {
 }
 
 /// The boot that the host is in.
-fn this_boot() -> Option<Uuid> {
+pub(crate) fn this_boot() -> Option<Uuid> {
     static BOOT: OnceLock<Option<Uuid>> = OnceLock::new();
     *BOOT.get_or_init(|| {
         let read = procfs::read("/proc/sys/kernel/random/boot_id");

@@ -58,9 +58,29 @@ pub(crate) fn thread_name(stat: &str) -> Option<&str> {
     stat.get(start + 1..end)
 }
 
-/// How long a thread was ready to run and did not, in ns, from `/proc/PID/task/TID/schedstat`.
-pub(crate) fn parse_run_delay(text: &str) -> Option<u64> {
-    text.split_ascii_whitespace().nth(1)?.parse().ok()
+/// How long a thread has run, and was ready to run and did not, from `/proc/PID/task/TID/schedstat`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct RunTimes {
+    pub(crate) ran_ns: u64,
+    pub(crate) waited_ns: u64,
+}
+
+impl RunTimes {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let mut fields = text.split_ascii_whitespace();
+        Some(Self {
+            ran_ns: fields.next()?.parse().ok()?,
+            waited_ns: fields.next()?.parse().ok()?,
+        })
+    }
+
+    /// What has come to it since.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            ran_ns: self.ran_ns.saturating_sub(before.ran_ns),
+            waited_ns: self.waited_ns.saturating_sub(before.waited_ns),
+        }
+    }
 }
 
 /// Bytes read from storage and written to it, from `/proc/PID/io`.
@@ -247,9 +267,13 @@ mod tests {
         for bad in ["", "42", "42 )vcpu0( S", "42 (vcpu0"] {
             assert_eq!(thread_name(bad), None, "{bad}");
         }
-        assert_eq!(parse_run_delay("546584 513312 2\n"), Some(513_312));
-        assert_eq!(parse_run_delay("546584"), None);
-        assert_eq!(parse_run_delay("1 -5 2"), None);
+        let times = RunTimes {
+            ran_ns: 546_584,
+            waited_ns: 513_312,
+        };
+        assert_eq!(RunTimes::parse("546584 513312 2\n"), Some(times));
+        assert_eq!(RunTimes::parse("546584"), None);
+        assert_eq!(RunTimes::parse("1 -5 2"), None);
     }
 
     #[test]

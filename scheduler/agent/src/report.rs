@@ -20,6 +20,7 @@ use tonic::{Status, Streaming};
 
 use crate::kvm::{HostKvm, KvmKind};
 use crate::node::Node;
+use crate::process::this_boot;
 use crate::term::TermError;
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -127,6 +128,8 @@ fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
         cpu_speed: node.cpu_speed,
         kvm_trouble: kvm.trouble.clone(),
         term: node.terms.highest(),
+        boot_id: this_boot().map(|id| id.to_string()).unwrap_or_default(),
+        host_cpus: node.capacity.host_cpus,
     }
 }
 

@@ -202,6 +202,8 @@ impl Vm {
             read_bytes_per_second: usage.read_rate,
             write_bytes_per_second: usage.write_rate,
             handle: 0,
+            cpu_demand: usage.cpu_demand.map(|demand| demand.mean),
+            cpu_demand_error: usage.cpu_demand.map(|demand| demand.error),
         }
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_plan::{
-    Bytes, BytesPerSecond, ClusterSnapshot, LaunchRequest, Mode, NodeName, NodeState, NodeView, Policy,
-    Rules, Turn, VmId, VmView, Waiting, place_launches, round, take_turns,
+    Bytes, BytesPerSecond, ClusterSnapshot, Estimate, LaunchRequest, Mode, NodeName, NodeState, NodeView,
+    Policy, Rules, Turn, VmId, VmView, Waiting, place_launches, round, take_turns,
 };
 
 const RUNS: usize = 5;
@@ -203,15 +203,16 @@ fn cluster(nodes: usize, vms: usize, memory_factor: u64, cpu_factor: u64) -> Clu
         vm.resident = Some(Bytes(
             memory_each / 200 * memory_factor + next(memory_each / 200 * memory_factor),
         ));
-        vm.cpu_use = vcpus_each * (next(2 * cpu_factor) as f64) / 100.0;
+        vm.cpu = Some(Estimate {
+            mean: vcpus_each * (next(2 * cpu_factor) as f64) / 100.0,
+            error: vcpus_each * (next(cpu_factor) as f64) / 1000.0,
+        });
         vm.growth = BytesPerSecond(next(1 << 20));
         node.memory_available = Bytes(
             node.memory_available
                 .0
                 .saturating_sub(vm.resident.unwrap_or_default().0),
         );
-        node.load_local += vm.cpu_use;
-        node.load_exported = node.load_local * 1.1;
         snapshot.vms.push(vm);
     }
     snapshot

@@ -55,8 +55,10 @@ pub struct Action {
     pub to: NodeName,
     /// How long the move is expected to take.
     pub expected: Duration,
-    /// Why, in words and numbers.
+    /// Why, in a line.
     pub reason: String,
+    /// All the figures; empty if the reason has them.
+    pub details: String,
 }
 
 impl Action {
@@ -70,7 +72,12 @@ impl Action {
             to: cluster.nodes[to].view.name.clone(),
             expected: duration(vm.move_seconds),
             reason,
+            details: String::new(),
         }
+    }
+
+    pub(crate) fn with_details(self, details: String) -> Self {
+        Self { details, ..self }
     }
 }
 
@@ -139,6 +146,10 @@ pub struct Plan {
     pub score_before: f64,
     /// The same with `actions` done.
     pub score_after: f64,
+    /// How much longer the work of VMs takes then than if each had the CPUs that it wants, on average: 1 where all have.
+    pub slowdown_before: f64,
+    /// The same with `actions` done.
+    pub slowdown_after: f64,
     /// Where VMs are packed: ready nodes that have none, or none any more when the migrations have ended.
     pub empty_nodes: Vec<NodeName>,
 }

@@ -7,6 +7,8 @@ mod node;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use shoal_estimate::Estimate;
+
 use crate::failover::{Change, Failover, need};
 use crate::kvm::KvmNeed;
 use crate::labels::Rules;
@@ -40,8 +42,10 @@ pub(crate) struct Vm<'a> {
     pub growth: f64,
     /// The same where it arrives: one that a plan has suspended is to run on there.
     growth_there: f64,
-    /// CPUs it would use if it got them; all of its own while not reported, none while suspended.
+    /// CPUs it would use if it got them; all of its own while not measured, none while suspended.
     pub demand: f64,
+    /// Standard error of that, if it was measured.
+    pub demand_error: Option<f64>,
     /// Bytes it dirties per second, growth included.
     pub dirty: f64,
     /// Bytes that it writes again and again; all it can hold where that is not known.
@@ -163,17 +167,11 @@ impl<'a> Cluster<'a> {
         let mut views: Vec<&VmView> = snapshot.vms.iter().collect();
         views.sort_by(|a, b| a.id.cmp(&b.id));
         views.dedup_by(|a, b| a.id == b.id);
-        let mut cpu_use = vec![0.0; self.nodes.len()];
-        let mut placed: Vec<(usize, &VmView)> = Vec::with_capacity(views.len());
         for view in views {
-            if let Some(&node) = self.node_numbers.get(view.node.as_str()) {
-                cpu_use[node] += cpu(view);
-                placed.push((node, view));
-            }
-        }
-        for (node, view) in placed {
-            let stretch = self.nodes[node].stretch(cpu_use[node]);
-            let vm = self.vm(view, node, stretch);
+            let Some(&node) = self.node_numbers.get(view.node.as_str()) else {
+                continue;
+            };
+            let vm = self.vm(view, node);
             if !self.together.is_empty() {
                 let marks = self.together.marks_of(&view.labels, view.rules.as_deref());
                 self.together.add_vm(self.vms.len(), marks);
@@ -182,7 +180,7 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn vm(&self, view: &'a VmView, node: usize, stretch: f64) -> Vm<'a> {
+    fn vm(&self, view: &'a VmView, node: usize) -> Vm<'a> {
         let declared = view.declared.0 as f64;
         let resident = match view.resident {
             Some(resident) => resident.0 as f64,
@@ -199,11 +197,12 @@ impl<'a> Cluster<'a> {
             .working_set
             .map_or(f64::INFINITY, |set| set.0 as f64 + growth);
         let headway = (link - dirty).max(link * (1.0 - CONVERGES_BELOW)).max(1.0);
-        let cpu_use = cpu(view);
-        let demand = match view.resident {
-            _ if view.suspended => 0.0,
-            Some(_) => (cpu_use * stretch).min(f64::from(view.cpus)).max(cpu_use),
-            None => f64::from(view.cpus),
+        let cpu = if view.suspended {
+            Some(Estimate::default())
+        } else {
+            view.cpu
+                .filter(|_| view.resident.is_some())
+                .map(|cpu| cpu.sane(f64::from(view.cpus.max(1))))
         };
         Vm {
             view,
@@ -221,7 +220,8 @@ impl<'a> Cluster<'a> {
             } else {
                 growth
             },
-            demand,
+            demand: cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean),
+            demand_error: cpu.map(|cpu| cpu.error),
             dirty,
             working_set: set,
             link,
@@ -248,9 +248,6 @@ impl<'a> Cluster<'a> {
                 .map_or(0, |flight| flight.received.0);
             if self.vms[number].view.resident.is_some() {
                 reported[from] += self.vms[number].resident;
-            } else {
-                // Not in the node's report, so not in its load either.
-                self.nodes[from].load_exported += self.vms[number].demand;
             }
             let horizon = self.policy.usher_horizon.as_secs_f64();
             let (grown, growth) = (self.vms[number].memory_at(horizon), self.vms[number].growth);
@@ -282,6 +279,7 @@ impl<'a> Cluster<'a> {
         node.settled += vm.resident;
         node.projected += grown;
         node.growth += growth;
+        node.add_load(vm);
         node.vms.push(number);
         self.together.add(number, on);
     }
@@ -293,10 +291,7 @@ impl<'a> Cluster<'a> {
             self.vms[number].growth_there,
         );
         self.add_here(number, on, grown, growth);
-        let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
-        node.load_local += vm.demand;
-        node.load_exported += vm.demand;
-        node.incoming += 1;
+        self.nodes[on].incoming += 1;
     }
 
     fn leave(&mut self, number: usize, from: usize) {
@@ -305,8 +300,7 @@ impl<'a> Cluster<'a> {
         node.settled -= vm.resident;
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
         node.growth -= vm.growth;
-        node.load_local = (node.load_local - vm.demand).max(0.0);
-        node.load_exported = (node.load_exported - vm.demand).max(0.0);
+        node.take_load(vm);
         node.outgoing += 1;
     }
 
@@ -336,8 +330,7 @@ impl<'a> Cluster<'a> {
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
         node.projected += newcomer.at_horizon();
-        node.load_local += newcomer.usage.cpu;
-        node.load_exported += newcomer.usage.cpu;
+        node.expect_load(newcomer.usage);
         if let Some(failover) = &mut self.failover {
             failover.apply(newcomer.change(self.policy, on));
         }
@@ -495,6 +488,16 @@ impl<'a> Cluster<'a> {
         (!left.is_zero()).then_some(Immobile::CoolDown { left })
     }
 
+    /// Why a VM is not moved for balance now. What must be, such as ushering, does not ask.
+    pub fn unsettled(&self, number: usize) -> Option<Immobile> {
+        let (policy, vm) = (self.policy, &self.vms[number]);
+        if let Some(why) = self.immobile(number, policy.cool_down.max(policy.retry_after)) {
+            return Some(why);
+        }
+        let left = policy.settle.saturating_sub(vm.view.ran?);
+        (!left.is_zero()).then_some(Immobile::JustStarted { left })
+    }
+
     /// By what the best node was chosen.
     pub fn why_best(&self) -> &'static str {
         match self.policy.mode {
@@ -541,11 +544,6 @@ pub(crate) fn bytes(amount: f64) -> Bytes {
 /// Seconds as a duration; never panics.
 pub(crate) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
-}
-
-/// CPUs in use. What is smoothed of one whose vCPUs are stopped is of a while ago.
-fn cpu(view: &VmView) -> f64 {
-    if view.suspended { 0.0 } else { load(view.cpu_use) }
 }
 
 fn load(sample: f64) -> f64 {

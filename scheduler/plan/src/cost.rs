@@ -83,7 +83,12 @@ impl Cost {
 
 /// What moving a VM costs now. One of high priority is dearer.
 pub(crate) fn cost(policy: &Policy, vm: &Vm<'_>) -> Cost {
-    let downtime = downtime(policy, vm.resident, vm.dirty, vm.working_set, vm.link);
+    let predicted = downtime(policy, vm.resident, vm.dirty, vm.working_set, vm.link);
+    // What has hurt it before may again.
+    let downtime = vm
+        .view
+        .longest_pause
+        .map_or(predicted, |pause| predicted.max(pause.as_secs_f64()));
     let price = policy.cost_per_second * vm.move_seconds + policy.cost_of_downtime * downtime;
     Cost {
         seconds: vm.move_seconds,

@@ -55,10 +55,12 @@ fn asked(
     let mut cluster = Cluster::new(snapshot, policy);
     let mut plan = Plan {
         score_before: cluster.score(),
+        slowdown_before: cluster.slowdown(),
         ..Plan::default()
     };
     decide(&mut cluster, &mut plan);
     plan.score_after = cluster.score();
+    plan.slowdown_after = cluster.slowdown();
     plan
 }
 

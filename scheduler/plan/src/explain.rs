@@ -3,10 +3,13 @@
 
 use std::time::Duration;
 
+use shoal_estimate::Estimate;
+
 use crate::action::Plan;
 use crate::cluster::{Cluster, bytes, duration};
 use crate::comply::wrong;
 use crate::cost::{Terms, cost};
+use crate::effect::Change;
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, VmId};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
@@ -21,8 +24,8 @@ pub struct Explanation {
     pub name: String,
     /// Where it is.
     pub node: NodeName,
-    /// CPUs it uses, or would if it got them.
-    pub cpus: f64,
+    /// CPUs it would use if it got them; none while it has not been seen for long enough: it counts with all it asked for.
+    pub cpus: Option<Estimate>,
     /// Memory it holds.
     pub memory: Bytes,
     /// How fast that grows.
@@ -31,12 +34,10 @@ pub struct Explanation {
     pub move_time: Duration,
     /// How long it would be paused.
     pub downtime: Duration,
-    /// What that costs, in score times seconds.
-    pub cost: f64,
-    /// What its node would save without it, in score.
-    pub saving: f64,
-    /// The least gain worth a move for balance; none: nothing is moved for balance.
-    pub min_gain: Option<f64>,
+    /// How much longer work takes on its node than if each VM had the CPUs that it wants, now and without it.
+    pub slowdown: (f64, f64),
+    /// Part of its node's memory that is held, now and without it.
+    pub memory_part: (f64, f64),
     /// Every other node, those with the highest gain first, then those that cannot take it.
     pub nodes: Vec<Alternative>,
     /// What becomes of it now, and why.
@@ -50,12 +51,14 @@ pub struct Alternative {
     pub node: NodeName,
     /// Why it cannot take the VM in a move for balance; none: it can.
     pub rejected: Option<RejectReason>,
-    /// What the node would be charged, in score.
-    pub charge: f64,
-    /// What would be gained, the cost taken off.
-    pub gain: f64,
-    /// When that has paid back; none if there is no gain.
+    /// How much longer work takes there, now and with it.
+    pub slowdown: (f64, f64),
+    /// Part of the node's memory that is held, now and with it.
+    pub memory_part: (f64, f64),
+    /// When what is gained for sure outweighs the move; none: nothing is.
     pub pays_back_after: Option<Duration>,
+    /// What would be gained, the cost taken off, in score.
+    gain: f64,
 }
 
 /// Explains a VM; none if the snapshot does not have it, or not its node.
@@ -76,10 +79,12 @@ pub fn explain(snapshot: &ClusterSnapshot, policy: &Policy, vm: &VmId) -> Option
         .map(|to| {
             let charge = cluster.nodes[to].charge(cluster.cost_rate, charged);
             let benefit = saving - charge;
+            let with = Change::new(&cluster.nodes[to], vm.demand, vm.resident);
             Alternative {
                 node: cluster.nodes[to].view.name.clone(),
                 rejected: newcomer.check(&cluster, to).err(),
-                charge,
+                slowdown: with.slowdowns(),
+                memory_part: with.parts_of_memory(),
                 gain: terms.map_or(benefit, |terms| terms.net(benefit, cost)),
                 pays_back_after: (benefit > 0.0).then(|| Terms::pays_back_after(benefit, cost)),
             }
@@ -94,17 +99,20 @@ pub fn explain(snapshot: &ClusterSnapshot, policy: &Policy, vm: &VmId) -> Option
     });
     let plan = round(snapshot, policy);
     let verdict = verdict(&cluster, number, terms, &nodes, &plan);
+    let without = Change::new(&cluster.nodes[vm.node], -vm.demand, -vm.resident);
     Some(Explanation {
         name: vm.view.name.to_string(),
         node: vm.view.node.clone(),
-        cpus: vm.demand,
+        cpus: vm.demand_error.map(|error| Estimate {
+            mean: vm.demand,
+            error,
+        }),
         memory: bytes(vm.resident),
         growth: vm.view.growth,
         move_time: duration(cost.seconds),
         downtime: duration(cost.downtime),
-        cost: cost.total,
-        saving,
-        min_gain: terms.map(|terms| terms.min_gain),
+        slowdown: without.slowdowns(),
+        memory_part: without.parts_of_memory(),
         nodes,
         verdict,
     })
@@ -128,7 +136,7 @@ fn verdict(
     {
         return format!("stays: {}", note.text);
     }
-    if let Some(why) = cluster.immobile(number, policy.cool_down.max(policy.retry_after)) {
+    if let Some(why) = cluster.unsettled(number) {
         return format!("stays: {why}");
     }
     let broken =
@@ -160,10 +168,7 @@ fn why_not(cluster: &Cluster<'_>, number: usize, terms: Terms, nodes: &[Alternat
         return "no other node can take it".to_owned();
     };
     if best.gain < terms.min_gain {
-        return format!(
-            "the best move, to {}, would gain {:.2}, its cost taken off; less than {:.2} is not worth a move",
-            best.node, best.gain, terms.min_gain
-        );
+        return not_worth_it(cluster, number, best);
     }
     if node.outgoing > 0 || node.incoming > 0 {
         return format!(
@@ -178,7 +183,28 @@ fn why_not(cluster: &Cluster<'_>, number: usize, terms: Terms, nodes: &[Alternat
         );
     }
     format!(
-        "moving it to {} would gain {:.2}; other moves gain more and come first",
-        best.node, best.gain
+        "moving it to {} would be worth it; other moves gain more and come first",
+        best.node
     )
+}
+
+/// Why the best move is none.
+fn not_worth_it(cluster: &Cluster<'_>, number: usize, best: &Alternative) -> String {
+    let vm = &cluster.vms[number];
+    let here = &cluster.nodes[vm.node];
+    let what = if here.slowdown() <= 1.0 && here.settled <= here.memory * cluster.policy.usher_target {
+        format!("{} has CPUs and memory enough", here.view.name)
+    } else {
+        let there = best.slowdown.1;
+        format!(
+            "{}, the best other node, would not be better by more than the move costs and the figures may be off: slowdown here \
+             {:.1}, there {there:.1} with it",
+            best.node,
+            here.slowdown(),
+        )
+    };
+    if vm.demand_error.is_none() {
+        return format!("{what}; how much CPU it wants is not known yet");
+    }
+    what
 }

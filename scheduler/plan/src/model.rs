@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_estimate::Estimate;
+
 use crate::kvm::KvmKind;
 use crate::labels::{Labels, Rules};
 use crate::preempt::Held;
@@ -131,7 +133,7 @@ pub type CpuLacks = Arc<[(CpuClass, Arc<str>)]>;
 /// cheap.
 pub type Failing = Arc<[(Option<NodeName>, Arc<str>)]>;
 
-/// One node, as last reported and smoothed. Loads are in CPUs: 2.0 means two threads that want to run.
+/// One node, as last reported. Loads are in CPUs: 2.0 means two threads that want to run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeView {
     /// Unique in the snapshot.
@@ -149,10 +151,8 @@ pub struct NodeView {
     pub memory_available: Bytes,
     /// Growth of what is **not** VMs. 0 where the agent counts VMs only.
     pub other_growth: BytesPerSecond,
-    /// Load as the node sees itself: see [`crate::LocalLoad`].
-    pub load_local: f64,
-    /// Load as others see it: see [`crate::ExportedLoad`].
-    pub load_exported: f64,
+    /// CPUs that anything but VMs uses there. What VMs use is counted with them.
+    pub other: Estimate,
     /// PSI memory "some avg10", percent.
     pub pressure_memory: f64,
     /// PSI CPU "some avg10", percent. Shown, not yet decided on.
@@ -192,8 +192,7 @@ impl NodeView {
             memory,
             memory_available: memory,
             other_growth: BytesPerSecond(0),
-            load_local: 0.0,
-            load_exported: 0.0,
+            other: Estimate::default(),
             pressure_memory: 0.0,
             pressure_cpu: 0.0,
             migration_tls: false,
@@ -279,8 +278,9 @@ pub struct VmView {
     pub declared: Bytes,
     /// Memory its VMM holds now; none until its node has reported it.
     pub resident: Option<Bytes>,
-    /// CPUs in use, smoothed.
-    pub cpu_use: f64,
+    /// CPUs that it would use if it got them. None while that has been seen for less than [`shoal_estimate::WINDOW`]: it counts
+    /// with all that it asked for where others want to come, and with nothing where others might leave because of it.
+    pub cpu: Option<Estimate>,
     /// How fast it dirties memory, where known.
     pub dirty_rate: Option<BytesPerSecond>,
     /// Memory that it writes again and again, where known: pre-copy has no more than that to send again.
@@ -316,6 +316,8 @@ pub struct VmView {
     pub preemptible: bool,
     /// For how long it has run since it began, which is lost when it begins anew; none if that is not known.
     pub ran: Option<Duration>,
+    /// The longest pause that a move of it has had.
+    pub longest_pause: Option<Duration>,
     /// It is being stopped so that this VM, which waits, has room.
     pub gives_way_to: Option<VmId>,
 }
@@ -324,7 +326,7 @@ pub struct VmView {
 pub const DEFAULT_PRIORITY: u32 = 5;
 
 impl VmView {
-    /// A VM that runs, is movable, uses nothing and has not been reported yet.
+    /// A VM that runs, is movable, uses no CPU, and whose memory has not been reported yet.
     #[must_use]
     pub fn new(id: &str, node: &str, cpus: u32, declared: Bytes) -> Self {
         Self {
@@ -334,7 +336,7 @@ impl VmView {
             cpus,
             declared,
             resident: None,
-            cpu_use: 0.0,
+            cpu: Some(Estimate::default()),
             dirty_rate: None,
             working_set: None,
             growth: BytesPerSecond(0),
@@ -352,6 +354,7 @@ impl VmView {
             suspended_growth: None,
             preemptible: false,
             ran: None,
+            longest_pause: None,
             gives_way_to: None,
         }
     }

@@ -40,7 +40,7 @@ fn relieve(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let short = |node: &usize| {
         let node = &cluster.nodes[*node];
         let settled = node.outgoing == 0 && node.incoming == 0;
-        node.view.state == NodeState::Ready && settled && node.load_local > node.cpu_capacity
+        node.view.state == NodeState::Ready && settled && node.least_load() > node.cpu_capacity
     };
     let nodes: Vec<usize> = (0..cluster.nodes.len()).filter(short).take(TRIES).collect();
     for number in nodes {
@@ -49,7 +49,7 @@ fn relieve(cluster: &mut Cluster<'_>, plan: &mut Plan) {
         }
         let node = &cluster.nodes[number];
         // One that gives back at least a tenth of what is too much.
-        let least = (node.load_local - node.cpu_capacity) / 10.0;
+        let least = (node.least_load() - node.cpu_capacity) / 10.0;
         let mut vms: Vec<usize> = cluster
             .staying(number)
             .filter(|&vm| cluster.vms[vm].demand >= least && is_free(cluster, vm))
@@ -66,7 +66,7 @@ fn relieve(cluster: &mut Cluster<'_>, plan: &mut Plan) {
         if let Some((vm, to)) = found {
             let why = format!(
                 "{} is short of CPU: load {:.2} on {} CPUs",
-                node.view.name, node.load_local, node.view.cpus,
+                node.view.name, node.load, node.view.cpus,
             );
             go(cluster, plan, vm, to, &why);
         }
@@ -174,12 +174,7 @@ fn most_used(
 
 /// It may be moved, and no rule ties it to another.
 fn is_free(cluster: &Cluster<'_>, vm: usize) -> bool {
-    let policy = cluster.policy;
-    cluster.vms[vm].converges
-        && !cluster.together.ties(vm)
-        && cluster
-            .immobile(vm, policy.cool_down.max(policy.retry_after))
-            .is_none()
+    cluster.vms[vm].converges && !cluster.together.ties(vm) && cluster.unsettled(vm).is_none()
 }
 
 fn go(cluster: &mut Cluster<'_>, plan: &mut Plan, vm: usize, to: usize, why: &str) {
@@ -187,7 +182,7 @@ fn go(cluster: &mut Cluster<'_>, plan: &mut Plan, vm: usize, to: usize, why: &st
     let reason = format!(
         "{why}; {} then has load {:.2} on {} CPUs and holds {} of {}",
         target.view.name,
-        target.load_exported + moved.demand,
+        target.load + moved.demand,
         target.view.cpus,
         bytes(target.settled + moved.resident),
         target.view.memory,

@@ -370,7 +370,7 @@ fn least(
 /// Whether a node has so many CPUs left below the target of packing.
 pub(crate) fn has_cpu(cluster: &Cluster<'_>, number: usize, cpus: f64) -> bool {
     let node = &cluster.nodes[number];
-    node.load_exported + cpus <= cluster.policy.cpu_target * node.cpu_capacity
+    node.most_load() + cpus <= cluster.policy.cpu_target * node.cpu_capacity
 }
 
 /// Why each node cannot take it.
@@ -403,8 +403,8 @@ fn explain(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, number: usize, why: &
     let node = &cluster.nodes[number];
     format!(
         "{why}: load {:.2} to {:.2} on {} CPUs, memory {} to {} of {}",
-        node.load_exported,
-        node.load_exported + newcomer.usage.cpu,
+        node.load,
+        node.load + newcomer.usage.cpu,
         node.view.cpus,
         bytes(node.settled),
         bytes(node.settled + newcomer.usage.memory),

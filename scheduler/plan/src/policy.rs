@@ -88,6 +88,8 @@ pub struct Policy {
     pub max_in_per_node: usize,
     /// A VM that moved is not rebalanced again for this long.
     pub cool_down: Duration,
+    /// One that has run for less is not moved for balance: it may still boot, and nobody knows yet what it will use.
+    pub settle: Duration,
     /// A VM whose move ended is not ushered or drained again for this long.
     pub retry_after: Duration,
     /// The destination of a rebalance is charged this many times what the VM uses.
@@ -139,6 +141,7 @@ impl Default for Policy {
             max_out_per_node: 2,
             max_in_per_node: 2,
             cool_down: Duration::from_secs(60),
+            settle: Duration::from_secs(60),
             retry_after: Duration::from_secs(5),
             stability: 1.3,
             min_gain: 2.0,
@@ -197,6 +200,7 @@ impl Policy {
                 "at least 1000 bytes per second",
             ),
             ("cool_down", self.cool_down <= 24 * hour, "at most 24 h"),
+            ("settle", self.settle <= 24 * hour, "at most 24 h"),
             ("retry_after", self.retry_after <= 24 * hour, "at most 24 h"),
             ("stability", (1.0..=10.0).contains(&self.stability), "1 to 10"),
             (

@@ -1,16 +1,18 @@
 //! Rebalancing: the moves that lower the score most, less what they cost, until none lowers it enough.
 //!
-//! Against moving back and forth: the source counts with the load it sees itself, the destination with the load it exports
-//! and 1.3 times what the VM uses (the 130 % of MOSIX), a VM that moved rests, and a node that
-//! receives or sends already does not send another: load figures are in flux there, and an urgent move needs the link.
+//! Against moving back and forth, and for nothing: the source counts with the load that it has at least, by what is known of the
+//! error of the figures, the destination with that which it has at most and 1.3 times what the VM uses (the 130 % of MOSIX); a
+//! VM that moved rests, one that has just started is left alone, and a node that receives or sends already does not send
+//! another, since an urgent move needs the link.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use crate::action::{Action, ActionKind, Plan};
-use crate::cluster::{Cluster, bytes};
+use crate::cluster::Cluster;
 use crate::cost::{Cost, Terms, cost};
 use crate::destinations::Destinations;
+use crate::effect::{Change, details, headline};
 use crate::model::NodeState;
 use crate::newcomer::Newcomer;
 use crate::score::Use;
@@ -71,14 +73,8 @@ pub(crate) fn rebalance(cluster: &mut Cluster<'_>, plan: &mut Plan) {
         let Some(best) = best_move(cluster, terms, &mut bounds, &mut destinations) else {
             return swap(cluster, terms, &destinations, plan);
         };
-        let reason = reason(cluster, best);
-        plan.actions.push(Action::new(
-            cluster,
-            ActionKind::Rebalance,
-            best.vm,
-            best.to,
-            reason,
-        ));
+        let action = action(cluster, best);
+        plan.actions.push(action);
         cluster.apply(best.vm, best.to);
     }
 }
@@ -92,12 +88,7 @@ fn bound(cluster: &Cluster<'_>, terms: Terms, number: usize) -> Option<Bound> {
         && node.outgoing == 0
         && vm.converges
         && cluster.may_send(vm.node);
-    if !may_leave
-        || cluster
-            .immobile(number, policy.cool_down.max(policy.retry_after))
-            .is_some()
-        || cluster.is_needed(number)
-    {
+    if !may_leave || cluster.unsettled(number).is_some() || cluster.is_needed(number) {
         return None;
     }
     let saving = node.saving(cluster.cost_rate, vm.usage());
@@ -189,31 +180,14 @@ fn best_destination<'a>(
     best
 }
 
-fn reason(cluster: &Cluster<'_>, best: Move) -> String {
+fn action(cluster: &Cluster<'_>, best: Move) -> Action {
     let vm = &cluster.vms[best.vm];
-    let (from, to) = (&cluster.nodes[vm.node], &cluster.nodes[best.to]);
-    format!(
-        "better balance by {:.2}, its cost taken off ({:.1} s, a pause of {:.0} ms; paid back after {:.0} s): {} goes from load {:.2} to {:.2} on {} CPUs and from {} to \
-         {} of {}, {} from {:.2} to {:.2} on {} CPUs and from {} to {} of {}",
-        best.gain,
-        best.cost.seconds,
-        best.cost.downtime * 1e3,
-        Terms::pays_back_after(best.benefit, best.cost)
-            .as_secs_f64()
-            .ceil(),
-        from.view.name,
-        from.load_local,
-        (from.load_local - vm.demand).max(0.0),
-        from.view.cpus,
-        bytes(from.settled),
-        bytes(from.settled - vm.resident),
-        from.view.memory,
-        to.view.name,
-        to.load_exported,
-        to.load_exported + vm.demand,
-        to.view.cpus,
-        bytes(to.settled),
-        bytes(to.settled + vm.resident),
-        to.view.memory,
-    )
+    let from = Change::new(&cluster.nodes[vm.node], -vm.demand, -vm.resident);
+    let to = Change::new(&cluster.nodes[best.to], vm.demand, vm.resident);
+    let reason = headline(from, to, best.cost);
+    Action::new(cluster, ActionKind::Rebalance, best.vm, best.to, reason).with_details(details(
+        [from, to],
+        best.benefit,
+        best.cost,
+    ))
 }

@@ -28,6 +28,7 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
     let mut cluster = Cluster::new(snapshot, policy);
     let mut plan = Plan {
         score_before: cluster.score(),
+        slowdown_before: cluster.slowdown(),
         ..Plan::default()
     };
     usher(&mut cluster, &mut plan);
@@ -45,5 +46,6 @@ fn plan(snapshot: &ClusterSnapshot, policy: &Policy, balance: bool) -> Plan {
         holds.retain(|hold| actions.iter().all(|action| action.vm != hold.vm));
     }
     plan.score_after = cluster.score();
+    plan.slowdown_after = cluster.slowdown();
     plan
 }

@@ -37,26 +37,27 @@ pub(crate) struct Use {
 }
 
 impl Node<'_> {
-    /// What it costs the node to take `more`, by the load it exports.
+    /// What it costs the node to take `more`, by the load that it has at most.
     pub fn charge(&self, rate: f64, more: Use) -> f64 {
-        let cpu =
-            self.cpu_cost(rate, self.load_exported + more.cpu) - self.cpu_cost(rate, self.load_exported);
+        let load = self.most_load();
+        let cpu = self.cpu_cost(rate, load + more.cpu) - self.cpu_cost(rate, load);
         let memory =
             self.memory_cost(rate, self.settled + more.memory) - self.memory_cost(rate, self.settled);
         cpu + memory
     }
 
-    /// What it saves the node to lose `less`, by the load it sees itself.
+    /// What it saves the node to lose `less`, by the load that it has at least.
     pub fn saving(&self, rate: f64, less: Use) -> f64 {
-        let cpu = self.cpu_cost(rate, self.load_local) - self.cpu_cost(rate, self.load_local - less.cpu);
+        let load = self.least_load();
+        let cpu = self.cpu_cost(rate, load) - self.cpu_cost(rate, load - less.cpu);
         let memory =
             self.memory_cost(rate, self.settled) - self.memory_cost(rate, self.settled - less.memory);
         cpu + memory
     }
 
-    /// What it costs, by the load it sees itself.
-    pub fn local_cost(&self, rate: f64) -> f64 {
-        self.cpu_cost(rate, self.load_local) + self.memory_cost(rate, self.settled)
+    /// What it costs, by the load that it has at least.
+    pub fn least_cost(&self, rate: f64) -> f64 {
+        self.cpu_cost(rate, self.least_load()) + self.memory_cost(rate, self.settled)
     }
 
     /// What a change costs the node, negative if it saves: by the view of its load that says more.
@@ -64,7 +65,7 @@ impl Node<'_> {
         let by = |load: f64| self.cpu_cost(rate, load + change.cpu) - self.cpu_cost(rate, load);
         let memory =
             self.memory_cost(rate, self.settled + change.memory) - self.memory_cost(rate, self.settled);
-        by(self.load_local).max(by(self.load_exported)) + memory
+        by(self.least_load()).max(by(self.most_load())) + memory
     }
 
     fn cpu_cost(&self, rate: f64, load: f64) -> f64 {
@@ -83,7 +84,7 @@ impl Cluster<'_> {
         self.nodes
             .iter()
             .filter(|node| node.view.state != NodeState::Unreachable)
-            .map(|node| node.cpu_cost(rate, node.load_exported) + node.memory_cost(rate, node.settled))
+            .map(|node| node.cpu_cost(rate, node.load) + node.memory_cost(rate, node.settled))
             .sum()
     }
 }

@@ -1,8 +1,5 @@
-//! Smoothing of reports, one sample a second. The server keeps one of these per measured thing.
-//!
-//! Loads follow MOSIX (constants as found in Kerrighed's `mosix_probe.c`): what a node thinks of itself rises slowly and
-//! falls at once, what it tells others rises at once and falls slowly. So a node is slow to push and slow to attract, and
-//! a VM that moves does not come back.
+//! Smoothing of reports, one sample a second. The server keeps one of these per measured thing. CPU figures come with their
+//! own mean and error: see `shoal_estimate`.
 
 use std::time::Duration;
 
@@ -20,26 +17,14 @@ pub struct Weights {
 /// Every constant of smoothing; docs/scheduling.md has the same table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Smoothing {
-    /// A load as the node itself sees it, and what a VM asks of its CPUs.
-    pub local: Weights,
-    /// A load as others see the node.
-    pub exported: Weights,
     /// How fast memory grows. The first sample counts in full.
     pub growth: Weights,
     /// A VM's dirty rate, and the working set of its writes: what a move would meet is the worst of late.
     pub peak: Weights,
 }
 
-/// The constants in use. Loads: (5 old + 3 new) / 8 and (7 old + new) / 8, as in Kerrighed's `mosix_probe.c`.
+/// The constants in use.
 pub const SMOOTHING: Smoothing = Smoothing {
-    local: Weights {
-        rising: 3.0 / 8.0,
-        falling: 1.0,
-    },
-    exported: Weights {
-        rising: 1.0,
-        falling: 1.0 / 8.0,
-    },
     growth: Weights {
         rising: 0.7,
         falling: 0.4,
@@ -58,42 +43,6 @@ impl Weights {
 
     fn of(self, old: f64, sample: f64) -> f64 {
         if sample > old { self.rising } else { self.falling }
-    }
-}
-
-/// A load as the node itself sees it: (5 old + 3 new) / 8 when it rises, at once when it falls.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct LocalLoad(f64);
-
-impl LocalLoad {
-    /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
-    pub fn update(&mut self, sample: f64) -> f64 {
-        self.0 = SMOOTHING.local.mean(self.0, load(sample));
-        self.0
-    }
-
-    /// The value, in CPUs.
-    #[must_use]
-    pub fn value(self) -> f64 {
-        self.0
-    }
-}
-
-/// A load as others see the node: at once when it rises, (7 old + new) / 8 when it falls.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct ExportedLoad(f64);
-
-impl ExportedLoad {
-    /// Takes a sample and answers the new value. A sample that is no number or negative counts as 0.
-    pub fn update(&mut self, sample: f64) -> f64 {
-        self.0 = SMOOTHING.exported.mean(self.0, load(sample));
-        self.0
-    }
-
-    /// The value, in CPUs.
-    #[must_use]
-    pub fn value(self) -> f64 {
-        self.0
     }
 }
 
@@ -152,34 +101,9 @@ impl Peak {
     }
 }
 
-/// Machines have fewer than a million CPUs; anything else is a bad report.
-fn load(sample: f64) -> f64 {
-    if sample.is_finite() && sample > 0.0 {
-        sample.min(1e6)
-    } else {
-        0.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn local_rises_slowly_and_falls_at_once() {
-        let mut local = LocalLoad::default();
-        assert_eq!(local.update(8.0), 3.0);
-        assert_eq!(local.update(8.0), 4.875);
-        assert_eq!(local.update(1.0), 1.0);
-    }
-
-    #[test]
-    fn exported_rises_at_once_and_falls_slowly() {
-        let mut exported = ExportedLoad::default();
-        assert_eq!(exported.update(8.0), 8.0);
-        assert_eq!(exported.update(0.0), 7.0);
-        assert_eq!(exported.update(f64::NAN), 6.125);
-    }
 
     #[test]
     fn a_peak_rises_at_once_and_falls_slowly() {

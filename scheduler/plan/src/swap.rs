@@ -5,9 +5,10 @@
 //! below the target. VMs that rules tie to others are not exchanged.
 
 use crate::action::{Action, ActionKind, Plan};
-use crate::cluster::{Cluster, bytes};
-use crate::cost::{Terms, cost};
+use crate::cluster::Cluster;
+use crate::cost::{Cost, Terms, cost};
 use crate::destinations::Destinations;
+use crate::effect::{Change, details, headline};
 use crate::model::NodeState;
 use crate::newcomer::Newcomer;
 use crate::score::Use;
@@ -24,6 +25,9 @@ const VMS_OF_A_DESTINATION: usize = 8;
 struct Swap {
     first: usize,
     second: usize,
+    /// What the score falls by.
+    benefit: f64,
+    /// What is left of that when the cost of both moves is taken off.
     gain: f64,
 }
 
@@ -43,9 +47,8 @@ pub(crate) fn swap<'a>(
         };
         let (from, to) = (cluster.vms[best.first].node, cluster.vms[best.second].node);
         for (vm, other, node) in [(best.first, best.second, to), (best.second, best.first, from)] {
-            let reason = reason(cluster, best.gain, vm, other, node);
-            plan.actions
-                .push(Action::new(cluster, ActionKind::Swap, vm, node, reason));
+            let action = action(cluster, best, vm, other, node);
+            plan.actions.push(action);
         }
         cluster.apply(best.first, to);
         cluster.apply(best.second, from);
@@ -60,7 +63,7 @@ fn best_swap<'a>(cluster: &Cluster<'a>, terms: Terms, destinations: &Destination
     let rate = cluster.cost_rate;
     let mut sources: Vec<(usize, f64)> = (0..cluster.nodes.len())
         .filter(idle)
-        .map(|node| (node, cluster.nodes[node].local_cost(rate)))
+        .map(|node| (node, cluster.nodes[node].least_cost(rate)))
         .filter(|(_, cost)| *cost >= terms.min_gain)
         .collect();
     let dearest = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -80,10 +83,16 @@ fn best_swap<'a>(cluster: &Cluster<'a>, terms: Terms, destinations: &Destination
         for &first in &by_weight(cluster, from, VMS_OF_A_SOURCE, true) {
             for (to, vms) in others.iter().filter(|(to, _)| *to != from) {
                 for &second in vms {
-                    let gain = gain(cluster, terms, first, second);
+                    let benefit = benefit(cluster, first, second);
+                    let gain = terms.net(benefit, both(cluster, first, second));
                     let better = gain >= terms.min_gain && best.is_none_or(|best| gain > best.gain);
                     if better && fits(cluster, first, *to, second) && fits(cluster, second, from, first) {
-                        best = Some(Swap { first, second, gain });
+                        best = Some(Swap {
+                            first,
+                            second,
+                            benefit,
+                            gain,
+                        });
                     }
                 }
             }
@@ -94,10 +103,8 @@ fn best_swap<'a>(cluster: &Cluster<'a>, terms: Terms, destinations: &Destination
 
 /// The VMs that may leave a node, those that weigh most there, or least, first.
 fn by_weight(cluster: &Cluster<'_>, node: usize, most: usize, heavy: bool) -> Vec<usize> {
-    let policy = cluster.policy;
-    let rest = policy.cool_down.max(policy.retry_after);
     let free = |&vm: &usize| {
-        cluster.vms[vm].converges && !cluster.together.ties(vm) && cluster.immobile(vm, rest).is_none()
+        cluster.vms[vm].converges && !cluster.together.ties(vm) && cluster.unsettled(vm).is_none()
     };
     let of = &cluster.nodes[node];
     let weigh = |vm: usize| of.saving(cluster.cost_rate, cluster.vms[vm].usage());
@@ -114,8 +121,8 @@ fn by_weight(cluster: &Cluster<'_>, node: usize, most: usize, heavy: bool) -> Ve
     vms.into_iter().map(|(vm, _)| vm).collect()
 }
 
-/// What an exchange lowers the score by, its cost taken off. The node that gets more is charged more than that.
-fn gain(cluster: &Cluster<'_>, terms: Terms, first: usize, second: usize) -> f64 {
+/// What an exchange lowers the score by. The node that gets more is charged more than that.
+fn benefit(cluster: &Cluster<'_>, first: usize, second: usize) -> f64 {
     let (a, b) = (&cluster.vms[first], &cluster.vms[second]);
     let stability = cluster.policy.stability;
     let rate = cluster.cost_rate;
@@ -128,9 +135,13 @@ fn gain(cluster: &Cluster<'_>, terms: Terms, first: usize, second: usize) -> f64
         memory: net(comes.memory, goes.memory),
     };
     let (from, to) = (&cluster.nodes[a.node], &cluster.nodes[b.node]);
-    let worse = from.worse(rate, change(b.usage(), a.usage())) + to.worse(rate, change(a.usage(), b.usage()));
-    let cost = cost(cluster.policy, a).and(cost(cluster.policy, b));
-    terms.net(-worse, cost)
+    -from.worse(rate, change(b.usage(), a.usage())) - to.worse(rate, change(a.usage(), b.usage()))
+}
+
+/// What both moves cost, at the same time.
+fn both(cluster: &Cluster<'_>, first: usize, second: usize) -> Cost {
+    let of = |vm: usize| cost(cluster.policy, &cluster.vms[vm]);
+    of(first).and(of(second))
 }
 
 fn fits(cluster: &Cluster<'_>, vm: usize, to: usize, leaves: usize) -> bool {
@@ -139,21 +150,18 @@ fn fits(cluster: &Cluster<'_>, vm: usize, to: usize, leaves: usize) -> bool {
     newcomer.check(cluster, to).is_ok()
 }
 
-fn reason(cluster: &Cluster<'_>, gain: f64, vm: usize, other: usize, to: usize) -> String {
-    let (vm, other) = (&cluster.vms[vm], &cluster.vms[other]);
-    let target = &cluster.nodes[to];
-    format!(
-        "exchanged with '{}', better balance by {gain:.2} in all: {} gets {:.2} CPUs and {} for {:.2} CPUs and {}; it \
-         then has load {:.2} on {} CPUs and holds {} of {}",
-        other.view.name,
-        target.view.name,
-        vm.demand,
-        bytes(vm.resident),
-        other.demand,
-        bytes(other.resident),
-        (target.load_exported - other.demand).max(0.0) + vm.demand,
-        target.view.cpus,
-        bytes(target.settled - other.resident + vm.resident),
-        target.view.memory,
-    )
+fn action(cluster: &Cluster<'_>, swap: Swap, vm: usize, other: usize, to: usize) -> Action {
+    let (first, second) = (&cluster.vms[swap.first], &cluster.vms[swap.second]);
+    let (cpu, memory) = (first.demand - second.demand, first.resident - second.resident);
+    let changes = [
+        Change::new(&cluster.nodes[first.node], -cpu, -memory),
+        Change::new(&cluster.nodes[second.node], cpu, memory),
+    ];
+    let cost = both(cluster, swap.first, swap.second);
+    let name = &cluster.vms[other].view.name;
+    let reason = format!(
+        "trades places with '{name}': {}",
+        headline(changes[0], changes[1], cost)
+    );
+    Action::new(cluster, ActionKind::Swap, vm, to, reason).with_details(details(changes, swap.benefit, cost))
 }

@@ -9,13 +9,14 @@
 
 use crate::action::{Action, ActionKind, Note, NoteKind, Plan};
 use crate::cluster::{Cluster, bytes};
+use crate::cost;
 use crate::last_resort;
 use crate::model::{DEFAULT_PRIORITY, NodeState};
 use crate::newcomer::Newcomer;
 use crate::place::{has_cpu, rejections};
 use crate::policy::Mode;
 use crate::reject::summarise;
-use crate::score::cost;
+use crate::score;
 
 /// So many notes a round list the nodes that were tried; that takes time in a large cluster.
 const DETAILED_NOTES: usize = 16;
@@ -124,9 +125,15 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
     });
     match placed {
         Some((candidate, to)) => {
-            let reason = reason(cluster, node, candidate, to, &alarm);
+            let action = Action::new(
+                cluster,
+                ActionKind::Usher,
+                candidate.vm,
+                to,
+                in_short(cluster, node, candidate, &alarm),
+            );
             plan.actions
-                .push(Action::new(cluster, ActionKind::Usher, candidate.vm, to, reason));
+                .push(action.with_details(reason(cluster, node, candidate, to, &alarm)));
             cluster.apply(candidate.vm, to);
             true
         }
@@ -271,7 +278,7 @@ pub(crate) fn roomiest(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, vm: usize
             (
                 number,
                 second_choice,
-                cost(rate, part) + node.charge(rate, newcomer.usage),
+                score::cost(rate, part) + node.charge(rate, newcomer.usage),
             )
         })
         .min_by(|a, b| a.1.cmp(&b.1).then(a.2.total_cmp(&b.2)))
@@ -298,6 +305,37 @@ fn beyond_the_rules(cluster: &mut Cluster<'_>, node: usize, vm: usize) -> Option
     }
     let newcomer = Newcomer::last_resort(cluster, vm, f64::midpoint(threshold, 1.0));
     roomiest(cluster, &newcomer, vm)
+}
+
+/// The same in a line: how long the node has.
+fn in_short(cluster: &Cluster<'_>, node: usize, candidate: &Candidate, alarm: &Alarm) -> String {
+    let cost = cost::cost(cluster.policy, &cluster.vms[candidate.vm]);
+    let move_takes = format!("takes {:.1} s, pause {:.0} ms", cost.seconds, cost.downtime * 1e3);
+    let of = &cluster.nodes[node];
+    if alarm.pressed && alarm.predicted <= alarm.limit {
+        return format!(
+            "{} is short of memory (pressure {:.0} %); {move_takes}",
+            of.view.name,
+            of.pressure()
+        );
+    }
+    let held = cluster.memory_at(node, 0.0);
+    let growth: f64 = cluster.staying(node).map(|vm| cluster.vms[vm].growth).sum();
+    let full = match (of.memory - held) / growth {
+        seconds if seconds.is_finite() && seconds > 0.0 => format!("is full in {seconds:.1} s"),
+        _ => "is nearly full".to_owned(),
+    };
+    let grows = if growth > 0.0 {
+        format!(", growing {}/s", bytes(growth))
+    } else {
+        String::new()
+    };
+    format!(
+        "{} {full} ({} of {}{grows}); {move_takes}",
+        of.view.name,
+        bytes(held),
+        of.view.memory,
+    )
 }
 
 fn reason(cluster: &Cluster<'_>, node: usize, candidate: &Candidate, to: usize, alarm: &Alarm) -> String {

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use shoal_plan::{
-    ActionKind, Bytes, BytesPerSecond, ClusterSnapshot, ExportedLoad, Growth, InFlight, LocalLoad, NodeView,
-    Policy, VmView, round, urgent,
+    ActionKind, Bytes, BytesPerSecond, ClusterSnapshot, Estimate, Growth, InFlight, NodeView, Policy, VmView,
+    round, urgent,
 };
 
 const STEP: f64 = 0.1;
@@ -35,7 +35,6 @@ struct Simulation {
     guests: Vec<Guest>,
     now: f64,
     snapshot: ClusterSnapshot,
-    loads: Vec<(LocalLoad, ExportedLoad)>,
     /// When, kind, VM, to.
     moves: Vec<(f64, ActionKind, String, String)>,
     highest: f64,
@@ -52,7 +51,6 @@ impl Simulation {
             guests,
             now: 0.0,
             snapshot: ClusterSnapshot::default(),
-            loads: vec![Default::default(); 3],
             moves: Vec::new(),
             highest: 0.0,
             balance,
@@ -97,9 +95,6 @@ impl Simulation {
         for node in 0..self.nodes {
             let mut view = NodeView::new(&name(node), 4, bytes(self.memory));
             view.memory_available = bytes(self.memory - self.used(node));
-            let load = self.guests.iter().filter(|guest| guest.node == node).count() as f64 * 0.3;
-            view.load_local = self.loads[node].0.update(load);
-            view.load_exported = self.loads[node].1.update(load);
             snapshot.nodes.push(view);
         }
         for (number, guest) in self.guests.iter_mut().enumerate() {
@@ -112,7 +107,7 @@ impl Simulation {
             let resident = bytes(guest.resident(self.now));
             vm.resident = Some(resident);
             vm.growth = guest.growth.update(resident, Duration::from_secs(1));
-            vm.cpu_use = 0.3;
+            vm.cpu = Some(Estimate::exactly(0.3));
             vm.in_flight = guest.moving.map(|(to, received)| InFlight {
                 to: NodeView::new(&name(to), 1, Bytes(0)).name,
                 received: bytes(received),

@@ -8,9 +8,9 @@ use common::{clusters, finish, start};
 use proptest::prelude::*;
 use shoal_plan::score::score;
 use shoal_plan::{
-    ActionKind, Bytes, CannotMove, ClusterSnapshot, Kernels, KvmKind, LaunchRequest, Mode, NodeName,
-    NodeState, NodeView, Note, NoteKind, PlaceError, Policy, RejectReason, Rules, SoftwareKernel, VmId,
-    VmView, bring, expel, place_launch, place_launches, place_migration, round, text,
+    ActionKind, Bytes, CannotMove, ClusterSnapshot, Estimate, Kernels, KvmKind, LaunchRequest, Mode,
+    NodeName, NodeState, NodeView, Note, NoteKind, PlaceError, Policy, RejectReason, Rules, SoftwareKernel,
+    VmId, VmView, bring, expel, place_launch, place_launches, place_migration, round, text,
 };
 
 fn policies() -> impl Strategy<Value = Policy> {
@@ -58,6 +58,15 @@ fn node<'a>(snapshot: &'a ClusterSnapshot, name: &NodeName) -> &'a NodeView {
 }
 
 /// Here or on the way to here.
+/// CPUs that a VM wants.
+fn wanted(vm: &VmView) -> f64 {
+    match vm.cpu {
+        _ if vm.suspended => 0.0,
+        Some(cpu) if vm.resident.is_some() => cpu.mean,
+        _ => f64::from(vm.cpus),
+    }
+}
+
 fn counts_on(vm: &VmView, name: &NodeName) -> bool {
     vm.node == *name || arrives_at(vm, name)
 }
@@ -244,6 +253,7 @@ proptest! {
             let balance = matches!(action.kind, ActionKind::Rebalance | ActionKind::Swap | ActionKind::Pack);
             let rest = if balance { policy.cool_down } else { policy.retry_after };
             prop_assert!(vm.since_last_move.is_none_or(|age| age >= rest));
+            prop_assert!(!balance || vm.ran.is_none_or(|ran| ran >= policy.settle));
             prop_assert!(!action.reason.is_empty());
 
             let memory = to.memory.0 as f64;
@@ -338,8 +348,9 @@ proptest! {
                 return Ok(());
             }
             let short = |name: &NodeName| {
+                let load: f64 = snapshot.vms.iter().filter(|vm| vm.node == *name).map(wanted).sum();
                 let node = node(&snapshot, name);
-                node.load_local > f64::from(node.cpus.max(1)) * node.speed
+                load > f64::from(node.cpus.max(1)) * node.speed
             };
             for action in &plan.actions {
                 prop_assert!(open.contains(&action.to) || short(&action.from), "{}", action.reason);
@@ -557,12 +568,12 @@ proptest! {
         integer in prop_oneof![Just(0u64), Just(u64::MAX), Just(1)],
     ) {
         for node in snapshot.nodes.iter_mut().step_by(2) {
-            (node.speed, node.load_local, node.load_exported) = (float, float, float);
+            (node.speed, node.other) = (float, Estimate { mean: float, error: float });
             (node.pressure_memory, node.memory, node.cpus) = (float, Bytes(integer), 0);
             (node.reserved_memory, node.reserved_cpus) = (Bytes(integer), float);
         }
         for vm in snapshot.vms.iter_mut().step_by(2) {
-            vm.cpu_use = float;
+            vm.cpu = Some(Estimate { mean: float, error: float });
             (vm.declared, vm.resident) = (Bytes(integer), Some(Bytes(integer)));
             (vm.growth.0, vm.cpus) = (integer, 0);
             vm.in_flight = Some(shoal_plan::InFlight { to: vm.node.clone(), received: Bytes(integer) });

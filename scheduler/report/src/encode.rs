@@ -183,6 +183,9 @@ fn host_rates(of: &Heartbeat) -> HostRates {
         swap_out_bytes_per_second: of.swap_out_bytes_per_second,
         network_receive_bytes_per_second: of.network_receive_bytes_per_second,
         network_transmit_bytes_per_second: of.network_transmit_bytes_per_second,
+        other_cpu: of.other_cpu,
+        other_cpu_error: of.other_cpu_error,
+        vmm_cpu: of.vmm_cpu,
     }
 }
 
@@ -191,11 +194,18 @@ pub(crate) fn set_host_rates(of: &mut Heartbeat, rates: &HostRates) {
     of.swap_out_bytes_per_second = rates.swap_out_bytes_per_second;
     of.network_receive_bytes_per_second = rates.network_receive_bytes_per_second;
     of.network_transmit_bytes_per_second = rates.network_transmit_bytes_per_second;
+    of.other_cpu = rates.other_cpu;
+    of.other_cpu_error = rates.other_cpu_error;
+    of.vmm_cpu = rates.vmm_cpu;
 }
 
 fn host_rates_changed(limits: Thresholds, sent: &HostRates, now: &HostRates) -> bool {
     let changed = |sent, now| limits.rate.passed_by_rate(sent, now);
-    changed(sent.swap_in_bytes_per_second, now.swap_in_bytes_per_second)
+    let cpus = |sent, now| limits.cpu.passed_by_share(sent, now);
+    cpus(sent.other_cpu, now.other_cpu)
+        || cpus(sent.other_cpu_error, now.other_cpu_error)
+        || cpus(sent.vmm_cpu, now.vmm_cpu)
+        || changed(sent.swap_in_bytes_per_second, now.swap_in_bytes_per_second)
         || changed(sent.swap_out_bytes_per_second, now.swap_out_bytes_per_second)
         || changed(
             sent.network_receive_bytes_per_second,
@@ -228,6 +238,8 @@ fn vm_rates(of: &VmFacts) -> VmRates {
         working_set_bytes: of.working_set_bytes,
         read_bytes_per_second: of.read_bytes_per_second,
         write_bytes_per_second: of.write_bytes_per_second,
+        cpu_demand: of.cpu_demand,
+        cpu_demand_error: of.cpu_demand_error,
     }
 }
 
@@ -237,10 +249,16 @@ pub(crate) fn set_vm_rates(of: &mut VmFacts, rates: &VmRates) {
     of.working_set_bytes = rates.working_set_bytes;
     of.read_bytes_per_second = rates.read_bytes_per_second;
     of.write_bytes_per_second = rates.write_bytes_per_second;
+    of.cpu_demand = rates.cpu_demand;
+    of.cpu_demand_error = rates.cpu_demand_error;
 }
 
 fn vm_rates_changed(limits: Thresholds, sent: &VmRates, now: &VmRates) -> bool {
     limits.cpu.passed_by_share(sent.cpu_steal, now.cpu_steal)
+        || limits.cpu.passed_by_share(sent.cpu_demand, now.cpu_demand)
+        || limits
+            .cpu
+            .passed_by_share(sent.cpu_demand_error, now.cpu_demand_error)
         || limits
             .dirty_rate
             .passed_by_rate(sent.dirty_rate_bytes_per_second, now.dirty_rate_bytes_per_second)

@@ -34,6 +34,8 @@ fn vm(id: u64) -> impl Strategy<Value = VmFacts> {
                 read_bytes_per_second: io,
                 write_bytes_per_second: io.map(|rate| rate / 2),
                 handle: 0,
+                cpu_demand: steal.map(|cpus| 2.0 * cpus),
+                cpu_demand_error: steal,
             },
         )
 }
@@ -70,6 +72,9 @@ fn heartbeat() -> impl Strategy<Value = Heartbeat> {
                     memory_available_bytes: numa,
                 }],
                 sequence: 0,
+                other_cpu: cpu,
+                other_cpu_error: mem,
+                vmm_cpu: Some(cpu_use),
             },
         )
 }

@@ -35,6 +35,7 @@ mod migrations;
 mod moves;
 mod nodes;
 mod observe;
+mod other_load;
 mod planner_policy;
 mod policy;
 mod pool;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use shoal_plan::{Bytes, ExportedLoad, Growth, LocalLoad, Peak};
+use shoal_plan::{Bytes, Estimate, Growth, Peak};
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -20,8 +20,10 @@ pub const SILENCE: Duration = Duration::from_secs(5);
 /// it comes back or an operator says otherwise.
 pub const LOST: Duration = Duration::from_secs(30);
 
-/// Below this, in CPUs, a node's use says nothing of how long its threads wait.
-const MEASURABLE_CPU: f64 = 0.01;
+/// That of Linux is a UUID.
+const LONGEST_BOOT_ID: usize = 64;
+/// More CPUs than any host has: what is told beyond that is cut.
+const MOST_CPUS: f64 = 1e6;
 
 /// One end of an agent's Report stream.
 pub type ReportSender = mpsc::Sender<Result<node::SchedulerMessage, Status>>;
@@ -60,12 +62,17 @@ pub struct ObservedVm {
     pub working_set: Option<Peak>,
     /// How fast its resident memory grows.
     pub growth: Growth,
-    /// CPUs it would use if it had not to wait for any, smoothed.
-    pub cpu: LocalLoad,
     sampled: Instant,
 }
 
 impl ObservedVm {
+    /// CPUs that it would use if it never had to wait; none until its node has seen enough of it.
+    pub fn demand(&self) -> Option<Estimate> {
+        let mean = self.facts.cpu_demand?;
+        let error = self.facts.cpu_demand_error.unwrap_or(0.0);
+        Some(Estimate { mean, error }.sane(MOST_CPUS))
+    }
+
     /// State of its VMM.
     pub fn state(&self) -> vm::VmState {
         self.facts
@@ -80,15 +87,26 @@ impl ObservedVm {
 pub struct Observed {
     /// Free part of what it lends.
     pub memory_available: u64,
-    /// Load as it sees itself.
-    pub load_local: LocalLoad,
-    /// Load as others see it.
-    pub load_exported: ExportedLoad,
     /// Growth of what is not VMs.
     pub other_growth: Growth,
     /// PSI.
     pub pressure: node::Pressure,
     sampled: Option<Instant>,
+}
+
+/// What an agent told of the CPUs of its host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostCpu {
+    /// Which host; none if that is not known.
+    pub host: Option<Arc<str>>,
+    /// CPUs that it has; 0 if that is not known.
+    pub host_cpus: u32,
+    /// CPUs of it that this node lends.
+    pub lends: u32,
+    /// CPUs of it that anything but the VMMs of this node uses.
+    pub other: Estimate,
+    /// CPUs that these use.
+    pub vmms: f64,
 }
 
 #[derive(Debug)]
@@ -114,6 +132,10 @@ struct Inner {
     forget: bool,
     /// Of one CPU, as measured by its agent.
     cpu_speed: Option<f64>,
+    /// What host it is, by the boot id: nodes with the same one share it.
+    host: Option<Arc<str>>,
+    /// CPUs of that; 0 if not known.
+    host_cpus: u32,
     /// MSRs that are saved there, as told by its agent.
     msrs: Option<MsrList>,
     /// Bytes per second that migrations out of it got.
@@ -146,6 +168,8 @@ impl NodeEntry {
                 announced: if known { Liveness::Live } else { Liveness::Suspect },
                 forget: false,
                 cpu_speed: None,
+                host: None,
+                host_cpus: 0,
                 msrs: None,
                 link_rate: None,
                 observed: Observed::default(),
@@ -230,6 +254,39 @@ impl NodeEntry {
     /// The MSRs that are saved and restored there; none where that is not known.
     pub fn msrs(&self) -> Option<MsrList> {
         self.lock().msrs
+    }
+
+    /// Keeps what its agent told of the host: its boot id, and how many CPUs it has.
+    pub fn set_host(&self, boot_id: &str, cpus: u32) {
+        let mut inner = self.lock();
+        inner.host = (!boot_id.is_empty() && boot_id.len() <= LONGEST_BOOT_ID).then(|| Arc::from(boot_id));
+        inner.host_cpus = cpus;
+    }
+
+    /// What it told of the use of its host's CPUs; none if it does not.
+    pub fn host_cpu(&self) -> Option<HostCpu> {
+        let inner = self.lock();
+        let figures = &inner.figures;
+        let other = Estimate {
+            mean: figures.other_cpu?,
+            error: figures.other_cpu_error.unwrap_or(0.0),
+        };
+        Some(HostCpu {
+            host: inner.host.clone(),
+            host_cpus: inner.host_cpus,
+            lends: inner.record.cpus,
+            other: other.sane(MOST_CPUS),
+            vmms: Estimate::exactly(figures.vmm_cpu.unwrap_or(0.0))
+                .sane(MOST_CPUS)
+                .mean,
+        })
+    }
+
+    /// CPUs that its VMs want, as far as its agent knows already, or use.
+    pub fn wanted_cpus(&self) -> f64 {
+        let inner = self.lock();
+        let of = |seen: &ObservedVm| seen.demand().map_or(seen.facts.cpu_use, |demand| demand.mean);
+        inner.vms.values().map(of).sum()
     }
 
     /// Keeps what its agent told.
@@ -379,15 +436,6 @@ impl NodeEntry {
         let memory = inner.record.memory_bytes;
         let observed = &mut inner.observed;
         observed.memory_available = heartbeat.memory_available_bytes.min(memory);
-        let load = heartbeat.cpu_use.max(heartbeat.run_queue);
-        // What is used, times this, is what would be used if no thread had to wait for a CPU.
-        let stretch = if heartbeat.cpu_use > MEASURABLE_CPU {
-            load / heartbeat.cpu_use
-        } else {
-            1.0
-        };
-        observed.load_local.update(load);
-        observed.load_exported.update(load);
         observed.pressure = heartbeat.pressure.unwrap_or_default();
         let resident: u64 = vms
             .iter()
@@ -403,7 +451,7 @@ impl NodeEntry {
             .into_iter()
             .map(|(key, facts)| {
                 let seen = previous.remove(&key);
-                (key, ObservedVm::next(seen, facts, now, Some(stretch)))
+                (key, ObservedVm::next(seen, facts, now, true))
             })
             .collect();
     }
@@ -416,7 +464,7 @@ impl NodeEntry {
         let seen = inner.vms.remove(&key);
         inner
             .vms
-            .insert(key, ObservedVm::next(seen, Arc::new(facts), now, None));
+            .insert(key, ObservedVm::next(seen, Arc::new(facts), now, false));
     }
 
     /// A VM has left: until the next heartbeat its memory counts as free.
@@ -464,8 +512,8 @@ impl Inner {
 }
 
 impl ObservedVm {
-    /// The next view of a VM. `stretch` comes with a heartbeat; news in between are not sampled.
-    fn next(seen: Option<Self>, facts: Arc<node::VmFacts>, now: Instant, stretch: Option<f64>) -> Self {
+    /// The next view of a VM. What comes between heartbeats is no sample.
+    fn next(seen: Option<Self>, facts: Arc<node::VmFacts>, now: Instant, is_sample: bool) -> Self {
         let mut next = match seen {
             Some(seen) => Self { facts, ..seen },
             None => Self {
@@ -473,11 +521,12 @@ impl ObservedVm {
                 dirty_rate: None,
                 working_set: None,
                 growth: Growth::default(),
-                cpu: LocalLoad::default(),
                 sampled: now,
             },
         };
-        let Some(stretch) = stretch else { return next };
+        if !is_sample {
+            return next;
+        }
         if next.state() == vm::VmState::Incoming {
             // It grows as fast as the link sends, which says nothing of the guest.
             next.growth = Growth::default();
@@ -485,9 +534,6 @@ impl ObservedVm {
             next.growth
                 .update(Bytes(next.facts.resident_bytes), now - next.sampled);
         }
-        let cpus = next.facts.status.as_ref().map_or(u32::MAX, |status| status.cpus);
-        let demand = (next.facts.cpu_use * stretch).min(f64::from(cpus));
-        next.cpu.update(demand.max(next.facts.cpu_use));
         let smooth = |known: Option<Peak>, sample: Option<u64>| {
             sample.map(|sample| known.unwrap_or_default().next(sample))
         };

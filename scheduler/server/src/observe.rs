@@ -12,6 +12,7 @@ use shoal_report::Report;
 use crate::cpus::{Kinds, MsrList};
 use crate::events::{Kind, NewEvent};
 use crate::nodes::{LOST, Liveness, NodeEntry, ObservedVm, SILENCE};
+use crate::other_load::OtherLoads;
 use crate::queue;
 use crate::reconcile::Subject;
 use crate::record::{Cordon, Intent, NodeRecord, Phase};
@@ -176,12 +177,14 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
     let mut lacks = HashMap::new();
     let mut nodes: Vec<NodeView> = vec![];
     let typical = typical_speed(&all);
+    let others = OtherLoads::of(&all);
     for entry in all {
         let record = entry.record();
         let cpu = record.cpu.clone();
         let failing = scheduler.failures.of(&record.name);
         let mut view = node_view(&entry, record);
         view.failing = failing;
+        view.other = others.on(&entry);
         view.speed = relative_speed(&entry, typical);
         if let Some(cpu) = cpu {
             let msrs = hosts.msrs(&entry.name());
@@ -276,8 +279,6 @@ fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
         state,
         memory_available: Bytes(observed.memory_available),
         other_growth: observed.other_growth.value(),
-        load_local: observed.load_local.value(),
-        load_exported: observed.load_exported.value(),
         pressure_memory: observed.pressure.memory.unwrap_or(0.0),
         pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),
         migration_tls: record.migration_tls,
@@ -369,7 +370,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         declared: Bytes(record.memory_bytes),
         name,
         resident: seen.as_ref().map(|seen| Bytes(seen.facts.resident_bytes)),
-        cpu_use: seen.as_ref().map_or(0.0, |seen| seen.cpu.value()),
+        cpu: entry.demand(seen.as_ref().and_then(ObservedVm::demand)),
         growth: seen
             .as_ref()
             // The smoothed growth of one whose vCPUs are stopped is that of a while ago.
@@ -392,6 +393,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         suspended: record.suspended.is_some(),
         preemptible: record.wishes.preemptible,
         ran: record.ran(),
+        longest_pause: entry.longest_pause(),
         gives_way_to: record
             .giving_way
             .as_ref()

@@ -264,6 +264,7 @@ pub async fn begin(
         .begin_session(record, session, sender)
         .map_err(bad_address)?;
     entry.set_cpu_speed(register.cpu_speed);
+    entry.set_host(&register.boot_id, register.host_cpus);
     entry.set_msrs(scheduler.cpus.msr_list(&register.msrs));
     observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))

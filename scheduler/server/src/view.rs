@@ -8,6 +8,7 @@ use shoal_proto::cluster::{self, NodeState, VmPhase};
 use crate::execute::lost;
 use crate::nodes::{Liveness, NodeEntry, ObservedVm};
 use crate::observe;
+use crate::other_load::OtherLoads;
 use crate::queue::Waiting;
 use crate::record::{Cordon, ImageRecord, NodeRecord, Outcome, Phase, VmRecord};
 use crate::scheduler::Scheduler;
@@ -205,17 +206,24 @@ fn phase(scheduler: &Scheduler, entry: &VmEntry) -> (VmPhase, String) {
 pub fn nodes(scheduler: &Scheduler) -> Vec<cluster::Node> {
     let entries = scheduler.nodes.list();
     let typical = observe::typical_speed(&entries);
-    let view = |entry| node_with(scheduler, entry, typical);
+    let others = OtherLoads::of(&entries);
+    let view = |entry| node_with(scheduler, entry, typical, &others);
     entries.iter().map(|entry| view(entry)).collect()
 }
 
 /// A node.
 pub fn node(scheduler: &Scheduler, entry: &NodeEntry) -> cluster::Node {
-    let typical = observe::typical_speed(&scheduler.nodes.list());
-    node_with(scheduler, entry, typical)
+    let entries = scheduler.nodes.list();
+    let typical = observe::typical_speed(&entries);
+    node_with(scheduler, entry, typical, &OtherLoads::of(&entries))
 }
 
-fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64>) -> cluster::Node {
+fn node_with(
+    scheduler: &Scheduler,
+    entry: &NodeEntry,
+    typical_speed: Option<f64>,
+    others: &OtherLoads,
+) -> cluster::Node {
     let record = entry.record();
     let (observed, reachable) = entry.observed();
     let figures = entry.figures();
@@ -239,7 +247,7 @@ fn node_with(scheduler: &Scheduler, entry: &NodeEntry, typical_speed: Option<f64
         cpus: record.cpus,
         memory_bytes: record.memory_bytes,
         memory_available_bytes: observed.memory_available,
-        cpu_load: observed.load_exported.value(),
+        cpu_load: others.on(entry).mean + entry.wanted_cpus(),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         pressure_memory: observed.pressure.memory.unwrap_or(0.0),
         pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),

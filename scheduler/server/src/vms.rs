@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use shoal_plan::Estimate;
 use shoal_proto::{NodeName, VmId, VmName, cluster};
 use tokio::sync::{OwnedMutexGuard, watch};
 
@@ -25,6 +26,7 @@ pub struct VmEntry {
     operation: Arc<tokio::sync::Mutex<()>>,
     migrations: Mutex<VecDeque<cluster::Migration>>,
     dirty_rate: Mutex<Option<u64>>,
+    demand: Mutex<Option<Estimate>>,
     console_end: AtomicU64,
 }
 
@@ -53,6 +55,7 @@ impl VmEntry {
             operation: Arc::default(),
             migrations: Mutex::default(),
             dirty_rate: Mutex::default(),
+            demand: Mutex::default(),
             console_end: AtomicU64::new(0),
         })
     }
@@ -124,6 +127,23 @@ impl VmEntry {
     /// Bytes it dirties a second, as measured by its last migration.
     pub fn dirty_rate(&self) -> Option<u64> {
         *self.dirty_rate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The longest time that a move of those remembered kept it from running.
+    pub fn longest_pause(&self) -> Option<std::time::Duration> {
+        let history = self.history();
+        let reports = history.iter().filter_map(|migration| migration.report.as_ref());
+        let us = reports
+            .map(|report| report.downtime_us.max(report.guest_gap_us.unwrap_or(0)))
+            .max()?;
+        Some(std::time::Duration::from_micros(us))
+    }
+
+    /// CPUs that it wants: as seen, or as last seen where it was before. It is the same guest after a move.
+    pub fn demand(&self, seen: Option<Estimate>) -> Option<Estimate> {
+        let mut known = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = seen.or(*known);
+        *known
     }
 
     /// Keeps what a migration measures.

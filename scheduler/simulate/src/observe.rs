@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+use shoal_estimate::{Estimate, Meter, WINDOW};
 use shoal_plan::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Growth, InFlight, NodeName, NodeView, Policy, VmView,
 };
@@ -38,8 +39,9 @@ struct Report {
     runnable: f64,
     available: f64,
     pressure: f64,
-    /// Held by what is no VM.
+    /// Held by what is no VM, and CPUs that it uses.
     other_memory: f64,
+    other: Estimate,
     vms: Vec<VmReport>,
 }
 
@@ -49,6 +51,8 @@ struct VmReport {
     resident: f64,
     /// CPUs that it used.
     used: f64,
+    /// CPUs that it would use if it got them, if that is known by now.
+    demand: Option<Estimate>,
 }
 
 /// The reports so far.
@@ -66,7 +70,9 @@ struct SeenNode {
     inbox: VecDeque<Report>,
     local: LocalLoad,
     exported: ExportedLoad,
-    other: Growth,
+    /// What is no VM: its memory, and its CPUs.
+    memory: Growth,
+    other: Meter,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -74,6 +80,9 @@ struct SeenVm {
     /// Place in the snapshot.
     at: Option<usize>,
     used: LocalLoad,
+    /// Its agent's, and which node's that is.
+    demand: Meter,
+    metered_on: Option<usize>,
     growth: Growth,
     node: Option<usize>,
     dirty: Option<f64>,
@@ -143,7 +152,7 @@ impl Observer {
     pub fn started(&mut self, number: usize, vm: &Vm<'_>, node: &NodeName) {
         let spec = vm.spec;
         let mut view = VmView::new(&spec.name, node.as_str(), spec.cpus, bytes(spec.declared));
-        view.cannot_move = Some(CannotMove::Starting);
+        (view.cannot_move, view.cpu) = (Some(CannotMove::Starting), None);
         (view.priority, view.preemptible) = (spec.priority, spec.preemptible);
         self.vms[number] = SeenVm {
             at: Some(self.snapshot.vms.len()),
@@ -174,7 +183,7 @@ impl Observer {
     /// Every agent reports; what is due arrives.
     pub fn report(&mut self, looks: &Looks<'_, '_>) {
         for node in 0..looks.nodes.len() {
-            let report = take(looks, node);
+            let report = self.take(looks, node);
             self.nodes[node].inbox.push_back(report);
             while let Some(report) = self.nodes[node].inbox.front()
                 && report.due <= looks.now
@@ -199,9 +208,9 @@ impl Observer {
             queue.exported = seen.exported.update(report.runnable);
         }
         let view = &mut self.snapshot.nodes[node];
-        (view.load_local, view.load_exported) = (queue.local, queue.exported);
         view.memory_available = bytes(report.available);
-        view.other_growth = seen.other.update(bytes(report.other_memory), interval);
+        view.other_growth = seen.memory.update(bytes(report.other_memory), interval);
+        view.other = report.other;
         view.pressure_memory = report.pressure;
         for told in &report.vms {
             let vm = &looks.vms[told.vm];
@@ -217,10 +226,11 @@ impl Observer {
             let resident = bytes(told.resident);
             view.resident = Some(resident);
             view.growth = seen.growth.update(resident, interval);
+            // It is the same guest as before a move: what was known of it holds until more is.
+            view.cpu = told.demand.or(view.cpu);
             for _ in 0..samples {
-                view.cpu_use = seen.used.update(told.used);
+                self.samples.vms[at] = seen.used.update(told.used);
             }
-            self.samples.vms[at] = view.cpu_use;
             if view.cannot_move == Some(CannotMove::Starting) {
                 view.cannot_move = None;
             }
@@ -252,6 +262,7 @@ impl Observer {
         view.dirty_rate = self.vms[number].dirty.map(|rate| BytesPerSecond(bytes(rate).0));
         view.since_last_move = vm.last_move.map(|(_, at)| since(at));
         view.ran = Some(since(vm.started_at));
+        view.longest_pause = vm.longest_pause.map(Duration::from_secs_f64);
         view.suspended = vm.suspended.is_some();
         view.suspended_growth = vm.suspended.map(|growth| BytesPerSecond(bytes(growth).0));
         if view.suspended {
@@ -265,36 +276,56 @@ impl Observer {
             })
         });
     }
-}
 
-/// What a node's agent sees.
-fn take(looks: &Looks<'_, '_>, number: usize) -> Report {
-    let (node, noise) = (&looks.nodes[number], &looks.scenario.noise);
-    let (chance, reports) = (looks.chance, looks.reports);
-    let speed = node.spec.speed;
-    let mut runnable = node.tenant.cpu / speed;
-    let vms = node.vms.iter().map(|&vm| {
-        let state = &looks.vms[vm];
-        if !state.paused && state.suspended.is_none() {
-            let wanted = state.wanted.min(f64::from(state.spec.cpus) * speed) / speed;
-            runnable += noise.runnable(chance, vm, reports, state.spec.cpus, wanted);
+    /// What a node's agent sees.
+    fn take(&mut self, looks: &Looks<'_, '_>, number: usize) -> Report {
+        let (node, noise) = (&looks.nodes[number], &looks.scenario.noise);
+        let (chance, reports) = (looks.chance, looks.reports);
+        let interval = Duration::from_secs_f64(looks.scenario.interval);
+        let speed = node.spec.speed;
+        let others = node.tenant.cpu / speed;
+        let mut runnable = others;
+        let mut vms = Vec::with_capacity(node.vms.len());
+        for &vm in &node.vms {
+            let state = &looks.vms[vm];
+            let seen = &mut self.vms[vm];
+            if seen.metered_on != Some(number) {
+                (seen.demand, seen.metered_on) = (Meter::default(), Some(number));
+            }
+            let error = noise.cpu_error(chance, vm, reports);
+            // A VM gets CPUs of its node; what it uses and wants is counted in those.
+            let most = f64::from(state.spec.cpus);
+            let stands = state.paused || state.suspended.is_some();
+            let wanted = if stands {
+                0.0
+            } else {
+                (state.wanted / speed).min(most)
+            };
+            if !stands {
+                runnable += noise.runnable(chance, vm, reports, state.spec.cpus, wanted);
+                seen.demand.update((wanted * error).min(most), interval);
+            }
+            vms.push(VmReport {
+                vm,
+                resident: state.resident,
+                used: state.given / speed * error,
+                demand: (seen.demand.age() >= WINDOW).then(|| seen.demand.value()),
+            });
         }
-        VmReport {
-            vm,
-            resident: state.resident,
-            // A VM gets CPUs of its node; what it uses is counted in those.
-            used: state.given / speed * noise.cpu_error(chance, vm, reports),
+        let seen = &mut self.nodes[number];
+        // Nodes have numbers of their own, after those of the VMs.
+        let error = noise.cpu_error(chance, looks.vms.len() + number, reports);
+        seen.other.update(others * error, interval);
+        Report {
+            taken: looks.now,
+            due: looks.now + noise.report_delay(chance, number, reports),
+            runnable,
+            available: node.spec.memory as f64 - node.used,
+            pressure: (1.0 - node.memory_factor) * 100.0,
+            other_memory: node.tenant.memory,
+            other: seen.other.value(),
+            vms,
         }
-    });
-    let vms: Vec<VmReport> = vms.collect();
-    Report {
-        taken: looks.now,
-        due: looks.now + noise.report_delay(chance, number, reports),
-        runnable,
-        available: node.spec.memory as f64 - node.used,
-        pressure: (1.0 - node.memory_factor) * 100.0,
-        other_memory: node.tenant.memory,
-        vms,
     }
 }
 

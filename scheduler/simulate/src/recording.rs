@@ -326,10 +326,10 @@ fn recorded_node(moment: &Moment, id: &VmId) -> Option<NodeName> {
 mod tests {
     use super::*;
 
-    const CLUSTER: &str = "shoal-cluster 1\npolicy cool_down=60s\nnode node1 cpus=2 memory=1GiB available=384MiB\n\
+    const CLUSTER: &str = "shoal-cluster 1\npolicy cool_down=60s\nnode node1 cpus=2 memory=1GiB available=224MiB\n\
                            node node2 cpus=2 memory=1GiB\n\
-                           vm a node=node1 cpus=1 memory=512MiB resident=320MiB growth=20MiB\n\
-                           vm b node=node1 cpus=1 memory=512MiB resident=320MiB growth=20MiB\n";
+                           vm a node=node1 cpus=1 memory=512MiB resident=400MiB growth=20MiB\n\
+                           vm b node=node1 cpus=1 memory=512MiB resident=400MiB growth=20MiB\n";
 
     fn recorded() -> Vec<u8> {
         let mut writer = Writer::new(Vec::new());

@@ -56,6 +56,8 @@ pub(crate) struct Vm<'a> {
     pub booting: bool,
     /// Its vCPUs are stopped; it grew so fast before, as far as its policy knows.
     pub suspended: Option<f64>,
+    /// The longest that a move stopped it, seconds.
+    pub longest_pause: Option<f64>,
     /// When it began to run, and when it came to the node it is on.
     pub started_at: f64,
     pub arrived_at: f64,
@@ -97,6 +99,7 @@ impl<'a> Vm<'a> {
             boot,
             booting: false,
             suspended: None,
+            longest_pause: None,
             started_at: 0.0,
             arrived_at: 0.0,
         }

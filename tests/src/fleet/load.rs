@@ -153,6 +153,9 @@ impl Node {
                 memory_bytes: MEMORY,
                 memory_available_bytes: MEMORY.saturating_sub(used as u64),
             }],
+            other_cpu: Some(0.1),
+            other_cpu_error: Some(0.05),
+            vmm_cpu: Some(cpu),
         }
     }
 
@@ -183,5 +186,7 @@ fn facts(vm: &Vm) -> VmFacts {
         read_bytes_per_second: Some(0),
         write_bytes_per_second: Some(0),
         handle: 0,
+        cpu_demand: Some(vm.cpu),
+        cpu_demand_error: Some(vm.cpu / 20.0),
     }
 }

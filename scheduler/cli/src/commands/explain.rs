@@ -2,7 +2,7 @@
 
 use clap::Args;
 use serde::Serialize;
-use shoal_proto::cluster::{AlternativeNode, ExplainVmRequest, Explanation};
+use shoal_proto::cluster::{AlternativeNode, ExplainVmRequest, Explanation, Outlook};
 
 use crate::client::Context;
 use crate::error::CliError;
@@ -27,14 +27,14 @@ pub(super) struct ExplanationView {
     node: String,
     placement: String,
     verdict: String,
-    cpus: f64,
+    /// Unset: not known yet.
+    cpus: Option<f64>,
+    cpus_error: f64,
     memory_bytes: u64,
     growth_bytes_per_second: u64,
     move_ms: u64,
     downtime_us: u64,
-    cost: f64,
-    saving: f64,
-    min_gain: Option<f64>,
+    here: OutlookView,
     nodes: Vec<AlternativeView>,
 }
 
@@ -43,9 +43,42 @@ struct AlternativeView {
     node: String,
     fits: bool,
     rejected: String,
-    charge: f64,
-    gain: f64,
     pays_back_ms: Option<u64>,
+    outlook: OutlookView,
+}
+
+#[derive(Debug, Serialize)]
+struct OutlookView {
+    slowdown: f64,
+    slowdown_then: f64,
+    memory_part: f64,
+    memory_part_then: f64,
+}
+
+impl From<Option<Outlook>> for OutlookView {
+    fn from(outlook: Option<Outlook>) -> Self {
+        let outlook = outlook.unwrap_or_default();
+        Self {
+            slowdown: outlook.slowdown,
+            slowdown_then: outlook.slowdown_then,
+            memory_part: outlook.memory_part,
+            memory_part_then: outlook.memory_part_then,
+        }
+    }
+}
+
+impl OutlookView {
+    fn slowdowns(&self) -> String {
+        format!("{:.1} -> {:.1}", self.slowdown, self.slowdown_then)
+    }
+
+    fn memory(&self) -> String {
+        format!(
+            "{:.0} % -> {:.0} %",
+            self.memory_part * 100.0,
+            self.memory_part_then * 100.0
+        )
+    }
 }
 
 impl From<AlternativeNode> for AlternativeView {
@@ -54,9 +87,8 @@ impl From<AlternativeNode> for AlternativeView {
             node: node.node,
             fits: node.rejected.is_empty(),
             rejected: node.rejected,
-            charge: node.charge,
-            gain: node.gain,
             pays_back_ms: node.pays_back_ms,
+            outlook: node.outlook.into(),
         }
     }
 }
@@ -69,13 +101,12 @@ impl From<Explanation> for ExplanationView {
             placement: why.placement,
             verdict: why.verdict,
             cpus: why.cpus,
+            cpus_error: why.cpus_error,
             memory_bytes: why.memory_bytes,
             growth_bytes_per_second: why.growth_bytes_per_second,
             move_ms: why.move_ms,
             downtime_us: why.downtime_us,
-            cost: why.cost,
-            saving: why.saving,
-            min_gain: why.min_gain,
+            here: why.here.into(),
             nodes: why.nodes.into_iter().map(AlternativeView::from).collect(),
         }
     }
@@ -95,29 +126,28 @@ pub(super) fn text(why: &ExplanationView) -> Page {
     if why.node.is_empty() {
         return format!("{} {}", why.vm, why.verdict).into();
     }
-    let min_gain = why
-        .min_gain
-        .map_or("none at this aggressiveness".to_owned(), |gain| {
-            format!("{gain:.2}")
-        });
+    let cpus = why.cpus.map_or_else(
+        || "CPU not known yet".to_owned(),
+        |cpus| format!("{cpus:.2} CPUs (+- {:.2})", why.cpus_error),
+    );
     let mut page = Page::from_iter([
         format!("{} is on {}: {}", why.vm, why.node, why.placement),
         format!("now:     {}", why.verdict),
         format!(
-            "use:     {:.2} CPUs, {} and {}/s more",
-            why.cpus,
+            "wants:   {cpus}; holds {}, growing {}/s",
             format::size(why.memory_bytes),
             format::size(why.growth_bytes_per_second)
         ),
         format!(
-            "moving:  about {:.1} s with a pause of {}, which costs {:.2} score seconds",
+            "moving:  takes about {:.1} s, with a pause of {}",
             std::time::Duration::from_millis(why.move_ms).as_secs_f64(),
             format::micros(why.downtime_us),
-            why.cost
         ),
         format!(
-            "balance: {} would save {:.2} without it; least gain worth a move: {min_gain}",
-            why.node, why.saving
+            "{} now, and without it: slowdown {}, memory {}",
+            why.node,
+            why.here.slowdowns(),
+            why.here.memory()
         ),
     ]);
     if !why.nodes.is_empty() {
@@ -129,15 +159,15 @@ pub(super) fn text(why: &ExplanationView) -> Page {
             [
                 node.node.clone(),
                 if node.fits { "yes" } else { "no" }.to_owned(),
-                format!("{:.2}", node.charge),
-                format!("{:.2}", node.gain),
+                node.outlook.slowdowns(),
+                node.outlook.memory(),
                 pays_back,
                 node.rejected.clone(),
             ]
         });
         page.blank();
         page.add(table(
-            ["NODE", "FITS", "CHARGE", "GAIN", "PAYS BACK", "WHY NOT"],
+            ["NODE", "FITS", "SLOWDOWN", "MEMORY", "PAYS BACK", "WHY NOT"],
             rows,
         ));
     }

@@ -134,6 +134,7 @@ fn plans_and_events_cannot_change_the_terminal() {
             to_node: hostile(),
             kind: hostile(),
             reason: hostile(),
+            details: hostile(),
         }],
         holds: vec![PlannedHold {
             vm: hostile(),

@@ -28,8 +28,8 @@ pub(super) struct RebalanceView {
     dry_run: bool,
     moves: Vec<MoveView>,
     holds: Vec<HoldView>,
-    score_before: f64,
-    score_after: f64,
+    slowdown_before: f64,
+    slowdown_after: f64,
     summary: String,
     results: Vec<MigrationView>,
     empty_nodes: Vec<String>,
@@ -42,6 +42,7 @@ struct MoveView {
     to: String,
     kind: String,
     reason: String,
+    details: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -79,6 +80,7 @@ pub(super) fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView 
         to: m.to_node,
         kind: m.kind,
         reason: m.reason,
+        details: m.details,
     });
     let holds = response.holds.into_iter().map(|hold| HoldView {
         vm: hold.vm,
@@ -90,8 +92,8 @@ pub(super) fn view(response: RebalanceResponse, dry_run: bool) -> RebalanceView 
         dry_run,
         moves: moves.collect(),
         holds: holds.collect(),
-        score_before: response.score_before,
-        score_after: response.score_after,
+        slowdown_before: response.slowdown_before,
+        slowdown_after: response.slowdown_after,
         summary: response.summary,
         results: response.results.iter().map(MigrationView::from).collect(),
         empty_nodes: response.empty_nodes,
@@ -107,6 +109,9 @@ pub(super) fn text(view: &RebalanceView) -> Page {
             .map(|m| [&m.kind, &m.vm, &m.from, &m.to, &m.reason].map(Clone::clone));
         page.add(table(["WHY", "VM", "FROM", "TO", "REASON"], rows));
         page.blank();
+        let detailed = view.moves.iter().filter(|m| !m.details.is_empty());
+        detailed.for_each(|m| page.line(format!("{}: {}", m.vm, m.details)));
+        page.blank();
     }
     if !view.holds.is_empty() {
         let rows = view
@@ -121,8 +126,8 @@ pub(super) fn text(view: &RebalanceView) -> Page {
         page.blank();
     }
     page.line(format!(
-        "{} (score {:.3} -> {:.3})",
-        view.summary, view.score_before, view.score_after
+        "{} (slowdown of the VMs' work {:.2}, then {:.2})",
+        view.summary, view.slowdown_before, view.slowdown_after
     ));
     page
 }

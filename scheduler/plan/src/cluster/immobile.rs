@@ -19,6 +19,11 @@ pub enum Immobile {
         /// For how much longer.
         left: Duration,
     },
+    /// It has not run for long enough to be moved for balance.
+    JustStarted {
+        /// For how much longer.
+        left: Duration,
+    },
 }
 
 impl Immobile {
@@ -27,6 +32,7 @@ impl Immobile {
         matches!(
             self,
             Self::CoolDown { .. }
+                | Self::JustStarted { .. }
                 | Self::Migrating(_)
                 | Self::Told(CannotMove::Starting | CannotMove::Stopping | CannotMove::Settling)
         )
@@ -39,6 +45,13 @@ impl fmt::Display for Immobile {
             Self::Told(reason) => reason.fmt(f),
             Self::Migrating(to) => write!(f, "it is migrating to {to}"),
             Self::NodeUnreachable(node) => write!(f, "its node {node} is unreachable"),
+            Self::JustStarted { left } => {
+                write!(
+                    f,
+                    "it has just started; not moved for balance for another {:.0} s",
+                    left.as_secs_f64().ceil()
+                )
+            }
             Self::CoolDown { left } => {
                 write!(
                     f,

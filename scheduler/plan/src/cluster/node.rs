@@ -2,6 +2,13 @@
 
 use super::{Vm, load};
 use crate::model::NodeView;
+use crate::score::Use;
+
+/// More CPUs than any machine has.
+pub(super) const MOST_CPUS: f64 = 1e6;
+/// A gain is judged with the load of the source so many standard errors lower than measured, and that of the destination as many
+/// higher: of gains that are none, one in 44 passes for each of the two. See docs/scheduling.md.
+const CONFIDENCE: f64 = 2.0;
 
 /// A node with its sums. Memory is in bytes, as `f64` for the arithmetic (exact up to 8 PiB).
 #[derive(Debug)]
@@ -20,8 +27,13 @@ pub(crate) struct Node<'a> {
     pub projected: f64,
     /// Bytes per second by which the VMs grow that will be here.
     pub growth: f64,
-    pub load_local: f64,
-    pub load_exported: f64,
+    /// CPUs wanted by its VMs and used by anything else, on average. VMs that have only just been started count with all
+    /// that they asked for.
+    pub load: f64,
+    /// What of that was measured.
+    measured: f64,
+    /// Of the measured part: the square of its standard error.
+    variance: f64,
     /// CPUs times speed, without what is reserved.
     pub cpu_capacity: f64,
 
@@ -44,7 +56,7 @@ impl<'a> Node<'a> {
         } else {
             1.0
         };
-        let load_local = load(view.load_local);
+        let other = view.other.sane(MOST_CPUS);
         let cpus = f64::from(view.cpus.max(1)) - load(view.reserved_cpus);
         Self {
             view,
@@ -55,9 +67,9 @@ impl<'a> Node<'a> {
             settled: 0.0,
             projected: 0.0,
             growth: 0.0,
-            load_local,
-            // What is exported is never less: it rises sooner and falls later.
-            load_exported: load(view.load_exported).max(load_local),
+            load: other.mean,
+            measured: other.mean,
+            variance: other.error * other.error,
             cpu_capacity: cpus.max(0.1) * speed,
 
             outgoing: 0,
@@ -69,14 +81,37 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// On a node with more load than CPUs its VMs get less than they want: how many times more they want.
-    pub fn stretch(&self, cpu_use: f64) -> f64 {
-        let saturated = self.load_local > f64::from(self.view.cpus) && cpu_use > 0.0;
-        if saturated {
-            (self.load_local / cpu_use).max(1.0)
-        } else {
-            1.0
+    /// The load that it has at least: that which was measured, less [`CONFIDENCE`] standard errors.
+    pub fn least_load(&self) -> f64 {
+        (self.measured - CONFIDENCE * self.variance.max(0.0).sqrt()).max(0.0)
+    }
+
+    /// The load that it has at most: all, and as much again for what may be wrong with it.
+    pub fn most_load(&self) -> f64 {
+        self.load + CONFIDENCE * self.variance.max(0.0).sqrt()
+    }
+
+    /// A VM is here, or arrives.
+    pub fn add_load(&mut self, vm: &Vm<'_>) {
+        self.load += vm.demand;
+        if let Some(error) = vm.demand_error {
+            self.measured += vm.demand;
+            self.variance += error * error;
         }
+    }
+
+    /// A VM leaves.
+    pub fn take_load(&mut self, vm: &Vm<'_>) {
+        self.load = (self.load - vm.demand).max(0.0);
+        if let Some(error) = vm.demand_error {
+            self.measured = (self.measured - vm.demand).max(0.0);
+            self.variance = (self.variance - error * error).max(0.0);
+        }
+    }
+
+    /// A VM that has not been started yet comes.
+    pub fn expect_load(&mut self, usage: Use) {
+        self.load += usage.cpu;
     }
 
     /// No VM is here, arrives or has been given a place.
@@ -86,7 +121,7 @@ impl<'a> Node<'a> {
 
     /// How much of it is used, of CPU and memory the mean, with so much more.
     pub fn use_part(&self, cpu: f64, memory: f64) -> f64 {
-        let cpu = (self.load_exported + cpu) / self.cpu_capacity;
+        let cpu = (self.load + cpu) / self.cpu_capacity;
         let memory = (self.settled + memory) / self.memory.max(1.0);
         f64::midpoint(cpu, memory)
     }

@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_estimate::Estimate;
+
 use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, SIZE, TERMS, cut, parse_from_str};
 use super::policy::set_policy;
 use super::print::cannot_move;
-use super::value::{parse_duration, parse_name, parse_size};
+use super::value::{parse_duration, parse_name, parse_number, parse_size};
 use super::{HEADER, KERNELS};
 use crate::kvm::{Kernels, KvmKind, SoftwareKernel};
 use crate::labels::{Rules, parse_terms};
@@ -178,9 +180,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.number("speed", &mut node.speed)?;
     fields.set("available", SIZE, parse_size, &mut node.memory_available.0)?;
     fields.rate("other_growth", &mut node.other_growth)?;
-    fields.number("load", &mut node.load_local)?;
-    node.load_exported = node.load_local;
-    fields.number("exported", &mut node.load_exported)?;
+    fields.number("other", &mut node.other.mean)?;
+    fields.number("other_error", &mut node.other.error)?;
     fields.number("pressure_memory", &mut node.pressure_memory)?;
     fields.number("pressure_cpu", &mut node.pressure_cpu)?;
     fields.set("migration_tls", "yes or no", parse_yes, &mut node.migration_tls)?;
@@ -220,7 +221,14 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
         |text| parse_size(text).map(|size| Some(Bytes(size))),
         &mut vm.resident,
     )?;
-    fields.number("cpu", &mut vm.cpu_use)?;
+    let cpu = |text: &str| match text {
+        "unknown" => Some(None),
+        _ => parse_number(text).map(|cpus| Some(Estimate::exactly(cpus))),
+    };
+    fields.set("cpu", "a number or unknown", cpu, &mut vm.cpu)?;
+    if let Some(cpu) = &mut vm.cpu {
+        fields.number("cpu_error", &mut cpu.error)?;
+    }
     fields.set(
         "dirty",
         SIZE,
@@ -286,6 +294,7 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     fields.set("preemptible", "yes or no", parse_yes, &mut vm.preemptible)?;
     let ran = |text: &str| parse_duration(text).map(Some);
     fields.set("ran", DURATION, ran, &mut vm.ran)?;
+    fields.set("longest_pause", DURATION, ran, &mut vm.longest_pause)?;
     let other = |text: &str| parse_name(text).map(|id| Some(VmId::new(&id)));
     fields.set("gives_way_to", "the id of a VM", other, &mut vm.gives_way_to)?;
     Ok(vm)

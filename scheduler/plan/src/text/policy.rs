@@ -62,6 +62,7 @@ pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result
     )?;
     fields.set("max_in_per_node", COUNT, parse_count, &mut policy.max_in_per_node)?;
     fields.set("cool_down", DURATION, parse_duration, &mut policy.cool_down)?;
+    fields.set("settle", DURATION, parse_duration, &mut policy.settle)?;
     fields.set("retry_after", DURATION, parse_duration, &mut policy.retry_after)?;
     fields.number("stability", &mut policy.stability)?;
     fields.number("min_gain", &mut policy.min_gain)?;
@@ -136,6 +137,7 @@ pub(super) fn print_policy(policy: &Policy) -> String {
     line.field("max_out_per_node", &policy.max_out_per_node.to_string());
     line.field("max_in_per_node", &policy.max_in_per_node.to_string());
     line.duration("cool_down", policy.cool_down);
+    line.duration("settle", policy.settle);
     line.duration("retry_after", policy.retry_after);
     line.number("stability", policy.stability, f64::NAN);
     line.number("min_gain", policy.min_gain, f64::NAN);

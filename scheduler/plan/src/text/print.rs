@@ -138,8 +138,8 @@ fn print_node(node: &NodeView) -> String {
     line.size("memory", node.memory.0);
     line.size("available", node.memory_available.min(node.memory).0);
     line.size_unless_zero("other_growth", node.other_growth.0);
-    line.number("load", node.load_local, 0.0);
-    line.number("exported", node.load_exported, node.load_local);
+    line.number("other", node.other.mean, 0.0);
+    line.number("other_error", node.other.error, 0.0);
     line.number("pressure_memory", node.pressure_memory, 0.0);
     line.number("pressure_cpu", node.pressure_cpu, 0.0);
     if node.migration_tls {
@@ -186,7 +186,13 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(resident) = vm.resident {
         line.size("resident", resident.0);
     }
-    line.number("cpu", vm.cpu_use, 0.0);
+    match vm.cpu {
+        Some(cpu) => {
+            line.number("cpu", cpu.mean, 0.0);
+            line.number("cpu_error", cpu.error, 0.0);
+        }
+        None => line.field("cpu", "unknown"),
+    }
     if let Some(rate) = vm.dirty_rate {
         line.size("dirty", rate.0);
     }
@@ -231,6 +237,9 @@ fn print_vm(vm: &VmView) -> String {
     if let Some(ran) = vm.ran {
         line.duration("ran", ran);
     }
+    if let Some(pause) = vm.longest_pause {
+        line.duration("longest_pause", pause);
+    }
     if let Some(other) = &vm.gives_way_to {
         line.field("gives_way_to", &print_name(other.as_str()));
     }
@@ -269,10 +278,13 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
     }
 }
 
-/// A plan as text: one line for the scores, one an action, one a VM to suspend or resume, one a note.
+/// A plan as text: one line for the whole, one an action and one for its details, one a VM to suspend or resume, one a note.
 #[must_use]
 pub fn print_plan(plan: &Plan) -> String {
-    let mut text = format!("score {:.3} to {:.3}\n", plan.score_before, plan.score_after);
+    let mut text = format!(
+        "slowdown {:.3} to {:.3}, score {:.3} to {:.3}\n",
+        plan.slowdown_before, plan.slowdown_after, plan.score_before, plan.score_after
+    );
     for action in &plan.actions {
         // Writing to a string cannot fail.
         let _ = writeln!(
@@ -280,6 +292,9 @@ pub fn print_plan(plan: &Plan) -> String {
             "{} {} from {} to {}: {}",
             action.kind, action.vm, action.from, action.to, action.reason
         );
+        if !action.details.is_empty() {
+            let _ = writeln!(text, "    {}", action.details);
+        }
     }
     let holds = [("suspend", &plan.suspend), ("resume", &plan.resume)];
     for (what, hold) in holds

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, InFlight, KvmKind, Labels, NodeName, NodeState,
-    NodeView, Plan, Rules, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Estimate, InFlight, KvmKind, Labels, NodeName,
+    NodeState, NodeView, Plan, Rules, VmView,
 };
 
 /// A cluster whose numbers agree with each other, as a server makes it.
@@ -174,12 +174,10 @@ fn vm() -> impl Strategy<Value = VmView> {
                     ran,
                     ring3,
                     resident: resident.map(|part| bytes(part * Bytes::mib(mib).0 as f64)),
-                    // The nodes' loads are sums of these.
-                    cpu_use: if suspended.is_some() {
-                        0.0
-                    } else {
-                        busy * f64::from(cpus)
-                    },
+                    cpu: (busy < 0.9).then(|| Estimate {
+                        mean: busy * f64::from(cpus),
+                        error: busy * (0.9 - busy) / 4.0,
+                    }),
                     growth: BytesPerSecond(if suspended.is_some() { 0 } else { growth }),
                     dirty_rate,
                     working_set,
@@ -195,23 +193,17 @@ fn vm() -> impl Strategy<Value = VmView> {
         )
 }
 
-/// Makes the nodes' figures the sums of their VMs', and gives VMs on a node with too few CPUs their share.
+/// Makes the nodes' memory in use the sum of their VMs'.
 pub fn settle(snapshot: &mut ClusterSnapshot) {
     for node in &mut snapshot.nodes {
         let here = snapshot.vms.iter().filter(|vm| vm.node == node.name);
-        let residents: u64 = here
-            .clone()
-            .filter_map(|vm| vm.resident)
-            .map(|bytes| bytes.0)
-            .sum();
+        let residents: u64 = here.filter_map(|vm| vm.resident).map(|bytes| bytes.0).sum();
         let flights = snapshot.vms.iter().filter_map(|vm| vm.in_flight.as_ref());
         let received: u64 = flights
             .filter(|flight| flight.to == node.name)
             .map(|flight| flight.received.0)
             .sum();
         node.memory_available = Bytes(node.memory.0.saturating_sub(residents + received));
-        node.load_local = here.filter(|vm| vm.resident.is_some()).map(|vm| vm.cpu_use).sum();
-        node.load_exported = node.load_local;
     }
 }
 

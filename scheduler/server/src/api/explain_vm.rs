@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use shoal_plan::{Alternative, explain};
-use shoal_proto::cluster::{AlternativeNode, ExplainVmRequest, Explanation};
+use shoal_proto::cluster::{AlternativeNode, ExplainVmRequest, Explanation, Outlook};
 use tonic::Status;
 
 use crate::observe;
@@ -42,14 +42,13 @@ pub async fn call(scheduler: &Shared, request: &ExplainVmRequest) -> Result<Expl
         node: why.node.to_string(),
         placement: placement(&entry, &record),
         verdict: verdict(scheduler, &record, why.verdict),
-        cpus: why.cpus,
+        cpus: why.cpus.map(|cpus| cpus.mean),
+        cpus_error: why.cpus.map_or(0.0, |cpus| cpus.error),
+        here: Some(outlook(why.slowdown, why.memory_part)),
         memory_bytes: why.memory.0,
         growth_bytes_per_second: why.growth.0,
         move_ms: millis(why.move_time),
         downtime_us: u64::try_from(why.downtime.as_micros()).unwrap_or(u64::MAX),
-        cost: why.cost,
-        saving: why.saving,
-        min_gain: why.min_gain,
         nodes: why.nodes.iter().take(limit).map(node).collect(),
     })
 }
@@ -86,9 +85,17 @@ fn node(alternative: &Alternative) -> AlternativeNode {
             .as_ref()
             .map(ToString::to_string)
             .unwrap_or_default(),
-        charge: alternative.charge,
-        gain: alternative.gain,
         pays_back_ms: alternative.pays_back_after.map(millis),
+        outlook: Some(outlook(alternative.slowdown, alternative.memory_part)),
+    }
+}
+
+fn outlook(slowdown: (f64, f64), memory_part: (f64, f64)) -> Outlook {
+    Outlook {
+        slowdown: slowdown.0,
+        slowdown_then: slowdown.1,
+        memory_part: memory_part.0,
+        memory_part_then: memory_part.1,
     }
 }
 

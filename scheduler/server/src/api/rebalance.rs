@@ -64,6 +64,7 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
             to_node: action.to.to_string(),
             reason: action.reason.clone(),
             kind: action.kind.to_string(),
+            details: action.details.clone(),
         })
         .collect();
     let hold = |action: &str, hold: &Hold| PlannedHold {
@@ -97,11 +98,11 @@ fn response(scheduler: &Scheduler, plan: &Plan, results: Vec<Migration>) -> Reba
     }
     RebalanceResponse {
         moves,
-        score_before: plan.score_before,
-        score_after: plan.score_after,
         summary,
         results,
         holds: suspend.chain(resume).collect(),
+        slowdown_before: plan.slowdown_before,
+        slowdown_after: plan.slowdown_after,
         empty_nodes: plan.empty_nodes.iter().map(ToString::to_string).collect(),
     }
 }

@@ -104,7 +104,6 @@ async fn what_a_lost_node_was_like_is_forgotten_and_a_suspect_one_is_known() {
         let seen = entry.observed_vm(key.0, key.1).expect("reported");
         seen.dirty_rate.expect("sampled").value()
     };
-    assert_eq!(entry.observed().0.load_exported.value(), 3.5);
     assert_eq!(dirty(&entry), 7 << 20);
     entry.silence(Duration::from_secs(60));
     let (sender, _) = mpsc::channel(1);
@@ -112,7 +111,6 @@ async fn what_a_lost_node_was_like_is_forgotten_and_a_suspect_one_is_known() {
         .begin_session(entry.record(), 7, sender)
         .expect("an address");
     entry.heartbeat(&idle, vec![vm(Some(0))]);
-    assert_eq!(entry.observed().0.load_exported.value(), 0.0);
     assert_eq!(dirty(&entry), 0);
 }
 
@@ -127,6 +125,62 @@ async fn a_vm_that_is_not_sampled_has_no_dirty_rate() {
     entry.heartbeat(&busy(), vec![vm(None)]);
     let seen = entry.observed_vm(key.0, key.1).expect("reported");
     assert_eq!(seen.dirty_rate, None, "a value that is not kept up is not kept");
+}
+
+#[tokio::test]
+async fn what_a_vm_wants_is_known_once_its_agent_says_so() {
+    let entry = entry();
+    let (key, facts) = vm(None);
+    entry.heartbeat(&busy(), vec![(key, Arc::clone(&facts))]);
+    let demand = || entry.observed_vm(key.0, key.1).expect("reported").demand();
+    assert_eq!(demand(), None);
+    for (mean, error, known) in [
+        (
+            0.5,
+            Some(0.1),
+            Estimate {
+                mean: 0.5,
+                error: 0.1,
+            },
+        ),
+        (0.5, None, Estimate::exactly(0.5)),
+        (
+            f64::NAN,
+            Some(f64::INFINITY),
+            Estimate {
+                mean: 0.0,
+                error: MOST_CPUS,
+            },
+        ),
+    ] {
+        let facts = node::VmFacts {
+            cpu_demand: Some(mean),
+            cpu_demand_error: error,
+            ..(*facts).clone()
+        };
+        entry.heartbeat(&busy(), vec![(key, Arc::new(facts))]);
+        assert_eq!(demand(), Some(known));
+    }
+}
+
+#[tokio::test]
+async fn what_is_told_of_the_host_is_made_usable() {
+    let entry = entry();
+    entry.heartbeat(&busy(), Vec::new());
+    assert_eq!(entry.host_cpu(), None, "an agent that does not tell");
+    entry.set_host("b4a1f0ee-0000-4000-8000-000000000000", 8);
+    let told = node::Heartbeat {
+        other_cpu: Some(f64::INFINITY),
+        other_cpu_error: Some(-1.0),
+        vmm_cpu: Some(f64::NAN),
+        ..busy()
+    };
+    entry.heartbeat(&told, Vec::new());
+    let host = entry.host_cpu().expect("told");
+    assert!(host.host.is_some() && host.host_cpus == 8 && host.lends == 4);
+    assert_eq!((host.other, host.vmms), (Estimate::exactly(MOST_CPUS), 0.0));
+    entry.set_host(&"x".repeat(65), 8);
+    assert_eq!(entry.host_cpu().expect("told").host, None);
 }
 
 #[tokio::test]

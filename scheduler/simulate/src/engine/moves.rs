@@ -98,6 +98,8 @@ impl Engine<'_> {
         self.forget(number);
         self.vms[vm].last_move = Some((from, self.now));
         self.vms[vm].arrived_at = self.now;
+        let before = self.vms[vm].longest_pause.unwrap_or(0.0);
+        self.vms[vm].longest_pause = Some(before.max(downtime));
         self.vms[vm].life = Life::On(to);
         self.nodes[from].vms.retain(|&other| other != vm);
         self.nodes[to].vms.push(vm);

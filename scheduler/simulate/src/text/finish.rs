@@ -83,7 +83,7 @@ fn starts_on(workload: &Workload) -> Option<NodeName> {
 fn given_vm(view: &VmView) -> VmSpec {
     let declared = view.declared.0 as f64;
     let initial = view.resident.map_or(declared / 2.0, |resident| resident.0 as f64);
-    let cpu = view.cpu_use.min(f64::from(view.cpus));
+    let cpu = view.cpu.map_or(0.0, |cpu| cpu.mean).min(f64::from(view.cpus));
     let segment = Segment {
         at: 0.0,
         cpu,

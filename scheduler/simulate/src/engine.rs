@@ -11,7 +11,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 
 use self::live::Live;
-use self::log::Recent;
+use self::log::{Harm, Recent};
 use crate::measure::{Outcome, mean, percentile};
 use crate::migration::Migration;
 use crate::model::{Mode, Scenario, VmSpec};
@@ -242,9 +242,12 @@ impl<'a> Engine<'a> {
         true
     }
 
-    /// Work that VMs have wanted and not got so far: what slowdown is made of. A job that ends sooner has lost less.
-    fn lost(&self) -> f64 {
-        self.vms.iter().map(|vm| vm.wanted_total - vm.given_total).sum()
+    /// What moves are to avoid, so far.
+    fn harm(&self) -> Harm {
+        Harm {
+            lost: self.vms.iter().map(|vm| vm.wanted_total - vm.given_total).sum(),
+            above: self.nodes.iter().map(|node| node.totals.above_threshold).sum(),
+        }
     }
 
     fn handle(&mut self, event: Event, driver: &mut dyn Driver) {
@@ -372,6 +375,7 @@ impl<'a> Engine<'a> {
             begun: self.counters.begun,
             judged: 0.0,
             needless: 0.0,
+            unpaid: 0.0,
             realised: 0.0,
             predicted: 0.0,
             realised_of_predicted: 0.0,

@@ -44,8 +44,11 @@ pub struct Outcome {
     pub undone: f64,
     /// Moves that were judged: the run was repeated without each of them, up to ten minutes later.
     pub judged: f64,
-    /// Those of them without which no more work would have been lost: see [`Outcome::needless_part`].
+    /// Those of them without which no more work would have been lost, and no node would have been above its memory threshold for
+    /// longer: see [`Outcome::needless_part`].
     pub needless: f64,
+    /// Those of them without which no more work would have been lost.
+    pub unpaid: f64,
     /// What they gained together: CPU seconds of work that would have been lost without them.
     pub realised: f64,
     /// What the policy had expected of those of which it expected anything, and what these gained.
@@ -87,7 +90,7 @@ pub struct Outcome {
 pub struct Judged {
     /// How many.
     pub judged: f64,
-    /// Those that gained nothing.
+    /// Those that were needless.
     pub needless: f64,
     /// What they gained together, CPU seconds.
     pub realised: f64,
@@ -111,6 +114,7 @@ impl Outcome {
         mean.migrations = of(|run| run.migrations);
         mean.judged = of(|run| run.judged);
         mean.needless = of(|run| run.needless);
+        mean.unpaid = of(|run| run.unpaid);
         mean.realised = of(|run| run.realised);
         mean.predicted = of(|run| run.predicted);
         mean.realised_of_predicted = of(|run| run.realised_of_predicted);

@@ -2,7 +2,7 @@
 //! moves, starts, suspensions. So the difference is that one move's. Two moves between the same nodes in opposite directions
 //! in one round are one exchange: they are left out together, and each gets half.
 
-use super::log::{Chosen, Decision, Done, Log};
+use super::log::{Chosen, Decision, Done, Harm, Log};
 use super::{Driver, Engine};
 use crate::measure::Outcome;
 use crate::random::Random;
@@ -10,7 +10,7 @@ use crate::world::Life;
 
 /// A move is judged by so many seconds after it.
 const WINDOW_SECONDS: f64 = 600.0;
-/// CPU seconds that are rounding.
+/// CPU seconds, or node-seconds, that are rounding.
 const NOTHING: f64 = 1e-6;
 
 /// Does what is in a log.
@@ -20,8 +20,8 @@ struct Replay<'a> {
     next: usize,
     /// Entries that are left out.
     without: [usize; 2],
-    /// Work lost until the last report.
-    lost: f64,
+    /// Until the last report.
+    harm: Harm,
 }
 
 impl Driver for Replay<'_> {
@@ -45,7 +45,7 @@ impl Driver for Replay<'_> {
 
     fn reported(&mut self, engine: &mut Engine<'_>) {
         engine.news.clear();
-        self.lost = engine.lost();
+        self.harm = engine.harm();
         while let Some(done) = self.log.done.get(self.next)
             && done.time <= engine.now
         {
@@ -62,7 +62,7 @@ impl Driver for Replay<'_> {
 pub(super) fn judge(start: Engine<'_>, log: &Log, most: usize, seed: u64, outcome: &mut Outcome) {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a small count
     let window = (WINDOW_SECONDS / start.scenario.interval).ceil() as u64;
-    let last = log.lost.len() as u64;
+    let last = log.harm.len() as u64;
     let mut moves: Vec<usize> = (0..log.done.len())
         .filter(|&at| chosen(&log.done[at]).is_some() && log.done[at].reports + window < last)
         .collect();
@@ -79,7 +79,7 @@ pub(super) fn judge(start: Engine<'_>, log: &Log, most: usize, seed: u64, outcom
         log,
         next: 0,
         without: [usize::MAX; 2],
-        lost: 0.0,
+        harm: Harm::default(),
     };
     for at in moves {
         let done = &log.done[at];
@@ -92,11 +92,17 @@ pub(super) fn judge(start: Engine<'_>, log: &Log, most: usize, seed: u64, outcom
         if !fork.run_to(until + 1, &mut without) {
             continue;
         }
-        let both = without.lost - log.lost[usize::try_from(until).unwrap_or(usize::MAX)];
+        let Some(with) = usize::try_from(until).ok().and_then(|at| log.harm.get(at)) else {
+            continue;
+        };
+        let both = without.harm.lost - with.lost;
         let gain = if back.is_some() { both / 2.0 } else { both };
+        let relieves = without.harm.above - with.above > NOTHING;
         outcome.judged += 1.0;
         outcome.realised += gain;
-        let needless = if gain > NOTHING { 0.0 } else { 1.0 };
+        let unpaid = gain <= NOTHING;
+        outcome.unpaid += f64::from(u8::from(unpaid));
+        let needless = f64::from(u8::from(unpaid && !relieves));
         outcome.needless += needless;
         if let Some(predicted) = choice.predicted {
             outcome.predicted += predicted;
@@ -202,18 +208,13 @@ mod tests {
                     log: &live.log,
                     next: 0,
                     without: [usize::MAX; 2],
-                    lost: 0.0,
+                    harm: Harm::default(),
                 };
-                for (at, lost) in live.log.lost.iter().enumerate() {
+                for (at, harm) in live.log.harm.iter().enumerate() {
                     assert!(again.run_to(at as u64 + 1, &mut replay));
-                    assert_eq!(
-                        replay.lost.to_bits(),
-                        lost.to_bits(),
-                        "{name} {} at {at}",
-                        kind.name()
-                    );
+                    assert_eq!(replay.harm, *harm, "{name} {} at {at}", kind.name());
                 }
-                assert_eq!(live.log.lost.len(), 900, "a report a second");
+                assert_eq!(live.log.harm.len(), 900, "a report a second");
                 assert_eq!(replay.next, live.log.done.len(), "everything was done again");
             }
         }

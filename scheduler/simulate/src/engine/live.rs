@@ -220,7 +220,7 @@ impl Driver for Live {
 
     fn reported(&mut self, engine: &mut Engine<'_>) {
         self.tell(engine);
-        self.log.lost.push(engine.lost());
+        self.log.harm.push(engine.harm());
         let looks = crate::observe::Looks {
             now: engine.now,
             reports: engine.reports,

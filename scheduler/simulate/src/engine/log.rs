@@ -43,8 +43,17 @@ pub(super) struct Done {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Log {
     pub done: Vec<Done>,
-    /// Work lost until each report: see [`super::Engine::lost`].
-    pub lost: Vec<f64>,
+    /// Until each report.
+    pub harm: Vec<Harm>,
+}
+
+/// What moves are to avoid.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Harm {
+    /// Work that VMs wanted and did not get: what slowdown is made of. A job that ends sooner has lost less.
+    pub lost: f64,
+    /// Node-seconds above the memory threshold.
+    pub above: f64,
 }
 
 /// Moves in opposite directions that begin within so many seconds are looked at together.

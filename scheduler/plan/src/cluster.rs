@@ -233,8 +233,9 @@ impl<'a> Cluster<'a> {
 
     /// Fills in the sums of every node.
     fn add_sums(&mut self) {
-        // What the nodes' own reports already hold of these VMs, so as to know what else uses memory.
+        // What the nodes' own reports already hold of these VMs, so as to know what else uses memory and CPUs.
         let mut reported = vec![0.0; self.nodes.len()];
+        let mut wanted = vec![0.0; self.nodes.len()];
         for number in 0..self.vms.len() {
             let (from, to, leaving) = (
                 self.vms[number].node,
@@ -248,6 +249,7 @@ impl<'a> Cluster<'a> {
                 .map_or(0, |flight| flight.received.0);
             if self.vms[number].view.resident.is_some() {
                 reported[from] += self.vms[number].resident;
+                wanted[from] += self.vms[number].demand;
             } else {
                 // Not in the node's report, so not in its load either.
                 self.nodes[from].load_exported += self.vms[number].demand;
@@ -265,6 +267,9 @@ impl<'a> Cluster<'a> {
             }
         }
         let horizon = self.policy.usher_horizon.as_secs_f64();
+        for (node, wanted) in self.nodes.iter_mut().zip(wanted) {
+            node.busy += (load(node.view.load_local) - wanted).max(0.0);
+        }
         for (node, reported) in self.nodes.iter_mut().zip(reported) {
             let used = node.view.memory.0.saturating_sub(node.view.memory_available.0) as f64;
             node.other = (used - reported).max(node.view.reserved_memory.0 as f64).max(0.0);
@@ -278,6 +283,9 @@ impl<'a> Cluster<'a> {
     fn add_here(&mut self, number: usize, on: usize, grown: f64, growth: f64) {
         let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
         node.committed += vm.declared;
+        node.vcpus += f64::from(vm.view.cpus);
+        node.busy += vm.demand;
+        node.exclusive += usize::from(is_exclusive(vm.view.rules.as_deref()));
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += grown;
@@ -333,6 +341,8 @@ impl<'a> Cluster<'a> {
     pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
         let node = self.expect(newcomer, on);
         node.committed += newcomer.declared;
+        node.vcpus += newcomer.vcpus();
+        node.busy += newcomer.usage.cpu;
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
         node.projected += newcomer.at_horizon();
@@ -349,6 +359,8 @@ impl<'a> Cluster<'a> {
         let horizon = self.policy.usher_horizon.as_secs_f64();
         let sum = |of: &dyn Fn(&Vm<'_>) -> f64| -> f64 { ending.iter().map(|&vm| of(&self.vms[vm])).sum() };
         let declared = newcomer.declared - sum(&|vm| vm.declared);
+        let vcpus = newcomer.vcpus() - sum(&|vm| f64::from(vm.view.cpus));
+        let busy = newcomer.usage.cpu - sum(&|vm| vm.demand);
         let memory = newcomer.usage.memory - sum(&|vm| vm.resident);
         let projected = newcomer.at_horizon() - sum(&|vm| vm.memory_at(horizon));
         let change = newcomer.change(self.policy, on);
@@ -356,6 +368,8 @@ impl<'a> Cluster<'a> {
         let node = self.expect(newcomer, on);
         node.makes_room = true;
         node.committed += declared.max(0.0);
+        node.vcpus += vcpus.max(0.0);
+        node.busy += busy.max(0.0);
         node.occupied += memory.max(0.0);
         node.projected += projected.max(0.0);
         if let Some(failover) = self.failover.as_mut().filter(|_| missing > 0.0) {
@@ -375,6 +389,7 @@ impl<'a> Cluster<'a> {
         self.largest_room = None;
         let node = &mut self.nodes[on];
         node.reserved += 1;
+        node.exclusive += usize::from(newcomer.is_exclusive());
         node
     }
 
@@ -520,6 +535,11 @@ impl<'a> Cluster<'a> {
                 .fold(0.0, f64::max)
         })
     }
+}
+
+/// Whether a VM has its node for itself.
+pub(crate) fn is_exclusive(rules: Option<&Rules>) -> bool {
+    rules.is_some_and(|rules| rules.exclusive)
 }
 
 /// What a VM that was not reported yet is expected to hold.

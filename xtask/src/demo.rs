@@ -103,7 +103,7 @@ fn boot_counter(cluster: &Cluster) -> Result<()> {
         "--detach",
         "--name",
         "counter",
-        "--node",
+        "--prefer-node",
         "node1",
         "--",
         "sh",
@@ -135,7 +135,16 @@ fn overload(cluster: &Cluster) -> Result<()> {
             "pattern=random",
         ];
         let mut run = vec![
-            "run", "probe", "--detach", "--name", name, "--node", "node3", "--memory", "384MiB", "--",
+            "run",
+            "probe",
+            "--detach",
+            "--name",
+            name,
+            "--prefer-node",
+            "node3",
+            "--memory",
+            "384MiB",
+            "--",
         ];
         run.extend(probe);
         cluster.json(&run)?;

@@ -281,6 +281,9 @@ impl<'a> Cluster<'a> {
     fn add_here(&mut self, number: usize, on: usize, grown: f64, growth: f64) {
         let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
         node.committed += vm.declared;
+        node.vcpus += f64::from(vm.view.cpus);
+        node.busy += vm.demand;
+        node.exclusive += usize::from(is_exclusive(vm.view.rules.as_deref()));
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += grown;
@@ -333,6 +336,8 @@ impl<'a> Cluster<'a> {
     pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
         let node = self.expect(newcomer, on);
         node.committed += newcomer.declared;
+        node.vcpus += newcomer.vcpus();
+        node.busy += newcomer.usage.cpu;
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
         node.projected += newcomer.at_horizon();
@@ -348,6 +353,8 @@ impl<'a> Cluster<'a> {
         let horizon = self.policy.usher_horizon.as_secs_f64();
         let sum = |of: &dyn Fn(&Vm<'_>) -> f64| -> f64 { ending.iter().map(|&vm| of(&self.vms[vm])).sum() };
         let declared = newcomer.declared - sum(&|vm| vm.declared);
+        let vcpus = newcomer.vcpus() - sum(&|vm| f64::from(vm.view.cpus));
+        let busy = newcomer.usage.cpu - sum(&|vm| vm.demand);
         let memory = newcomer.usage.memory - sum(&|vm| vm.resident);
         let projected = newcomer.at_horizon() - sum(&|vm| vm.memory_at(horizon));
         let change = newcomer.change(self.policy, on);
@@ -355,6 +362,8 @@ impl<'a> Cluster<'a> {
         let node = self.expect(newcomer, on);
         node.makes_room = true;
         node.committed += declared.max(0.0);
+        node.vcpus += vcpus.max(0.0);
+        node.busy += busy.max(0.0);
         node.occupied += memory.max(0.0);
         node.projected += projected.max(0.0);
         if let Some(failover) = self.failover.as_mut().filter(|_| missing > 0.0) {
@@ -374,6 +383,7 @@ impl<'a> Cluster<'a> {
         self.largest_room = None;
         let node = &mut self.nodes[on];
         node.reserved += 1;
+        node.exclusive += usize::from(newcomer.is_exclusive());
         node
     }
 
@@ -549,6 +559,11 @@ impl<'a> Cluster<'a> {
                 .fold(0.0, f64::max)
         })
     }
+}
+
+/// Whether a VM has its node for itself.
+pub(crate) fn is_exclusive(rules: Option<&Rules>) -> bool {
+    rules.is_some_and(|rules| rules.exclusive)
 }
 
 /// What a VM that was not reported yet is expected to hold.

@@ -61,7 +61,7 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
         let vm = &cluster.vms[vm];
         let runs = matches!(
             vm.view.cannot_move,
-            None | Some(CannotMove::Locked | CannotMove::Settling)
+            None | Some(CannotMove::Locked | CannotMove::Pinned | CannotMove::Settling)
         );
         runs && !vm.view.suspended && vm.view.in_flight.is_none() && may(vm)
     };
@@ -133,7 +133,7 @@ pub(crate) fn run_on(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let mut waiting: Vec<(usize, BytesPerSecond)> = (0..cluster.vms.len())
         .filter_map(|number| {
             let vm = &cluster.vms[number];
-            let may = matches!(vm.view.cannot_move, None | Some(CannotMove::Locked)) && !vm.leaving;
+            let may = vm.view.cannot_move.is_none_or(CannotMove::is_wished) && !vm.leaving;
             let growth = vm.view.suspended_growth.filter(|_| vm.view.suspended && may)?;
             Some((number, growth))
         })

@@ -12,6 +12,7 @@ pub mod action;
 mod cluster;
 mod comply;
 mod cost;
+mod cpus;
 mod destinations;
 mod drain;
 mod effect;
@@ -51,8 +52,8 @@ pub use model::{
     InFlight, NodeName, NodeState, NodeView, VmId, VmView,
 };
 pub use place::{
-    LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_launches,
-    place_migration,
+    Largest, LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch,
+    place_launches, place_migration,
 };
 pub use policy::{Automation, Mode, Policy, PolicyError};
 pub use preempt::{Held, Preemption, make_room};

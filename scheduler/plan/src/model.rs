@@ -241,6 +241,8 @@ pub enum CannotMove {
     NotRunning,
     /// Its owner keeps it where it is.
     Locked,
+    /// The same: it was started for this node alone.
+    Pinned,
     /// A migration of it that ends where it is now is not over: within its node, or its last memory is on the way.
     Settling,
 }
@@ -253,8 +255,17 @@ impl fmt::Display for CannotMove {
             Self::InDoubt => "it is in doubt after a migration",
             Self::NotRunning => "it is not running",
             Self::Locked => "it is locked to its node",
+            Self::Pinned => "it is locked to its node by --node: `shoal unlock` it first",
             Self::Settling => "its last migration is not over yet",
         })
+    }
+}
+
+impl CannotMove {
+    /// It runs, and is to stay where it is.
+    #[must_use]
+    pub fn is_wished(self) -> bool {
+        matches!(self, Self::Locked | Self::Pinned)
     }
 }
 

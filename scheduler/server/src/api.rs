@@ -390,9 +390,10 @@ impl Cluster for ClusterApi {
     }
 }
 
-/// A VM by id or name whose console and end can be waited for: also one that waits to begin anew.
-fn find_watched(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
-    let has_run = |waiting: &Waiting| waiting.record.vm.runs.preempted > 0;
+/// A VM by id or name whose console and end can be waited for: also one that waits to begin anew and, if that is followed, one
+/// that waits to begin.
+fn find_watched(scheduler: &Scheduler, name: &str, follow: bool) -> Result<Arc<VmEntry>, Status> {
+    let has_run = |waiting: &Waiting| follow || waiting.record.vm.runs.preempted > 0;
     match scheduler.queue.find(name).filter(has_run) {
         Some(waiting) => Ok(waiting.entry),
         None => find_vm(scheduler, name),

@@ -353,6 +353,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.pinned().is_some() => Some(CannotMove::Pinned),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };

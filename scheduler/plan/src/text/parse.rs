@@ -257,7 +257,7 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     if vm.suspended_growth.is_some() && !vm.suspended {
         return Err(format!("vm {}: suspended_growth: needs `suspended=yes`", cut(id)));
     }
-    let why = "starting, stopping, in-doubt, not-running, locked or settling";
+    let why = "starting, stopping, in-doubt, not-running, locked, pinned or settling";
     fields.set(
         "cannot_move",
         why,
@@ -317,6 +317,8 @@ fn launch(fields: &mut Fields<'_>) -> Result<LaunchRequest, String> {
     };
     let named = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
     fields.set("node", NAME, named, &mut request.node)?;
+    fields.set("prefer", NAME, named, &mut request.prefer)?;
+    fields.set("queued", "yes or no", parse_yes, &mut request.queued)?;
     let class = |text: &str| parse_name(text).map(|name| Some(CpuClass::new(&name)));
     fields.set("cpu_class", NAME, class, &mut request.cpu_class)?;
     request.kernels = kernels(fields)?;
@@ -396,6 +398,7 @@ fn rules(fields: &mut Fields<'_>) -> Result<Option<Arc<Rules>>, String> {
     ] {
         fields.set(key, TERMS, |text| parse_terms(text).ok(), terms)?;
     }
+    fields.set("exclusive", "yes or no", parse_yes, &mut rules.exclusive)?;
     Ok((!rules.is_empty()).then(|| Arc::new(rules)))
 }
 
@@ -441,8 +444,8 @@ fn parse_state(text: &str) -> Option<NodeState> {
 }
 
 fn parse_cannot_move(text: &str) -> Option<CannotMove> {
-    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping};
-    [Starting, Stopping, InDoubt, NotRunning, Locked, Settling]
+    use CannotMove::{InDoubt, Locked, NotRunning, Pinned, Settling, Starting, Stopping};
+    [Starting, Stopping, InDoubt, NotRunning, Locked, Pinned, Settling]
         .into_iter()
         .find(|&why| cannot_move(why) == text)
 }

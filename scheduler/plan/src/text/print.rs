@@ -70,6 +70,12 @@ impl Line {
         if let Some(node) = &request.node {
             self.field("node", &print_name(node.as_str()));
         }
+        if let Some(node) = &request.prefer {
+            self.field("prefer", &print_name(node.as_str()));
+        }
+        if request.queued {
+            self.field("queued", "yes");
+        }
         if let Some(class) = &request.cpu_class {
             self.field("cpu_class", &print_name(class.as_str()));
         }
@@ -104,6 +110,9 @@ impl Line {
             if !terms.is_empty() {
                 self.field(key, &print_terms(terms));
             }
+        }
+        if rules.exclusive {
+            self.field("exclusive", "yes");
         }
     }
 }
@@ -288,6 +297,7 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
         CannotMove::InDoubt => "in-doubt",
         CannotMove::NotRunning => "not-running",
         CannotMove::Locked => "locked",
+        CannotMove::Pinned => "pinned",
         CannotMove::Settling => "settling",
     }
 }

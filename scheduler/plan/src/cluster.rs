@@ -12,6 +12,7 @@ use shoal_estimate::Estimate;
 use crate::failover::{Change, Failover, need};
 use crate::kvm::KvmNeed;
 use crate::labels::Rules;
+use crate::margins::Margins;
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
@@ -25,6 +26,8 @@ pub(crate) use node::Node;
 /// Pre-copy makes little headway when the guest dirties this part of what the link carries.
 const CONVERGES_BELOW: f64 = 0.9;
 const LONGEST_MOVE_SECONDS: f64 = 1e7;
+/// However memory has jumped: no more than this part of a node's is kept free for it.
+const MOST_BURST: f64 = 0.1;
 
 /// A VM with what the planner derives about it.
 #[derive(Debug)]
@@ -84,6 +87,8 @@ impl Vm<'_> {
 #[derive(Debug)]
 pub(crate) struct Cluster<'a> {
     pub policy: &'a Policy,
+    /// What ushering allows for.
+    pub margins: Margins,
     /// By name.
     pub nodes: Vec<Node<'a>>,
     /// By id. VMs on nodes that the snapshot does not have are left out.
@@ -145,6 +150,7 @@ impl<'a> Cluster<'a> {
             .filter_map(|held| held.request.rules.as_deref());
         let mut cluster = Self {
             policy,
+            margins: snapshot.margins.sane(),
             nodes,
             vms: Vec::with_capacity(snapshot.vms.len()),
             together: Together::new(there.chain(held).chain(to_come)),
@@ -402,18 +408,38 @@ impl<'a> Cluster<'a> {
 
     /// Memory the node will hold in so many seconds. What leaves counts until all of that is expected to have left.
     pub fn memory_at(&self, node: usize, seconds: f64) -> f64 {
+        self.memory_grown(node, seconds, 1.0)
+    }
+
+    /// From the last report of a node until what is decided after the next has begun. `detect` counts with a report each second: what
+    /// it is older than that comes on top, and so does what the next may be late.
+    pub fn seconds_to_act(&self, node: usize) -> f64 {
+        const USUAL_AGE: Duration = Duration::from_secs(1);
+        let late = self.nodes[node].view.report_age.saturating_sub(USUAL_AGE);
+        (self.policy.detect + late + self.margins.delay).as_secs_f64()
+    }
+
+    /// The same with as much growth as there may be.
+    pub fn most_memory_at(&self, node: usize, seconds: f64) -> f64 {
+        let burst = self.margins.burst.0 as f64;
+        self.memory_grown(node, seconds, self.margins.growth)
+            + burst.min(self.nodes[node].memory * MOST_BURST)
+    }
+
+    fn memory_grown(&self, node: usize, seconds: f64, margin: f64) -> f64 {
+        let grows = seconds * margin;
         let left = self.leaving_seconds(node) <= seconds;
         let vms = self.nodes[node].vms.iter().map(|&number| &self.vms[number]);
         let counts = |vm: &&Vm<'_>| !vm.leaving || vm.to == Some(node) || !left;
         let of_vm = |vm: &Vm<'_>| {
             if vm.leaving && vm.to == Some(node) {
-                vm.memory_there(seconds)
+                vm.memory_there(grows)
             } else {
-                vm.memory_at(seconds)
+                vm.memory_at(grows)
             }
         };
         let of_vms: f64 = vms.filter(counts).map(of_vm).sum();
-        self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * seconds + of_vms
+        self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * grows + of_vms
     }
 
     /// The most memory the node will hold at the horizon or, where VMs leave, just before they have left.

@@ -85,14 +85,14 @@ pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
 pub(crate) fn suspend_outrun(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
     let leaving = cluster.leaving_seconds(node);
     let (at, why) = if leaving > 0.0 {
-        let then = cluster.memory_at(node, leaving.next_down());
+        let then = cluster.most_memory_at(node, leaving.next_down());
         let why = format!(
             "the moves under way end in {leaving:.1} s, when it would hold {}",
             bytes(then)
         );
         (then, why)
     } else {
-        let soon = cluster.memory_at(node, cluster.policy.detect.as_secs_f64());
+        let soon = cluster.most_memory_at(node, cluster.seconds_to_act(node));
         (soon, "the limits let no move begin".to_owned())
     };
     let outrun = at > cluster.nodes[node].memory;
@@ -101,8 +101,8 @@ pub(crate) fn suspend_outrun(cluster: &Cluster<'_>, node: usize) -> Option<Hold>
 
 fn suspend_because(cluster: &Cluster<'_>, node: usize, why: &str) -> Option<Hold> {
     let policy = cluster.policy;
-    let seconds = policy.detect.as_secs_f64();
-    let (soon, memory) = (cluster.memory_at(node, seconds), cluster.nodes[node].memory);
+    let seconds = cluster.seconds_to_act(node);
+    let (soon, memory) = (cluster.most_memory_at(node, seconds), cluster.nodes[node].memory);
     let limit = memory * policy.critical();
     if !policy.suspends() || soon <= limit {
         return None;

@@ -20,7 +20,8 @@ mod failover;
 pub mod kvm;
 pub mod labels;
 mod last_resort;
-pub mod model;
+pub mod margins;
+mod model;
 mod newcomer;
 mod pack;
 pub mod place;
@@ -44,6 +45,7 @@ pub use explain::{Alternative, Explanation, explain};
 pub use kvm::{Kernels, KvmKind, SoftwareKernel};
 pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use last_resort::LastResort;
+pub use margins::{Margins, Predictions};
 pub use model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, Failing,
     InFlight, NodeName, NodeState, NodeView, VmId, VmView,

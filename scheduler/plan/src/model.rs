@@ -8,6 +8,7 @@ use shoal_estimate::Estimate;
 
 use crate::kvm::KvmKind;
 use crate::labels::{Labels, Rules};
+use crate::margins::Margins;
 use crate::preempt::Held;
 
 macro_rules! text_id {
@@ -178,6 +179,8 @@ pub struct NodeView {
     pub reserved_cpus: f64,
     /// What migrations out of it have got of its link, where that was measured.
     pub link_rate: Option<BytesPerSecond>,
+    /// How old its last report is.
+    pub report_age: Duration,
 }
 
 impl NodeView {
@@ -205,6 +208,7 @@ impl NodeView {
             reserved_memory: Bytes(0),
             reserved_cpus: 0.0,
             link_rate: None,
+            report_age: Duration::ZERO,
         }
     }
 
@@ -369,6 +373,8 @@ pub struct ClusterSnapshot {
     pub vms: Vec<VmView>,
     /// Room that is being made for VMs that wait.
     pub held: Vec<Held>,
+    /// How far predictions have been off.
+    pub margins: Margins,
 }
 
 #[cfg(test)]

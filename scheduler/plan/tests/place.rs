@@ -25,7 +25,7 @@ fn cluster() -> ClusterSnapshot {
     ClusterSnapshot {
         nodes,
         vms: vec![full, small],
-        held: Vec::new(),
+        ..ClusterSnapshot::default()
     }
 }
 

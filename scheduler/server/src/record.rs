@@ -418,6 +418,9 @@ pub struct Intent {
     /// How it is to go, in full; empty in what schema 1 stored.
     #[serde(default, with = "encoded")]
     pub policy: vm::MigrationPolicy,
+    /// How long the planner expects it to take; none if someone asked for it, or it is only found again.
+    #[serde(default)]
+    pub expected: Option<Duration>,
 }
 
 /// A protobuf message in a record, as its bytes.

@@ -91,6 +91,14 @@ fn parse_line(line: &str, scenario: &mut Scenario) -> Result<(), String> {
             set_policy(&mut scenario.policy, &mut fields)?;
             fields.finish()
         }
+        Some("margins") => {
+            let (mut fields, margins) = (Fields::new("margins", words)?, &mut scenario.snapshot.margins);
+            fields.number("move_time", &mut margins.move_time)?;
+            fields.number("growth", &mut margins.growth)?;
+            fields.set("burst", SIZE, parse_size, &mut margins.burst.0)?;
+            fields.set("delay", DURATION, parse_duration, &mut margins.delay)?;
+            fields.finish()
+        }
         Some("node") => {
             let name = words
                 .next()
@@ -203,6 +211,7 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.number("reserved_cpus", &mut node.reserved_cpus)?;
     let rate = |text: &str| parse_size(text).map(|rate| Some(BytesPerSecond(rate)));
     fields.set("link_rate", SIZE, rate, &mut node.link_rate)?;
+    fields.set("report_age", DURATION, parse_duration, &mut node.report_age)?;
     if node.memory_available > node.memory {
         return Err(format!("node {}: available: must be at most memory", cut(name)));
     }

@@ -10,6 +10,7 @@ use super::{HEADER, KERNELS};
 use crate::action::Plan;
 use crate::kvm::Kernels;
 use crate::labels::{Labels, Rules, print_terms};
+use crate::margins::Margins;
 use crate::model::{
     CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmId, VmView,
 };
@@ -112,6 +113,16 @@ impl Line {
 #[must_use]
 pub fn print(snapshot: &ClusterSnapshot, policy: &Policy) -> String {
     let mut text = format!("{HEADER}\n{}\n", print_policy(policy));
+    let margins = &snapshot.margins;
+    if *margins != Margins::default() {
+        let mut line = Line("margins".to_owned());
+        line.number("move_time", margins.move_time, 1.0);
+        line.number("growth", margins.growth, 1.0);
+        line.size_unless_zero("burst", margins.burst.0);
+        line.duration("delay", margins.delay);
+        text.push_str(&line.0);
+        text.push('\n');
+    }
     for node in &snapshot.nodes {
         text.push_str(&print_node(node));
         text.push('\n');
@@ -171,6 +182,9 @@ fn print_node(node: &NodeView) -> String {
     line.number("reserved_cpus", node.reserved_cpus, 0.0);
     if let Some(rate) = node.link_rate {
         line.size("link_rate", rate.0);
+    }
+    if !node.report_age.is_zero() {
+        line.duration("report_age", node.report_age);
     }
     line.0
 }

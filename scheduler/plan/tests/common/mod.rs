@@ -25,7 +25,7 @@ pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
             let mut snapshot = ClusterSnapshot {
                 nodes,
                 vms: Vec::new(),
-                held: Vec::new(),
+                ..ClusterSnapshot::default()
             };
             for (number, (mut vm, on, to)) in vms.into_iter().enumerate() {
                 vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));

@@ -161,6 +161,7 @@ fn intent(vm: &VmRecord) -> Intent {
             on_stall: vm::OnStall::Force.into(),
             ..Default::default()
         },
+        expected: Some(std::time::Duration::from_millis(2500)),
     }
 }
 

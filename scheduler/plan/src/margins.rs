@@ -176,7 +176,7 @@ mod tests {
         for _ in 0..REMEMBERED {
             predictions.moved(SECOND, SECOND / 2);
             predictions.grew(1e9, 0.0);
-            predictions.grew(1.0, 1e9);
+            predictions.grew(1.0, -1e9);
             predictions.reported(SECOND, SECOND);
         }
         assert_eq!(
@@ -184,6 +184,12 @@ mod tests {
             Margins::default(),
             "never less than what is predicted"
         );
+        // Of what grows by little the ratio says nothing; a jump is a jump.
+        for _ in 0..REMEMBERED {
+            predictions.grew(1.0, 1e6);
+        }
+        let jumps = predictions.margins();
+        assert_eq!((jumps.growth, jumps.burst), (1.0, Bytes(999_999)));
     }
 
     #[test]

@@ -85,6 +85,8 @@ enum News {
     Started(usize, usize),
     /// It is on no node any more.
     Ended(usize),
+    /// A move of it has ended, and has taken so many seconds.
+    Moved(usize, f64),
     /// A migration has measured how fast it dirties memory.
     Dirties(usize, f64),
 }

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod engine;
+mod foresight;
 pub mod measure;
 mod migration;
 pub mod model;

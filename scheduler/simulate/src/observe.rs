@@ -9,6 +9,7 @@ use shoal_plan::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Growth, InFlight, NodeName, NodeView, Policy, VmView,
 };
 
+use crate::foresight::Foresight;
 use crate::migration::Migration;
 use crate::model::Scenario;
 use crate::noise::Chance;
@@ -60,6 +61,7 @@ struct VmReport {
 pub(crate) struct Observer {
     pub snapshot: ClusterSnapshot,
     samples: Samples,
+    foresight: Foresight,
     nodes: Vec<SeenNode>,
     vms: Vec<SeenVm>,
     numbers: HashMap<String, usize>,
@@ -125,6 +127,7 @@ impl Observer {
                 nodes: vec![RunQueue::default(); nodes.len()],
                 vms: Vec::new(),
             },
+            foresight: Foresight::new(nodes.len()),
             nodes: nodes.iter().map(|_| SeenNode::default()).collect(),
             vms: vec![SeenVm::default(); vms.len()],
             numbers: numbers
@@ -180,6 +183,11 @@ impl Observer {
         self.vms[vm].dirty = Some(dirty_rate);
     }
 
+    /// A move has ended that was expected to take so long.
+    pub fn moved(&mut self, expected: Duration, took: f64) {
+        self.foresight.moved(expected, took);
+    }
+
     /// Every agent reports; what is due arrives.
     pub fn report(&mut self, looks: &Looks<'_, '_>) {
         for node in 0..looks.nodes.len() {
@@ -191,8 +199,11 @@ impl Observer {
             {
                 self.arrives(looks, node, &report);
             }
+            let age = self.foresight.report_age(node, looks.now);
+            self.snapshot.nodes[node].report_age = Duration::from_secs_f64(age);
             self.tell_link(looks, node);
         }
+        self.snapshot.margins = self.foresight.margins();
         for number in 0..looks.vms.len() {
             self.know(looks, number);
         }
@@ -212,6 +223,7 @@ impl Observer {
         view.other_growth = seen.memory.update(bytes(report.other_memory), interval);
         view.other = report.other;
         view.pressure_memory = report.pressure;
+        let (mut held, mut rate) = (0.0, 0.0);
         for told in &report.vms {
             let vm = &looks.vms[told.vm];
             let Some(at) = self.vms[told.vm].at else { continue };
@@ -226,6 +238,7 @@ impl Observer {
             let resident = bytes(told.resident);
             view.resident = Some(resident);
             view.growth = seen.growth.update(resident, interval);
+            (held, rate) = (held + told.resident, rate + view.growth.0 as f64);
             // It is the same guest as before a move: what was known of it holds until more is.
             view.cpu = told.demand.or(view.cpu);
             for _ in 0..samples {
@@ -235,6 +248,10 @@ impl Observer {
                 view.cannot_move = None;
             }
         }
+        let vms: Vec<usize> = report.vms.iter().map(|told| told.vm).collect();
+        let seconds = looks.scenario.interval;
+        self.foresight
+            .reported(node, looks.now, seconds, &vms, (held, rate));
     }
 
     /// What moves through a node's link are expected to get.

@@ -11,6 +11,8 @@ mod shoal;
 mod simple;
 mod threshold;
 
+use std::time::Duration;
+
 use shoal_plan::{ActionKind, Hold, LaunchRequest, NodeName, Turn, VmId, Waiting};
 
 use crate::model::{Mode, Scenario};
@@ -27,6 +29,8 @@ pub struct Move {
     pub kind: Option<ActionKind>,
     /// What the policy expects it to gain in ten minutes, in CPU seconds of the fastest node, if it says.
     pub predicted: Option<f64>,
+    /// How long the policy expects it to take, if it says.
+    pub expected: Option<Duration>,
 }
 
 impl Move {
@@ -38,6 +42,7 @@ impl Move {
             to,
             kind: None,
             predicted: None,
+            expected: None,
         }
     }
 }

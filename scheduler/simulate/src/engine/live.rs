@@ -1,5 +1,6 @@
 //! A policy decides: it is shown what agents report, and asked as often as it wants to be.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use shoal_plan::{Held, LaunchRequest, Turn, Waiting};
@@ -26,6 +27,8 @@ pub(super) struct Live {
     observer: Observer,
     next_round: f64,
     rooms: Vec<Room>,
+    /// How long moves under way were expected to take, by VM.
+    expected: HashMap<usize, Duration>,
     pub log: Log,
     pub series: Vec<Sample>,
     imbalances: (f64, f64),
@@ -38,6 +41,7 @@ impl Live {
             observer: Observer::new(&engine.nodes, &engine.vms),
             next_round: 0.0,
             rooms: Vec::new(),
+            expected: HashMap::new(),
             log: Log::default(),
             series: Vec::new(),
             imbalances: (0.0, 0.0),
@@ -57,6 +61,11 @@ impl Live {
                         .started(vm, &engine.vms[vm], &engine.scenario.nodes[node].name);
                 }
                 News::Ended(vm) => self.observer.ended(vm),
+                News::Moved(vm, took) => {
+                    if let Some(expected) = self.expected.remove(&vm) {
+                        self.observer.moved(expected, took);
+                    }
+                }
                 News::Dirties(vm, rate) => {
                     let error = engine
                         .scenario
@@ -68,17 +77,20 @@ impl Live {
         }
     }
 
-    fn carry_out(&mut self, engine: &mut Engine<'_>, what: Decision) {
+    /// Whether it took effect.
+    fn carry_out(&mut self, engine: &mut Engine<'_>, what: Decision) -> bool {
         let (time, reports) = (engine.now, engine.reports);
-        if let Some(from) = engine.carry_out(&what) {
-            self.log.done.push(Done {
-                time,
-                reports,
-                from,
-                what,
-            });
-            self.tell(engine);
-        }
+        let Some(from) = engine.carry_out(&what) else {
+            return false;
+        };
+        self.log.done.push(Done {
+            time,
+            reports,
+            from,
+            what,
+        });
+        self.tell(engine);
+        true
     }
 
     fn place(&mut self, engine: &mut Engine<'_>, vm: usize, first: bool) {
@@ -166,23 +178,27 @@ impl Live {
             .iter()
             .filter_map(|hold| self.observer.vm(hold.vm.as_str()));
         decisions.extend(resumed.map(Decision::Resume));
+        for decision in decisions {
+            self.carry_out(engine, decision);
+        }
         for chosen in &orders.moves {
-            let to = engine
-                .scenario
-                .nodes
-                .iter()
-                .position(|node| node.name == chosen.to);
-            if let (Some(vm), Some(to)) = (self.observer.vm(chosen.vm.as_str()), to) {
-                decisions.push(Decision::Move(Chosen {
+            let mut nodes = engine.scenario.nodes.iter();
+            let to = nodes.position(|node| node.name == chosen.to);
+            let (Some(vm), Some(to)) = (self.observer.vm(chosen.vm.as_str()), to) else {
+                continue;
+            };
+            let begun = self.carry_out(
+                engine,
+                Decision::Move(Chosen {
                     vm,
                     to,
                     kind: chosen.kind,
                     predicted: chosen.predicted,
-                }));
+                }),
+            );
+            if let Some(expected) = chosen.expected.filter(|_| begun) {
+                self.expected.insert(vm, expected);
             }
-        }
-        for decision in decisions {
-            self.carry_out(engine, decision);
         }
     }
 

@@ -81,9 +81,11 @@ impl Engine<'_> {
     }
 
     fn arrive(&mut self, number: usize, vm: usize, from: usize, to: usize) {
-        let stopped_at = self.migrations[number]
-            .as_ref()
-            .map_or(self.now, |migration| migration.stopped_at);
+        let times = self.migrations[number].as_ref();
+        let (started_at, stopped_at) = times.map_or((self.now, self.now), |migration| {
+            (migration.started_at, migration.stopped_at)
+        });
+        self.news.push(News::Moved(vm, self.now - started_at));
         // One that is suspended misses nothing.
         let suspended = self.vms[vm].suspended.is_some();
         let downtime = if suspended { 0.0 } else { self.now - stopped_at };

@@ -26,6 +26,7 @@ impl Balancer for Shoal {
         let expected = Expected::new(seen);
         let moves = plan.actions.into_iter().map(|action| Move {
             kind: Some(action.kind),
+            expected: Some(action.expected),
             // Those for memory have a gain that nobody can foresee, and half an exchange has none.
             predicted: (action.kind == ActionKind::Rebalance).then(|| expected.gain(&action)),
             ..Move::new(action.vm, action.to)

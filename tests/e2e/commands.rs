@@ -75,6 +75,30 @@ fn scripts_find_the_keys_that_they_rely_on() {
 }
 
 #[test]
+fn a_cluster_is_recorded_and_replayed() {
+    let Some(machine) = Machine::with_kvm("record and simulate") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    cluster.run_probe("a", "node1", "128MiB", CALM);
+    let folder = tempfile::tempdir().expect("a directory");
+    let file = folder.path().join("noise.gz");
+    let file = file.to_str().expect("a path of letters");
+    let recorded = cluster.shoal.json(&["record", file, "--for", "3s"]);
+    let moments = recorded["moments"].as_u64().expect("a count");
+    assert!(moments >= 2, "{recorded}");
+    let replayed = cluster.shoal.json(&["simulate", file]);
+    assert_eq!(
+        (&replayed["rounds"], &replayed["would"]),
+        (&moments.into(), &Value::Array(Vec::new())),
+        "nothing need be done for one calm VM: {replayed}"
+    );
+    assert!(cluster.shoal.ok(&["simulate", file]).starts_with("nothing in "));
+    // What is there is not written over.
+    cluster.shoal.fails(&["record", file, "--for", "1s"]);
+}
+
+#[test]
 fn a_guest_that_says_why_it_fails_is_quoted() {
     let Some(machine) = Machine::with_kvm("last words of a guest") else {
         return;

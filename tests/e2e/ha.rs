@@ -29,7 +29,15 @@ fn a_drain_ends_although_the_leader_is_killed_in_the_middle_of_it() {
     let image = paths::image("probe");
     cluster.shoal.ok(&["image", "import", &image.to_string_lossy()]);
     let ids = VMS.map(|name| {
-        let mut args = vec!["run", "probe", "--detach", "--name", name, "--node", "node1"];
+        let mut args = vec![
+            "run",
+            "probe",
+            "--detach",
+            "--name",
+            name,
+            "--prefer-node",
+            "node1",
+        ];
         args.extend(["--memory", "96MiB", "--"]);
         args.extend(CALM.split(' '));
         let id = cluster.shoal.json(&args)["id"]

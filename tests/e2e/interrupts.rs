@@ -1,6 +1,6 @@
 //! A command that is interrupted has not done what it was asked: `shoal drain n && poweroff` must not power off.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -82,6 +82,45 @@ fn an_interrupted_command_does_not_exit_as_if_it_were_done() {
             assert_eq!(interrupt(child, signal).0, Some(status), "{command:?}");
         }
     }
+}
+
+#[test]
+fn a_job_that_waits_goes_on_waiting_when_its_command_is_interrupted() {
+    let Some(machine) = Machine::with_kvm("Ctrl-C while a job waits") else {
+        return;
+    };
+    let shape = Shape {
+        nodes: 1,
+        node_cpus: 1,
+        ..Shape::default()
+    };
+    let cluster = Cluster::start(machine, &shape);
+    let shoal = &cluster.shoal;
+    cluster.run_probe("a", "node1", "128MiB", CALM);
+    let mut child = start(shoal, &["run", "probe", "--queue", "--name", "job"]);
+    let mut said = String::new();
+    let mut lines = BufReader::new(child.stderr.take().expect("a pipe"));
+    lines.read_line(&mut said).expect("it says why it waits");
+    assert!(said.starts_with("job waits, place 1 in the queue: "), "{said}");
+    let (ended, _) = interrupt(child, Signal::INT);
+    lines.read_to_string(&mut said).expect("text");
+    assert_eq!(ended, Some(130), "{said}");
+    assert!(
+        said.contains("interrupted; job goes on waiting: `shoal queue` shows it"),
+        "{said}"
+    );
+    assert_eq!(shoal.json(&["queue"])[0]["name"], "job");
+
+    // One that is taken out of the queue has failed for whoever waits for it.
+    let mut child = start(shoal, &["run", "probe", "--queue", "--name", "out"]);
+    let mut lines = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut said = String::new();
+    lines.read_line(&mut said).expect("it says why it waits");
+    shoal.ok(&["rm", "out"]);
+    let output = child.wait_with_output().expect("it ends");
+    lines.read_to_string(&mut said).expect("text");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("out is failed: taken out of the queue"), "{said}");
 }
 
 #[test]

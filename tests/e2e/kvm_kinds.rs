@@ -136,7 +136,16 @@ fn a_vm_is_not_moved_to_the_other_kind_of_kvm() {
         ),
     ];
     for (name, on, to, why) in words {
-        let args = ["run", "both", "--detach", "--name", name, "--node", on, "--"];
+        let args = [
+            "run",
+            "both",
+            "--detach",
+            "--name",
+            name,
+            "--prefer-node",
+            on,
+            "--",
+        ];
         shoal.ok(&[&args[..], &STAYS.split(' ').collect::<Vec<_>>()].concat());
         cluster.wait_for_heartbeats(name, 1);
         let refusal = shoal.fails(&["migrate", name, "--to", to]);

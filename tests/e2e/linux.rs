@@ -21,7 +21,7 @@ fn linux_counts_on_while_it_is_moved_twice() {
         "--detach",
         "--name",
         "counter",
-        "--node",
+        "--prefer-node",
         "node1",
         "--",
         "sh",

@@ -26,7 +26,16 @@ fn a_vm_runs_exactly_once_while_links_between_hosts_fail() {
     hosts.shoal.ok(&["image", "import", &probe.to_string_lossy()]);
     let args = "beat=200 fill=512MiB wss=16MiB rate=1000 pattern=random";
     let mut run = vec![
-        "run", "probe", "--detach", "--name", "p", "--node", "a", "--memory", "640MiB", "--",
+        "run",
+        "probe",
+        "--detach",
+        "--name",
+        "p",
+        "--prefer-node",
+        "a",
+        "--memory",
+        "640MiB",
+        "--",
     ];
     run.extend(args.split(' '));
     let vm = hosts.shoal.json(&run)["id"].as_str().expect("an id").to_owned();

@@ -1,5 +1,8 @@
 //! What users tell the scheduler, with guests that run: rules, locks, the queue, expel and bring, the policy.
 
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+
 use serde_json::Value;
 use shoal_tests::cluster::{Cluster, Shape};
 use shoal_tests::guest;
@@ -149,6 +152,82 @@ fn what_waits_in_the_queue_runs_when_there_is_room() {
 }
 
 #[test]
+fn the_queue_runs_as_many_guests_as_there_are_cpus() {
+    let Some(machine) = Machine::with_kvm("slots of the queue") else {
+        return;
+    };
+    let cluster = Cluster::start(machine, &Shape::default());
+    let shoal = &cluster.shoal;
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for name in names {
+        let mut args = vec!["run", "probe", "--detach", "--queue", "--name", name];
+        args.extend(["--memory", "128MiB", "--"]);
+        args.extend(CALM.split(' '));
+        shoal.json(&args);
+    }
+    // Two nodes of two CPUs.
+    for name in &names[..4] {
+        cluster.wait_for_state(name, "running", seconds(60));
+    }
+    let mut homes: Vec<String> = names[..4].iter().map(|name| home(&cluster, name)).collect();
+    homes.sort();
+    assert_eq!(homes, ["node1", "node1", "node2", "node2"]);
+    // A job that is watched waits behind the two that are left.
+    let job = [
+        "run",
+        "probe",
+        "--queue",
+        "--name",
+        "job",
+        "--",
+        "seconds=1",
+        "status=3",
+    ];
+    let mut job = shoal.command(&job);
+    let job = job.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut job = job.expect("shoal starts");
+    let mut told = BufReader::new(job.stderr.take().expect("a pipe"));
+    let mut said = String::new();
+    let mut hear = |place: u32| {
+        let words =
+            format!("job waits, place {place} in the queue: nothing fits: node1: 2 vCPUs declared there");
+        while !said.contains(&words) {
+            assert!(
+                told.read_line(&mut said).expect("text") > 0,
+                "no '{words}': {said}"
+            );
+        }
+    };
+    let waiting = || -> Vec<String> {
+        let queue = shoal.json(&["queue"]);
+        let queue = queue.as_array().expect("a list").clone();
+        queue.iter().map(|vm| text(&vm["name"])).collect()
+    };
+    hear(3);
+    assert_eq!(waiting(), ["e", "f", "job"]);
+
+    for (ended, next, left) in [("b", "e", &["f", "job"][..]), ("c", "f", &["job"])] {
+        shoal.ok(&["stop", ended]);
+        cluster.wait_for_state(next, "running", seconds(60));
+        assert_eq!(waiting(), left, "one for one");
+        assert_eq!(home(&cluster, next), home(&cluster, ended), "in its slot");
+        hear(u32::try_from(left.len()).expect("few"));
+    }
+    shoal.ok(&["stop", "a"]);
+    let output = job.wait_with_output().expect("it ends");
+    assert_eq!(
+        output.status.code(),
+        Some(3),
+        "the workload's own status: {output:?}"
+    );
+    assert!(
+        guest::heartbeats(&String::from_utf8_lossy(&output.stdout)).len() > 1,
+        "its console: {output:?}"
+    );
+    assert_all_run_unharmed(&cluster, &["d", "e", "f"]);
+}
+
+#[test]
 fn expelled_guests_are_brought_back() {
     let Some(machine) = Machine::with_kvm("expel and bring") else {
         return;
@@ -160,9 +239,9 @@ fn expelled_guests_are_brought_back() {
     let cluster = cluster(machine, &shape);
     let names = ["a", "b", "c"];
     for name in names {
-        run(&cluster, name, &["--node", "node1"]);
+        run(&cluster, name, &["--prefer-node", "node1"]);
     }
-    run(&cluster, "stays", &["--node", "node2"]);
+    run(&cluster, "stays", &["--prefer-node", "node2"]);
 
     for (command, to) in [("expel", "node2"), ("bring", "node1")] {
         let done = cluster.shoal.json(&[command, "node1"]);
@@ -201,7 +280,7 @@ fn a_rebalance_does_what_its_dry_run_says_and_the_policy_decides_who_asks() {
     shoal.ok(&["policy", "set", "automation=advise", "cool_down=1s", "settle=0s"]);
     // A probe never sleeps: each wants a CPU, and the node has one.
     for name in ["a", "b"] {
-        run(&cluster, name, &["--node", "node1"]);
+        run(&cluster, name, &["--prefer-node", "node1"]);
     }
 
     let dry = wait::until("the load to be seen", seconds(120), || {

@@ -159,7 +159,16 @@ impl Cluster {
     /// Runs a probe on a node. Answers the VM's id.
     pub fn start_probe(&self, name: &str, node: &str, memory: &str, args: &str) -> String {
         let mut all = vec![
-            "run", "probe", "--detach", "--name", name, "--node", node, "--memory", memory, "--",
+            "run",
+            "probe",
+            "--detach",
+            "--name",
+            name,
+            "--prefer-node",
+            node,
+            "--memory",
+            memory,
+            "--",
         ];
         let args = crate::guest::with_quick_beat(args);
         all.extend(args.split(' '));

@@ -157,7 +157,9 @@ pub enum Command {
     Resolve(commands::resolve::ResolveArgs),
     /// Show what the cluster did, and why.
     Events(commands::events::EventsArgs),
-    /// Compare placement and migration policies on a simulated cluster.
+    /// Write what plans are made from, once a second, to a file that `simulate` replays.
+    Record(commands::record::RecordArgs),
+    /// Compare placement and migration policies on a simulated cluster, or say what would be done on a recorded one.
     Simulate(commands::simulate::SimulateArgs),
     /// CPU features of nodes and of new VMs.
     #[command(subcommand)]
@@ -277,6 +279,8 @@ mod tests {
             "shoal suspend a b --reason lunch",
             "shoal resume a b",
             "shoal run linux --queue --label user=ada",
+            "shoal run linux --queue --rm --node node1 --exclusive",
+            "shoal run linux --queue --detach --prefer-node node1",
             "shoal queue -o json",
             "shoal explain a --nodes 5",
             "shoal expel node1",
@@ -290,6 +294,9 @@ mod tests {
             "shoal logs -f a",
             "shoal rebalance --dry-run",
             "shoal simulate leak.txt --policy shoal --policy openmosix --seed 7 --runs 2 --plot leak.svg -o json",
+            "shoal record noise.gz --for 5m",
+            "shoal record noise.gz -o json",
+            "shoal simulate noise.gz",
             "shoal resolve a --keep node1",
             "shoal cpu baseline",
             "shoal cpu baseline apply -o json",
@@ -317,6 +324,7 @@ mod tests {
             "shoal run",
             "shoal run x --memory lots",
             "shoal run x --rm --detach",
+            "shoal run x --node node1 --prefer-node node2",
             "shoal rm",
             "shoal migrate a --max-downtime 0s",
             "shoal migrate a --on-stall hope",
@@ -324,6 +332,8 @@ mod tests {
             "shoal migrate a --connections 17",
             "shoal simulate",
             "shoal simulate leak.txt --policy best",
+            "shoal record",
+            "shoal record noise.gz --for ever",
             "shoal simulate leak.txt --runs 0",
             "shoal migrations --vm a show b",
             "shoal migrations set a --verify",

@@ -21,6 +21,9 @@ pub struct RuleArgs {
     /// No other VM on the node may have such labels.
     #[arg(long, value_name = "TERM", value_delimiter = ',')]
     anti_affinity: Vec<String>,
+    /// No other VM may be on the node, whatever its labels: it goes to an empty one, and nothing else comes there.
+    #[arg(long)]
+    exclusive: bool,
 }
 
 impl RuleArgs {
@@ -32,6 +35,7 @@ impl RuleArgs {
             tolerations: self.tolerate.clone(),
             affinity: self.affinity.clone(),
             anti_affinity: self.anti_affinity.clone(),
+            exclusive: self.exclusive,
         }
     }
 }

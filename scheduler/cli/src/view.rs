@@ -46,6 +46,8 @@ pub struct VmView {
     pub rules: RulesView,
     /// It is not to be moved.
     pub locked: bool,
+    /// The node that `run --node` named, as long as that holds; empty: none.
+    pub pinned: String,
     /// 0 to 9: the lower, the sooner it gives way.
     pub priority: u32,
     /// Where it was started; empty if not known.
@@ -127,6 +129,8 @@ pub struct RulesView {
     pub affinity: Vec<String>,
     /// Of no other VM on the node.
     pub anti_affinity: Vec<String>,
+    /// No other VM is on the node.
+    pub exclusive: bool,
 }
 
 impl From<&cluster::Rules> for RulesView {
@@ -136,6 +140,7 @@ impl From<&cluster::Rules> for RulesView {
             tolerations: rules.tolerations.clone(),
             affinity: rules.affinity.clone(),
             anti_affinity: rules.anti_affinity.clone(),
+            exclusive: rules.exclusive,
         }
     }
 }
@@ -165,6 +170,7 @@ impl From<&cluster::Vm> for VmView {
             labels: vm.labels.clone(),
             rules: vm.rules.as_ref().map(RulesView::from).unwrap_or_default(),
             locked: vm.locked,
+            pinned: vm.pinned.clone(),
             priority: vm.priority,
             home: vm.home.clone(),
             cpu_steal: vm.cpu_steal,

@@ -189,7 +189,7 @@ fn cluster(nodes: usize, vms: usize, memory_factor: u64, cpu_factor: u64) -> Clu
             .map(|n| NodeView::new(&format!("node{n:05}"), 32, memory))
             .collect(),
         vms: Vec::with_capacity(vms),
-        held: Vec::new(),
+        ..ClusterSnapshot::default()
     };
     let (memory_each, vcpus_each) = (
         memory.0 * nodes as u64 / vms.max(1) as u64,

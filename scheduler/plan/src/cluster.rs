@@ -12,6 +12,7 @@ use shoal_estimate::Estimate;
 use crate::failover::{Change, Failover, need};
 use crate::kvm::KvmNeed;
 use crate::labels::Rules;
+use crate::margins::Margins;
 use crate::model::{Bytes, BytesPerSecond, ClusterSnapshot, NodeName, NodeState, NodeView, VmId, VmView};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
@@ -25,6 +26,8 @@ pub(crate) use node::Node;
 /// Pre-copy makes little headway when the guest dirties this part of what the link carries.
 const CONVERGES_BELOW: f64 = 0.9;
 const LONGEST_MOVE_SECONDS: f64 = 1e7;
+/// However memory has jumped: no more than this part of a node's is kept free for it.
+const MOST_BURST: f64 = 0.1;
 
 /// A VM with what the planner derives about it.
 #[derive(Debug)]
@@ -84,6 +87,8 @@ impl Vm<'_> {
 #[derive(Debug)]
 pub(crate) struct Cluster<'a> {
     pub policy: &'a Policy,
+    /// What ushering allows for.
+    pub margins: Margins,
     /// By name.
     pub nodes: Vec<Node<'a>>,
     /// By id. VMs on nodes that the snapshot does not have are left out.
@@ -145,6 +150,7 @@ impl<'a> Cluster<'a> {
             .filter_map(|held| held.request.rules.as_deref());
         let mut cluster = Self {
             policy,
+            margins: snapshot.margins.sane(),
             nodes,
             vms: Vec::with_capacity(snapshot.vms.len()),
             together: Together::new(there.chain(held).chain(to_come)),
@@ -275,6 +281,9 @@ impl<'a> Cluster<'a> {
     fn add_here(&mut self, number: usize, on: usize, grown: f64, growth: f64) {
         let (vm, node) = (&self.vms[number], &mut self.nodes[on]);
         node.committed += vm.declared;
+        node.vcpus += f64::from(vm.view.cpus);
+        node.busy += vm.demand;
+        node.exclusive += usize::from(is_exclusive(vm.view.rules.as_deref()));
         node.occupied += vm.resident;
         node.settled += vm.resident;
         node.projected += grown;
@@ -327,6 +336,8 @@ impl<'a> Cluster<'a> {
     pub fn reserve(&mut self, newcomer: &Newcomer<'_>, on: usize) {
         let node = self.expect(newcomer, on);
         node.committed += newcomer.declared;
+        node.vcpus += newcomer.vcpus();
+        node.busy += newcomer.usage.cpu;
         node.occupied += newcomer.usage.memory;
         node.settled += newcomer.usage.memory;
         node.projected += newcomer.at_horizon();
@@ -342,6 +353,8 @@ impl<'a> Cluster<'a> {
         let horizon = self.policy.usher_horizon.as_secs_f64();
         let sum = |of: &dyn Fn(&Vm<'_>) -> f64| -> f64 { ending.iter().map(|&vm| of(&self.vms[vm])).sum() };
         let declared = newcomer.declared - sum(&|vm| vm.declared);
+        let vcpus = newcomer.vcpus() - sum(&|vm| f64::from(vm.view.cpus));
+        let busy = newcomer.usage.cpu - sum(&|vm| vm.demand);
         let memory = newcomer.usage.memory - sum(&|vm| vm.resident);
         let projected = newcomer.at_horizon() - sum(&|vm| vm.memory_at(horizon));
         let change = newcomer.change(self.policy, on);
@@ -349,6 +362,8 @@ impl<'a> Cluster<'a> {
         let node = self.expect(newcomer, on);
         node.makes_room = true;
         node.committed += declared.max(0.0);
+        node.vcpus += vcpus.max(0.0);
+        node.busy += busy.max(0.0);
         node.occupied += memory.max(0.0);
         node.projected += projected.max(0.0);
         if let Some(failover) = self.failover.as_mut().filter(|_| missing > 0.0) {
@@ -368,6 +383,7 @@ impl<'a> Cluster<'a> {
         self.largest_room = None;
         let node = &mut self.nodes[on];
         node.reserved += 1;
+        node.exclusive += usize::from(newcomer.is_exclusive());
         node
     }
 
@@ -402,18 +418,38 @@ impl<'a> Cluster<'a> {
 
     /// Memory the node will hold in so many seconds. What leaves counts until all of that is expected to have left.
     pub fn memory_at(&self, node: usize, seconds: f64) -> f64 {
+        self.memory_grown(node, seconds, 1.0)
+    }
+
+    /// From the last report of a node until what is decided after the next has begun. `detect` counts with a report each second: what
+    /// it is older than that comes on top, and so does what the next may be late.
+    pub fn seconds_to_act(&self, node: usize) -> f64 {
+        const USUAL_AGE: Duration = Duration::from_secs(1);
+        let late = self.nodes[node].view.report_age.saturating_sub(USUAL_AGE);
+        (self.policy.detect + late + self.margins.delay).as_secs_f64()
+    }
+
+    /// The same with as much growth as there may be.
+    pub fn most_memory_at(&self, node: usize, seconds: f64) -> f64 {
+        let burst = self.margins.burst.0 as f64;
+        self.memory_grown(node, seconds, self.margins.growth)
+            + burst.min(self.nodes[node].memory * MOST_BURST)
+    }
+
+    fn memory_grown(&self, node: usize, seconds: f64, margin: f64) -> f64 {
+        let grows = seconds * margin;
         let left = self.leaving_seconds(node) <= seconds;
         let vms = self.nodes[node].vms.iter().map(|&number| &self.vms[number]);
         let counts = |vm: &&Vm<'_>| !vm.leaving || vm.to == Some(node) || !left;
         let of_vm = |vm: &Vm<'_>| {
             if vm.leaving && vm.to == Some(node) {
-                vm.memory_there(seconds)
+                vm.memory_there(grows)
             } else {
-                vm.memory_at(seconds)
+                vm.memory_at(grows)
             }
         };
         let of_vms: f64 = vms.filter(counts).map(of_vm).sum();
-        self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * seconds + of_vms
+        self.nodes[node].other + self.nodes[node].view.other_growth.0 as f64 * grows + of_vms
     }
 
     /// The most memory the node will hold at the horizon or, where VMs leave, just before they have left.
@@ -523,6 +559,11 @@ impl<'a> Cluster<'a> {
                 .fold(0.0, f64::max)
         })
     }
+}
+
+/// Whether a VM has its node for itself.
+pub(crate) fn is_exclusive(rules: Option<&Rules>) -> bool {
+    rules.is_some_and(|rules| rules.exclusive)
 }
 
 /// What a VM that was not reported yet is expected to hold.

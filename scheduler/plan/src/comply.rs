@@ -67,6 +67,16 @@ pub(crate) fn wrong(cluster: &Cluster<'_>, number: usize) -> Option<RejectReason
     if let Some(term) = rules.selector.iter().find(|term| !term.matches(&node.labels)) {
         return Some(RejectReason::Selector { term: term.clone() });
     }
+    let stays = |&&other: &&usize| {
+        let of = &cluster.vms[other];
+        other != number && (!of.leaving || of.to == Some(vm.node))
+    };
+    if rules.exclusive {
+        let vms = cluster.nodes[vm.node].vms.iter().filter(stays).count();
+        if vms > 0 {
+            return Some(RejectReason::NotAlone { vms });
+        }
+    }
     cluster.together.wrong(number, vm.node).map(RejectReason::from)
 }
 

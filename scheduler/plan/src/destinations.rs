@@ -19,7 +19,7 @@ type Asked<'a> = (&'a [Term], &'a [Term], Option<&'a CpuClass>, KvmNeed);
 /// The nodes to try, by what is asked.
 #[derive(Debug)]
 pub(crate) struct Destinations<'a> {
-    /// Ready nodes, those where an average VM costs least first.
+    /// Ready nodes that no VM has for itself, those where an average VM costs least first.
     by_cost: Vec<usize>,
     found: HashMap<Asked<'a>, Rc<[usize]>>,
     count: usize,
@@ -34,7 +34,10 @@ impl<'a> Destinations<'a> {
             memory: cluster.vms.iter().map(|vm| vm.resident).sum::<f64>() / count,
         };
         let mut nodes: Vec<(usize, f64)> = (0..cluster.nodes.len())
-            .filter(|&node| cluster.nodes[node].view.state == NodeState::Ready)
+            .filter(|&node| {
+                let node = &cluster.nodes[node];
+                node.view.state == NodeState::Ready && node.exclusive == 0
+            })
             .map(|node| (node, cluster.nodes[node].charge(rate, average)))
             .collect();
         nodes.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));

@@ -232,6 +232,8 @@ pub struct Rules {
     pub affinity: Vec<Term>,
     /// No other VM on the node is as asked by any of these.
     pub anti_affinity: Vec<Term>,
+    /// No other VM is on the node.
+    pub exclusive: bool,
 }
 
 impl Rules {
@@ -242,6 +244,7 @@ impl Rules {
             && self.tolerations.is_empty()
             && self.affinity.is_empty()
             && self.anti_affinity.is_empty()
+            && !self.exclusive
     }
 
     /// The first taint that it minds.

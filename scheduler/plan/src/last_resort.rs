@@ -61,7 +61,7 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
         let vm = &cluster.vms[vm];
         let runs = matches!(
             vm.view.cannot_move,
-            None | Some(CannotMove::Locked | CannotMove::Settling)
+            None | Some(CannotMove::Locked | CannotMove::Pinned | CannotMove::Settling)
         );
         runs && !vm.view.suspended && vm.view.in_flight.is_none() && may(vm)
     };
@@ -85,14 +85,14 @@ pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
 pub(crate) fn suspend_outrun(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
     let leaving = cluster.leaving_seconds(node);
     let (at, why) = if leaving > 0.0 {
-        let then = cluster.memory_at(node, leaving.next_down());
+        let then = cluster.most_memory_at(node, leaving.next_down());
         let why = format!(
             "the moves under way end in {leaving:.1} s, when it would hold {}",
             bytes(then)
         );
         (then, why)
     } else {
-        let soon = cluster.memory_at(node, cluster.policy.detect.as_secs_f64());
+        let soon = cluster.most_memory_at(node, cluster.seconds_to_act(node));
         (soon, "the limits let no move begin".to_owned())
     };
     let outrun = at > cluster.nodes[node].memory;
@@ -101,8 +101,8 @@ pub(crate) fn suspend_outrun(cluster: &Cluster<'_>, node: usize) -> Option<Hold>
 
 fn suspend_because(cluster: &Cluster<'_>, node: usize, why: &str) -> Option<Hold> {
     let policy = cluster.policy;
-    let seconds = policy.detect.as_secs_f64();
-    let (soon, memory) = (cluster.memory_at(node, seconds), cluster.nodes[node].memory);
+    let seconds = cluster.seconds_to_act(node);
+    let (soon, memory) = (cluster.most_memory_at(node, seconds), cluster.nodes[node].memory);
     let limit = memory * policy.critical();
     if !policy.suspends() || soon <= limit {
         return None;
@@ -133,7 +133,7 @@ pub(crate) fn run_on(cluster: &mut Cluster<'_>, plan: &mut Plan) {
     let mut waiting: Vec<(usize, BytesPerSecond)> = (0..cluster.vms.len())
         .filter_map(|number| {
             let vm = &cluster.vms[number];
-            let may = matches!(vm.view.cannot_move, None | Some(CannotMove::Locked)) && !vm.leaving;
+            let may = vm.view.cannot_move.is_none_or(CannotMove::is_wished) && !vm.leaving;
             let growth = vm.view.suspended_growth.filter(|_| vm.view.suspended && may)?;
             Some((number, growth))
         })

@@ -12,6 +12,7 @@ pub mod action;
 mod cluster;
 mod comply;
 mod cost;
+mod cpus;
 mod destinations;
 mod drain;
 mod effect;
@@ -20,7 +21,8 @@ mod failover;
 pub mod kvm;
 pub mod labels;
 mod last_resort;
-pub mod model;
+pub mod margins;
+mod model;
 mod newcomer;
 mod pack;
 pub mod place;
@@ -44,13 +46,14 @@ pub use explain::{Alternative, Explanation, explain};
 pub use kvm::{Kernels, KvmKind, SoftwareKernel};
 pub use labels::{Label, LabelError, Labels, Rules, Term};
 pub use last_resort::LastResort;
+pub use margins::{Margins, Predictions};
 pub use model::{
     Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, CpuClass, CpuLacks, DEFAULT_PRIORITY, Failing,
     InFlight, NodeName, NodeState, NodeView, VmId, VmView,
 };
 pub use place::{
-    LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch, place_launches,
-    place_migration,
+    Largest, LaunchRequest, MigrateError, PlaceError, Placement, place_handover, place_launch,
+    place_launches, place_migration,
 };
 pub use policy::{Automation, Mode, Policy, PolicyError};
 pub use preempt::{Held, Preemption, make_room};

@@ -8,6 +8,7 @@ use shoal_estimate::Estimate;
 
 use crate::kvm::KvmKind;
 use crate::labels::{Labels, Rules};
+use crate::margins::Margins;
 use crate::preempt::Held;
 
 macro_rules! text_id {
@@ -180,6 +181,8 @@ pub struct NodeView {
     pub reserved_cpus: f64,
     /// What migrations out of it have got of its link, where that was measured.
     pub link_rate: Option<BytesPerSecond>,
+    /// How old its last report is.
+    pub report_age: Duration,
 }
 
 impl NodeView {
@@ -208,6 +211,7 @@ impl NodeView {
             reserved_memory: Bytes(0),
             reserved_cpus: 0.0,
             link_rate: None,
+            report_age: Duration::ZERO,
         }
     }
 
@@ -247,6 +251,8 @@ pub enum CannotMove {
     NotRunning,
     /// Its owner keeps it where it is.
     Locked,
+    /// The same: it was started for this node alone.
+    Pinned,
     /// A migration of it that ends where it is now is not over: within its node, or its last memory is on the way.
     Settling,
 }
@@ -259,8 +265,17 @@ impl fmt::Display for CannotMove {
             Self::InDoubt => "it is in doubt after a migration",
             Self::NotRunning => "it is not running",
             Self::Locked => "it is locked to its node",
+            Self::Pinned => "it is locked to its node by --node: `shoal unlock` it first",
             Self::Settling => "its last migration is not over yet",
         })
+    }
+}
+
+impl CannotMove {
+    /// It runs, and is to stay where it is.
+    #[must_use]
+    pub fn is_wished(self) -> bool {
+        matches!(self, Self::Locked | Self::Pinned)
     }
 }
 
@@ -379,6 +394,8 @@ pub struct ClusterSnapshot {
     pub vms: Vec<VmView>,
     /// Room that is being made for VMs that wait.
     pub held: Vec<Held>,
+    /// How far predictions have been off.
+    pub margins: Margins,
 }
 
 #[cfg(test)]

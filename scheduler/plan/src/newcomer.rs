@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::cluster::{Cluster, Node, Vm, bytes, expected_resident};
+use crate::cluster::{Cluster, Node, Vm, bytes, expected_resident, is_exclusive};
+use crate::cpus::CpuLimit;
 use crate::failover::{Change, Failover, need};
 use crate::kvm::{Kernels, KvmNeed};
 use crate::labels::Rules;
-use crate::model::{CpuClass, NodeState};
-use crate::place::LaunchRequest;
+use crate::model::{CpuClass, NodeState, NodeView};
+use crate::place::{Largest, LaunchRequest};
 use crate::policy::Policy;
 use crate::reject::RejectReason;
 use crate::score::Use;
@@ -17,15 +18,22 @@ use crate::together::{Apart, Marks};
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Beside {
     pub declared: f64,
+    pub vcpus: f64,
     pub cpu: f64,
     pub memory: f64,
     pub at_horizon: f64,
+    /// VMs that leave.
+    pub gone: usize,
+    /// Of these, those that had the node for themselves.
+    pub exclusive_gone: usize,
 }
 
 /// A VM that looks for a node.
 #[derive(Debug)]
 pub(crate) struct Newcomer<'a> {
-    cpus: u32,
+    pub cpus: u32,
+    /// What vCPUs count against.
+    cpu_limit: CpuLimit,
     pub declared: f64,
     /// Expected at once.
     pub usage: Use,
@@ -48,6 +56,8 @@ pub(crate) struct Newcomer<'a> {
     pub n_plus_one: bool,
     /// What else comes to the node, or leaves it in exchange.
     pub beside: Beside,
+    /// Nodes that are kept for those who have waited long are not for it.
+    pub in_turn: bool,
     /// Later is soon enough: limits do not count.
     patient: bool,
     /// For automatic moves: the part of a node's memory that growth must not pass. They obey the limits, too.
@@ -62,6 +72,11 @@ impl<'a> Newcomer<'a> {
         let rules = request.rules.as_deref();
         Self {
             cpus: request.cpus,
+            cpu_limit: if request.queued {
+                CpuLimit::Slots
+            } else {
+                CpuLimit::Overcommit
+            },
             declared: request.memory.0 as f64,
             usage: Use {
                 cpu: f64::from(request.cpus),
@@ -78,6 +93,7 @@ impl<'a> Newcomer<'a> {
             undeterred: request.node.is_some(),
             n_plus_one: true,
             beside: Beside::default(),
+            in_turn: false,
             patient: false,
             ahead: None,
             last_resort: None,
@@ -89,6 +105,7 @@ impl<'a> Newcomer<'a> {
         let vm: &Vm<'a> = &cluster.vms[number];
         Self {
             cpus: vm.view.cpus,
+            cpu_limit: CpuLimit::Free,
             declared: vm.declared,
             usage: vm.usage(),
             at_horizon: vm.memory_there(cluster.policy.usher_horizon.as_secs_f64()),
@@ -102,6 +119,7 @@ impl<'a> Newcomer<'a> {
             undeterred: false,
             n_plus_one: false,
             beside: Beside::default(),
+            in_turn: false,
             patient: false,
             ahead: None,
             last_resort: None,
@@ -146,6 +164,7 @@ impl<'a> Newcomer<'a> {
     pub fn balanced(cluster: &Cluster<'a>, vm: usize) -> Self {
         Self {
             ahead: Some(cluster.policy.usher_target),
+            cpu_limit: CpuLimit::Overcommit,
             n_plus_one: cluster.failover.as_ref().is_some_and(Failover::is_safe),
             ..Self::migration(cluster, vm)
         }
@@ -179,6 +198,16 @@ impl<'a> Newcomer<'a> {
         }
     }
 
+    /// vCPUs it declares.
+    pub fn vcpus(&self) -> f64 {
+        f64::from(self.cpus)
+    }
+
+    /// It has its node for itself.
+    pub fn is_exclusive(&self) -> bool {
+        is_exclusive(self.rules)
+    }
+
     /// Bytes it will hold at the horizon.
     pub fn at_horizon(&self) -> f64 {
         self.at_horizon
@@ -196,7 +225,6 @@ impl<'a> Newcomer<'a> {
         if self.from == Some(number) {
             return Err(RejectReason::SameNode);
         }
-        // First, since it lasts: see `PlaceError::is_final`.
         self.kvm.check(node.view)?;
         if let Some(kernels) = self.kernels {
             kernels.check(self.cpus, node.view)?;
@@ -209,6 +237,9 @@ impl<'a> Newcomer<'a> {
             return Err(RejectReason::Failing { why: Arc::clone(why) });
         }
         self.check_rules(cluster, number)?;
+        if self.in_turn && node.kept {
+            return Err(RejectReason::Kept);
+        }
         if self.cpus > node.view.cpus {
             return Err(RejectReason::TooFewCpus {
                 needed: self.cpus,
@@ -238,6 +269,7 @@ impl<'a> Newcomer<'a> {
                 limit: bytes(limit),
             });
         }
+        self.cpu_limit.check(policy, node, self.cpus, &self.beside)?;
         let limit = node.memory * self.last_resort.unwrap_or(policy.usher_threshold);
         let occupied = node.occupied + self.beside.memory;
         if occupied + self.usage.memory > limit {
@@ -258,8 +290,42 @@ impl<'a> Newcomer<'a> {
             .map_or(Ok(()), |ahead| self.check_ahead(policy, node, ahead))
     }
 
+    /// Whether its image has no kernel for a node, or one with too few CPUs, which lasts.
+    pub fn never_starts(&self, cluster: &Cluster<'_>, number: usize) -> bool {
+        let starts = |kernels: &Kernels| kernels.check(self.cpus, cluster.nodes[number].view);
+        self.kernels
+            .is_some_and(|kernels| starts(kernels).is_err_and(|reason| reason.is_of_kvm()))
+    }
+
+    /// What one VM that comes as this one may have on a node if that is ready and empty and nothing of it reserved.
+    pub fn most_there(&self, cluster: &Cluster<'_>, number: usize) -> Largest {
+        let (policy, node) = (cluster.policy, &cluster.nodes[number]);
+        let cpus = f64::from(node.view.cpus);
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // not negative, and no more than its CPUs
+        let cpus = self.cpu_limit.most(policy, cpus).min(cpus) as u32;
+        // So much is expected of it: see `expected_resident`.
+        let expected = node.memory * policy.usher_threshold;
+        Largest {
+            cpus,
+            memory: bytes(node.memory.min(expected) * policy.overcommit),
+        }
+    }
+
     fn check_rules(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
-        let node = cluster.nodes[number].view;
+        self.check_labels(cluster.nodes[number].view)?;
+        self.check_exclusive(cluster, number)?;
+        if cluster.together.is_empty() {
+            return Ok(());
+        }
+        let against = cluster
+            .together
+            .against(&self.marks, number, self.from, self.must_leave);
+        against.map_or(Ok(()), |apart| Err(apart.into()))
+    }
+
+    /// What it asks of the node's labels and taints.
+    pub fn check_labels(&self, node: &NodeView) -> Result<(), RejectReason> {
         if let Some(rules) = self.rules
             && let Some(term) = rules.selector.iter().find(|term| !term.matches(&node.labels))
         {
@@ -268,13 +334,23 @@ impl<'a> Newcomer<'a> {
         if let Some(taint) = Rules::untolerated(self.rules, &node.taints) {
             return Err(RejectReason::Taint { taint: taint.clone() });
         }
-        if cluster.together.is_empty() {
-            return Ok(());
+        Ok(())
+    }
+
+    /// A node that one VM has for itself, in both directions.
+    fn check_exclusive(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {
+        let node = &cluster.nodes[number];
+        let vms = (node.vms.len() + node.reserved).saturating_sub(self.beside.gone);
+        if self.is_exclusive() && vms > 0 {
+            return Err(RejectReason::NotAlone { vms });
         }
-        let against = cluster
-            .together
-            .against(&self.marks, number, self.from, self.must_leave);
-        against.map_or(Ok(()), |apart| Err(apart.into()))
+        if node.exclusive > self.beside.exclusive_gone {
+            let views = node.vms.iter().map(|&vm| cluster.vms[vm].view);
+            let mut of_its_own = views.filter(|view| is_exclusive(view.rules.as_deref()));
+            let vm = of_its_own.next().map(|view| Arc::clone(&view.name));
+            return Err(RejectReason::Exclusive { vm });
+        }
+        Ok(())
     }
 
     pub fn check_failover(&self, cluster: &Cluster<'_>, number: usize) -> Result<(), RejectReason> {

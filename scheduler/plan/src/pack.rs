@@ -141,6 +141,7 @@ fn whole(cluster: &Cluster<'_>, terms: Terms, node: usize, emptied: &[bool]) -> 
         let beside = coming.entry(to).or_default();
         let moved = &cluster.vms[vm];
         beside.declared += moved.declared;
+        beside.vcpus += f64::from(moved.view.cpus);
         beside.cpu += moved.demand;
         beside.memory += moved.resident;
         beside.at_horizon += moved.memory_there(cluster.policy.usher_horizon.as_secs_f64());

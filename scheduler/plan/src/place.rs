@@ -5,9 +5,7 @@ use std::sync::Arc;
 use crate::cluster::{Cluster, Immobile, bytes};
 use crate::kvm::Kernels;
 use crate::labels::{Labels, Rules};
-use crate::model::{
-    Bytes, CannotMove, ClusterSnapshot, CpuClass, DEFAULT_PRIORITY, NodeName, NodeState, VmId,
-};
+use crate::model::{Bytes, ClusterSnapshot, CpuClass, DEFAULT_PRIORITY, NodeName, NodeState, VmId};
 use crate::newcomer::Newcomer;
 use crate::policy::{Mode, Policy};
 use crate::reject::{RejectReason, Rejection, summarise};
@@ -21,6 +19,10 @@ pub struct LaunchRequest {
     pub memory: Bytes,
     /// The only node it may go to, if there is one.
     pub node: Option<NodeName>,
+    /// Where it goes if it fits there, if anywhere.
+    pub prefer: Option<NodeName>,
+    /// It came by the queue: it takes slots.
+    pub queued: bool,
     /// The CPU features it is to have; none: those of the node it comes to.
     pub cpu_class: Option<CpuClass>,
     /// What it can boot; none: whatever is asked of it.
@@ -39,6 +41,8 @@ impl Default for LaunchRequest {
             cpus: 0,
             memory: Bytes(0),
             node: None,
+            prefer: None,
+            queued: false,
             cpu_class: None,
             kernels: None,
             labels: Labels::default(),
@@ -64,24 +68,44 @@ pub enum PlaceError {
     #[error("node {0} is unknown: `shoal nodes` lists the nodes")]
     UnknownNode(NodeName),
     /// No node can take it; every node is listed.
-    #[error("nothing fits: {}", summarise(.rejections))]
+    #[error("{}: {}", nothing_fits(.rejections, .never.as_ref()), summarise(.rejections))]
     NothingFits {
         /// One per node, by name.
         rejections: Vec<Rejection>,
+        /// None of those that it may go to ever will, even empty, as long as their sizes, the image and the policy are what they
+        /// are: what the largest takes.
+        never: Option<Largest>,
     },
 }
 
 impl PlaceError {
-    /// No node can ever take it as long as nodes and image are what they are: to wait for room is of no use.
+    /// No node can ever take it: to wait for room is of no use.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        let Self::NothingFits { rejections } = self else {
-            return false;
-        };
-        let not_asked = |reason: &RejectReason| matches!(reason, RejectReason::NotAskedFor { .. });
-        let mut reasons = rejections.iter().map(|rejection| &rejection.reason);
-        rejections.iter().any(|rejection| !not_asked(&rejection.reason))
-            && reasons.all(|reason| not_asked(reason) || reason.is_of_kvm())
+        matches!(self, Self::NothingFits { never: Some(_), .. })
+    }
+}
+
+/// What nodes take when they are empty, at most.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Largest {
+    /// vCPUs of one VM.
+    pub cpus: u32,
+    /// Memory that it may be given.
+    pub memory: Bytes,
+}
+
+/// What is said of kernels says itself that it lasts.
+fn nothing_fits(rejections: &[Rejection], never: Option<&Largest>) -> String {
+    let by_size = |rejection: &Rejection| {
+        !rejection.reason.is_of_kvm() && !matches!(rejection.reason, RejectReason::NotAskedFor { .. })
+    };
+    match never {
+        Some(largest) if rejections.iter().any(by_size) => format!(
+            "nothing fits, even if every node were empty and took {} vCPUs and {}",
+            largest.cpus, largest.memory
+        ),
+        _ => "nothing fits".to_owned(),
     }
 }
 
@@ -177,19 +201,89 @@ pub(crate) fn place<'a>(
     cluster: &mut Cluster<'a>,
     request: &'a LaunchRequest,
 ) -> Result<Placement, PlaceError> {
-    let asked = asked(cluster, request)?;
     let newcomer = Newcomer::launch(cluster, request);
-    let Some(node) = best_node(cluster, &newcomer, asked) else {
+    place_newcomer(cluster, request, &newcomer)
+}
+
+/// The same, but for nodes that are kept for others who have waited longer.
+pub(crate) fn place_in_turn<'a>(
+    cluster: &mut Cluster<'a>,
+    request: &'a LaunchRequest,
+) -> Result<Placement, PlaceError> {
+    let mut newcomer = Newcomer::launch(cluster, request);
+    newcomer.in_turn = true;
+    place_newcomer(cluster, request, &newcomer)
+}
+
+fn place_newcomer<'a>(
+    cluster: &mut Cluster<'a>,
+    request: &'a LaunchRequest,
+    newcomer: &Newcomer<'a>,
+) -> Result<Placement, PlaceError> {
+    let asked = asked(cluster, request)?;
+    let preferred = asked.map_or_else(|| preferred(cluster, request, newcomer), |_| Preferred::None);
+    let best = match preferred {
+        Preferred::Fits(node) => Some(node),
+        Preferred::None | Preferred::Rejects(_) => best_node(cluster, newcomer, asked),
+    };
+    let Some(node) = best else {
         return Err(PlaceError::NothingFits {
-            rejections: rejections(cluster, &newcomer, asked),
+            rejections: rejections(cluster, newcomer, asked),
+            never: never(cluster, newcomer, asked),
         });
+    };
+    let why = match preferred {
+        Preferred::Fits(_) => "preferred".to_owned(),
+        Preferred::None => why(cluster, asked).to_owned(),
+        Preferred::Rejects(told) => format!("{told}; {}", why(cluster, asked)),
     };
     let placement = Placement {
         node: cluster.nodes[node].view.name.clone(),
-        reason: explain(cluster, &newcomer, node, why(cluster, asked)),
+        reason: explain(cluster, newcomer, node, &why),
     };
-    cluster.reserve(&newcomer, node);
+    cluster.reserve(newcomer, node);
     Ok(placement)
+}
+
+/// What becomes of the wish for a node.
+enum Preferred {
+    /// There is none, or no such node any more.
+    None,
+    Fits(usize),
+    /// In words.
+    Rejects(String),
+}
+
+fn preferred(cluster: &Cluster<'_>, request: &LaunchRequest, newcomer: &Newcomer<'_>) -> Preferred {
+    let wish = request.prefer.as_ref();
+    let Some((name, node)) = wish.and_then(|name| Some((name, cluster.node_number(name)?))) else {
+        return Preferred::None;
+    };
+    match newcomer.check(cluster, node) {
+        Ok(()) => Preferred::Fits(node),
+        Err(reason) => Preferred::Rejects(format!("{name} was preferred, and there {reason}")),
+    }
+}
+
+/// If none of the nodes that it may go to could take it even if it were empty: what the largest of them take.
+fn never(cluster: &Cluster<'_>, newcomer: &Newcomer<'_>, asked: Option<usize>) -> Option<Largest> {
+    let nodes = (0..cluster.nodes.len()).filter(|&node| asked.is_none_or(|asked| asked == node));
+    let mut largest = None;
+    for node in nodes {
+        let most = newcomer.most_there(cluster, node);
+        if !newcomer.never_starts(cluster, node)
+            && newcomer.cpus <= most.cpus
+            && newcomer.declared <= most.memory.0 as f64
+        {
+            return None;
+        }
+        let so_far: Largest = largest.unwrap_or_default();
+        largest = Some(Largest {
+            cpus: so_far.cpus.max(most.cpus),
+            memory: so_far.memory.max(most.memory),
+        });
+    }
+    largest
 }
 
 /// On this node, which has room for it, or not at all.
@@ -295,7 +389,7 @@ pub fn place_handover(
     let (name, node) = (vm.view.name.to_string(), &cluster.nodes[vm.node]);
     let immobile = cluster.immobile(number, std::time::Duration::ZERO);
     // It stays where it is locked to.
-    if let Some(reason) = immobile.filter(|why| *why != Immobile::Told(CannotMove::Locked)) {
+    if let Some(reason) = immobile.filter(|why| !matches!(why, Immobile::Told(told) if told.is_wished())) {
         return Err(MigrateError::CannotMove { vm: name, reason });
     }
     if !shared && node.occupied + vm.resident > node.memory {

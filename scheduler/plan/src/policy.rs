@@ -66,6 +66,10 @@ words! {
 pub struct Policy {
     /// Declared memory of a node's VMs may be this many times its memory.
     pub overcommit: f64,
+    /// Declared vCPUs of a node's VMs may be this many times its CPUs.
+    pub cpu_overcommit: f64,
+    /// vCPUs of VMs from the queue that a node takes for each of its CPUs; all that is declared or in use there counts.
+    pub queue_slots: f64,
     /// Part of a node's memory that must not be passed; ushering starts before it would be.
     pub usher_threshold: f64,
     /// Part of a node's memory that ushering brings it down to, and that rebalancing fills it to.
@@ -130,6 +134,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             overcommit: 1.5,
+            cpu_overcommit: 4.0,
+            queue_slots: 1.0,
             usher_threshold: 0.90,
             usher_target: 0.85,
             pressure_threshold: 20.0,
@@ -172,6 +178,16 @@ impl Policy {
         let hour = Duration::from_secs(3600);
         let checks = [
             ("overcommit", (1.0..=100.0).contains(&self.overcommit), "1 to 100"),
+            (
+                "cpu_overcommit",
+                (0.1..=1000.0).contains(&self.cpu_overcommit),
+                "0.1 to 1000",
+            ),
+            (
+                "queue_slots",
+                (0.1..=1000.0).contains(&self.queue_slots),
+                "0.1 to 1000",
+            ),
             (
                 "usher_threshold",
                 (0.1..=1.0).contains(&self.usher_threshold),

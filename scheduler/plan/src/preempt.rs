@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::cluster::{Cluster, Vm, bytes};
+use crate::cluster::{Cluster, Vm, bytes, is_exclusive};
 use crate::failover::need;
 use crate::model::{CannotMove, ClusterSnapshot, NodeName, NodeState, VmId};
 use crate::newcomer::{Beside, Newcomer};
@@ -179,7 +179,7 @@ impl Victims {
 
 /// It is marked, runs or is suspended, and stays where it is.
 fn may_be_stopped(vm: &Vm<'_>) -> bool {
-    let runs = matches!(vm.view.cannot_move, None | Some(CannotMove::Locked));
+    let runs = vm.view.cannot_move.is_none_or(CannotMove::is_wished);
     vm.view.preemptible && runs && !vm.leaving && vm.view.gives_way_to.is_none()
 }
 
@@ -258,7 +258,7 @@ fn on_node(
     }
     newcomer.beside = Beside::default();
     let missing = match newcomer.check_node(cluster, node) {
-        Err(missing @ (RejectReason::Committed { .. } | RejectReason::Memory { .. })) => missing,
+        Err(missing) if missing.is_of_room() => missing,
         _ => return None,
     };
     let may = |&vm: &usize| {
@@ -269,7 +269,14 @@ fn on_node(
         let sum = |of: fn(&Vm<'_>) -> f64| -> f64 { gone.iter().map(|&vm| of(&cluster.vms[vm])).sum() };
         newcomer.beside = Beside {
             declared: -sum(|vm| vm.declared),
+            vcpus: -sum(|vm| f64::from(vm.view.cpus)),
+            cpu: -sum(|vm| vm.demand),
             memory: -sum(|vm| vm.resident),
+            gone: gone.len(),
+            exclusive_gone: gone
+                .iter()
+                .filter(|&&vm| is_exclusive(cluster.vms[vm].view.rules.as_deref()))
+                .count(),
             ..Beside::default()
         };
         newcomer.check_node(cluster, node).is_ok()

@@ -2,7 +2,8 @@
 //!
 //! Users take turns: the next VM is one of the user who has the fewest running for its weight. A user is the value of the
 //! label `user`. Of one user's VMs the one of the highest priority is first, then the one that came first. A later VM may
-//! start before an earlier one that does not fit, until that has waited for the policy's patience: then it is next.
+//! start before an earlier one that does not fit, until that has waited for the policy's patience: then all nodes that it may go to
+//! are kept for it.
 //!
 //! For one that fits nowhere others may be stopped ([`crate::preempt`]), whoever is before it: that takes no room from these. The
 //! room is its own from then on: it is looked at before all others.
@@ -15,7 +16,7 @@ use crate::labels::Labels;
 use crate::model::{ClusterSnapshot, VmId};
 use crate::newcomer::Newcomer;
 use crate::place::{
-    LaunchRequest, PlaceError, Placement, asked, best_node, place, place_where_room_was_made,
+    LaunchRequest, PlaceError, Placement, asked, best_node, place, place_in_turn, place_where_room_was_made,
 };
 use crate::policy::Policy;
 use crate::preempt::{Held, Preemption, Victims, awaited, describe_awaited};
@@ -59,7 +60,7 @@ pub enum Turn {
     Refused(PlaceError),
     /// As many as are looked at in a round are before it.
     Later,
-    /// One before it has waited too long.
+    /// One before it has waited too long, and may go wherever it could start.
     Behind {
         /// That one's name.
         name: String,
@@ -81,34 +82,56 @@ pub fn take_turns(snapshot: &ClusterSnapshot, policy: &Policy, waiting: &[Waitin
     let mut first: Option<&Waiting> = None;
     for (tried, number) in others.into_iter().enumerate() {
         let vm = &waiting[number];
-        let turn = match first {
-            _ if tried >= TRIES => Turn::Later,
-            Some(first) => {
-                let higher = vm.request.priority > first.request.priority;
-                let preemption = if higher { room.make(&mut cluster, vm) } else { None };
-                preemption.map_or_else(
-                    || Turn::Behind {
-                        name: first.name.clone(),
-                    },
-                    Turn::Preempt,
-                )
-            }
-            None => match place(&mut cluster, &vm.request) {
-                Ok(placement) => Turn::Start(placement),
-                Err(error) => match room.make(&mut cluster, vm) {
-                    Some(preemption) => Turn::Preempt(preemption),
-                    None => {
-                        if vm.since >= policy.queue_patience {
-                            first = Some(vm);
-                        }
-                        Turn::Refused(error)
-                    }
-                },
-            },
+        let turn = if tried < TRIES {
+            turn(&mut cluster, vm, first, &mut room)
+        } else {
+            Turn::Later
         };
+        let waits = matches!(turn, Turn::Refused(_) | Turn::Behind { .. });
+        if waits && vm.since >= policy.queue_patience {
+            keep_nodes(&mut cluster, &vm.request);
+            first = first.or(Some(vm));
+        }
         turns.push((number, turn));
     }
     turns
+}
+
+/// What becomes of one, if `first` is the first of those that have waited too long.
+fn turn<'a>(
+    cluster: &mut Cluster<'a>,
+    vm: &'a Waiting,
+    first: Option<&Waiting>,
+    room: &mut RoomMaking,
+) -> Turn {
+    let behind = |first: &Waiting| Turn::Behind {
+        name: first.name.clone(),
+    };
+    let all_kept = first.filter(|_| cluster.nodes.iter().all(|node| node.kept));
+    let waits = match all_kept {
+        Some(first) => behind(first),
+        None => match place_in_turn(cluster, &vm.request) {
+            Ok(placement) => return Turn::Start(placement),
+            Err(error) => first.map_or(Turn::Refused(error), behind),
+        },
+    };
+    if first.is_some_and(|first| vm.request.priority <= first.request.priority) {
+        return waits;
+    }
+    room.make(cluster, vm).map_or(waits, Turn::Preempt)
+}
+
+/// Keeps all nodes that a VM may go to, by what it asks of them.
+fn keep_nodes<'a>(cluster: &mut Cluster<'a>, request: &'a LaunchRequest) {
+    let Ok(asked) = asked(cluster, request) else {
+        return;
+    };
+    let newcomer = Newcomer::launch(cluster, request);
+    for number in 0..cluster.nodes.len() {
+        let may = asked.is_none_or(|asked| asked == number);
+        let node = &mut cluster.nodes[number];
+        node.kept |= may && newcomer.check_labels(node.view).is_ok();
+    }
 }
 
 fn held_for<'a>(cluster: &Cluster<'_>, snapshot: &'a ClusterSnapshot, vm: &Waiting) -> Option<&'a Held> {

@@ -80,6 +80,18 @@ pub enum RejectReason {
         /// What it refuses.
         term: Term,
     },
+    /// The VM is to have a node for itself, and others are there.
+    NotAlone {
+        /// How many.
+        vms: usize,
+    },
+    /// A VM there has the node for itself.
+    Exclusive {
+        /// Its name, unless it is still to start.
+        vm: Option<Arc<str>>,
+    },
+    /// Others have waited longer for it.
+    Kept,
     /// If some node died, its VMs would not fit on the others any more.
     NPlusOne {
         /// That node.
@@ -116,6 +128,26 @@ pub enum RejectReason {
         needed: Bytes,
         /// The limit.
         limit: Bytes,
+    },
+    /// The declared vCPUs of its VMs would pass its CPUs times the overcommit.
+    Vcpus {
+        /// Declared by the VMs there.
+        declared: f64,
+        /// Of this VM.
+        needed: u32,
+        /// The limit.
+        limit: f64,
+    },
+    /// So many slots for VMs of the queue are not free there.
+    Slots {
+        /// vCPUs declared by the VMs there.
+        declared: f64,
+        /// CPUs in use, or wanted, there.
+        load: f64,
+        /// vCPUs of this VM.
+        needed: u32,
+        /// Slots there.
+        limit: f64,
     },
     /// The memory in use would pass the threshold.
     Memory {
@@ -196,6 +228,12 @@ impl fmt::Display for RejectReason {
             Self::AntiAffinityThere { term } => {
                 write!(f, "a VM there is not to be with one that is '{term}'")
             }
+            Self::NotAlone { vms } => {
+                write!(f, "{vms} VMs are there, and the VM is to have a node for itself")
+            }
+            Self::Exclusive { vm: Some(vm) } => write!(f, "'{vm}' has it for itself"),
+            Self::Exclusive { vm: None } => f.write_str("a VM that is to start there has it for itself"),
+            Self::Kept => f.write_str("it is kept for those who have waited long"),
             Self::NPlusOne { node, needed, room } => {
                 write!(
                     f,
@@ -221,6 +259,29 @@ impl fmt::Display for RejectReason {
                 write!(
                     f,
                     "{declared} declared there and {needed} more would pass its limit of {limit} declared memory"
+                )
+            }
+            Self::Vcpus {
+                declared,
+                needed,
+                limit,
+            } => {
+                write!(
+                    f,
+                    "{declared} vCPUs declared there and {needed} more would pass its limit of {} vCPUs",
+                    short(*limit)
+                )
+            }
+            Self::Slots {
+                declared,
+                load,
+                needed,
+                limit,
+            } => {
+                write!(
+                    f,
+                    "{declared} vCPUs declared there, load {load:.2}, and {needed} vCPUs more would pass its {} slots for the queue",
+                    short(*limit)
                 )
             }
             Self::Memory { used, needed, limit } => {
@@ -262,6 +323,19 @@ pub struct Rejection {
 }
 
 impl RejectReason {
+    /// Only room is missing, which there would be if VMs left.
+    pub(crate) fn is_of_room(&self) -> bool {
+        matches!(
+            self,
+            Self::Committed { .. }
+                | Self::Vcpus { .. }
+                | Self::Slots { .. }
+                | Self::Memory { .. }
+                | Self::NotAlone { .. }
+                | Self::Exclusive { .. }
+        )
+    }
+
     /// It is about the node's KVM and the VM's image, which stay as they are.
     pub(crate) fn is_of_kvm(&self) -> bool {
         matches!(
@@ -269,6 +343,11 @@ impl RejectReason {
             Self::NoKernel { .. } | Self::NoRing3 { .. } | Self::KernelCpus { .. }
         )
     }
+}
+
+/// To two places, if it has any.
+fn short(number: f64) -> f64 {
+    (number * 100.0).round() / 100.0
 }
 
 fn runs_with(image: &str, cpus: u32) -> String {

@@ -161,7 +161,8 @@ fn relieve(cluster: &mut Cluster<'_>, node: usize, plan: &mut Plan) -> bool {
 
 /// Follows the moves that would be made one after the other, `first` first, and answers the first that would end with the
 /// node over its threshold before it: then there is no time to lose. A node under pressure has none either. The link is
-/// taken for `busy_seconds` by what is under way.
+/// taken for `busy_seconds` by what is under way. Moves may take as much longer, memory grow as much faster and reports be as
+/// much older as they have lately: the margins multiply, so that the more VMs must leave, the earlier the first does.
 fn alarm(
     cluster: &Cluster<'_>,
     node: usize,
@@ -179,14 +180,16 @@ fn alarm(
             .map(|candidate| candidate.vm)
             .filter(|&vm| Some(vm) != first),
     );
-    let mut seconds = policy.detect.as_secs_f64() + busy_seconds;
+    let margins = cluster.margins;
+    let mut seconds = cluster.seconds_to_act(node) + busy_seconds * margins.move_time;
     let mut gone: Vec<usize> = Vec::new();
     let predicted_at = |seconds: f64, gone: &[usize]| {
-        let freed: f64 = gone.iter().map(|&vm| cluster.vms[vm].memory_at(seconds)).sum();
-        cluster.memory_at(node, seconds) - freed
+        let grown = seconds * margins.growth;
+        let freed: f64 = gone.iter().map(|&vm| cluster.vms[vm].memory_at(grown)).sum();
+        cluster.most_memory_at(node, seconds) - freed
     };
     for vm in order.take(LONGEST_CHAIN) {
-        seconds += cluster.move_seconds_at(vm, seconds);
+        seconds += cluster.move_seconds_at(vm, seconds) * margins.move_time;
         let at = seconds.min(horizon);
         let predicted = predicted_at(at, &gone);
         if predicted > limit {
@@ -202,6 +205,8 @@ fn alarm(
             break;
         }
         gone.push(vm);
+        // The next begins when a report says that this one is nearly done.
+        seconds += margins.delay.as_secs_f64();
     }
     let seconds = seconds.min(horizon);
     let predicted = predicted_at(seconds, &[]);

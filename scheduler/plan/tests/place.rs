@@ -25,7 +25,7 @@ fn cluster() -> ClusterSnapshot {
     ClusterSnapshot {
         nodes,
         vms: vec![full, small],
-        held: Vec::new(),
+        ..ClusterSnapshot::default()
     }
 }
 
@@ -66,7 +66,8 @@ fn every_node_says_why_it_cannot_take_a_launch() {
         cpu_class: None,
         ..LaunchRequest::default()
     };
-    let Err(PlaceError::NothingFits { rejections }) = place_launch(&cluster(), &Policy::default(), &request)
+    let Err(PlaceError::NothingFits { rejections, .. }) =
+        place_launch(&cluster(), &Policy::default(), &request)
     else {
         panic!("2 GiB fit nowhere");
     };
@@ -167,6 +168,10 @@ fn a_vm_that_cannot_move_says_why() {
         (
             CannotMove::Locked,
             "VM small cannot be moved: it is locked to its node",
+        ),
+        (
+            CannotMove::Pinned,
+            "VM small cannot be moved: it is locked to its node by --node: `shoal unlock` it first",
         ),
     ] {
         snapshot.vms[1].cannot_move = Some(why);

@@ -3,13 +3,14 @@
 #[allow(dead_code)] // not all of it is needed here
 mod common;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{clusters, finish, settle};
 use proptest::prelude::*;
 use shoal_plan::{
     Bytes, CannotMove, ClusterSnapshot, LaunchRequest, NodeName, NodeState, PlaceError, Policy, Preemption,
-    Turn, VmId, Waiting, make_room, place_launch, round, take_turns, text,
+    Rules, Turn, VmId, Waiting, make_room, place_launch, round, take_turns, text,
 };
 
 fn scenario(body: &str) -> text::Scenario {
@@ -77,7 +78,7 @@ fn nobody_is_stopped_who_could_not_give_room_at_once() {
         ));
         assert_eq!(victims(&s, 512, 9), None, "{why}");
     }
-    for change in ["suspended=yes", "cannot_move=locked", ""] {
+    for change in ["suspended=yes", "cannot_move=locked", "cannot_move=pinned", ""] {
         let s = scenario(&format!(
             "node node1 cpus=4 memory=1GiB available=24MiB
              vm a node=node1 cpus=1 memory=1GiB resident=1000MiB priority=0 preemptible=yes {change}"
@@ -352,6 +353,7 @@ proptest! {
         n_plus_one in any::<bool>(),
         overcommit_percent in 100u64..300,
         slack in prop::option::weighted(0.8, 0u64..512),
+        (queued, exclusive) in (any::<bool>(), prop::bool::weighted(0.2)),
     ) {
         finish(&mut snapshot);
         // Mostly clusters that are nearly full.
@@ -366,7 +368,8 @@ proptest! {
         settle(&mut snapshot);
         let overcommit = overcommit_percent as f64 / 100.0;
         let policy = Policy { n_plus_one, overcommit, ..Policy::default() };
-        let request = request(mib, priority);
+        let rules = exclusive.then(|| Arc::new(Rules { exclusive, ..Rules::default() }));
+        let request = LaunchRequest { queued, rules, ..request(mib, priority) };
         let made = make_room(&snapshot, &policy, "new", &request);
         let mut turned = snapshot.clone();
         turned.vms.reverse();
@@ -377,7 +380,7 @@ proptest! {
             // Without any of those that may be stopped it fits on no node that lacks room only.
             let may = |vm: &&shoal_plan::VmView| {
                 vm.preemptible && vm.priority < priority
-                    && matches!(vm.cannot_move, None | Some(CannotMove::Locked))
+                    && vm.cannot_move.is_none_or(CannotMove::is_wished)
             };
             for node in snapshot.nodes.iter().filter(|_| fits.is_err() && !n_plus_one) {
                 let here = snapshot.vms.iter().filter(|vm| vm.node == node.name);
@@ -396,7 +399,7 @@ proptest! {
             let vm = snapshot.vms.iter().find(|vm| vm.id == *victim).expect("a VM");
             prop_assert!(vm.preemptible && vm.priority < priority && vm.node == made.node);
             prop_assert!(vm.in_flight.is_none());
-            prop_assert!(matches!(vm.cannot_move, None | Some(CannotMove::Locked)));
+            prop_assert!(vm.cannot_move.is_none_or(CannotMove::is_wished));
         }
         let asked = LaunchRequest { node: Some(made.node.clone()), ..request };
         prop_assert!(place_launch(&without(&snapshot, &made.victims), &policy, &asked).is_ok());
@@ -410,12 +413,13 @@ proptest! {
     #[test]
     fn held_room_comes_back_from_text_and_takes_nothing_twice(
         snapshot in clusters(), on in 0usize..9, mib in 1u64..4096, quiet in 0u64..20, priority in 0u32..10,
+        queued in any::<bool>(),
     ) {
         let node = &snapshot.nodes[on % snapshot.nodes.len()];
         let held = shoal_plan::Held {
             vm: VmId::new("waits"),
             node: node.name.clone(),
-            request: request(mib, priority),
+            request: LaunchRequest { queued, ..request(mib, priority) },
             quiet: Duration::from_secs(quiet),
         };
         let mut snapshot = ClusterSnapshot { held: vec![held], ..snapshot.clone() };
@@ -441,7 +445,7 @@ proptest! {
             place_launch(&after, &policy, &asked).is_ok()
         };
         if ends(&snapshot) && quiet < 10 {
-            let other = request(200, 9);
+            let other = LaunchRequest { queued, ..request(200, 9) };
             if let Ok(placed) = place_launch(&snapshot, &policy, &other) {
                 let mut with = snapshot.clone();
                 with.vms.push(shoal_plan::VmView::new("other", placed.node.as_str(), 1, other.memory));

@@ -24,6 +24,8 @@ fn policies() -> impl Strategy<Value = Policy> {
         (
             1u32..6,
             prop_oneof![2 => Just(Mode::Spread), 1 => Just(Mode::Pack)],
+            0.5..6.0f64,
+            0.5..3.0f64,
         ),
     )
         .prop_map(
@@ -34,8 +36,10 @@ fn policies() -> impl Strategy<Value = Policy> {
                 max_migrations,
                 max_out_per_node,
                 max_in_per_node,
-                (aggressiveness, mode),
+                (aggressiveness, mode, cpu_overcommit, queue_slots),
             )| Policy {
+                cpu_overcommit,
+                queue_slots,
                 aggressiveness,
                 mode,
                 overcommit,
@@ -84,6 +88,23 @@ fn declared(snapshot: &ClusterSnapshot, name: &NodeName) -> f64 {
         .sum()
 }
 
+fn vcpus(snapshot: &ClusterSnapshot, name: &NodeName) -> f64 {
+    let there = snapshot.vms.iter().filter(|vm| counts_on(vm, name));
+    there.map(|vm| f64::from(vm.cpus)).sum()
+}
+
+/// vCPUs that a node takes in all, with a little for rounding.
+fn takes(node: &NodeView, factor: f64) -> f64 {
+    (f64::from(node.cpus) - node.reserved_cpus).max(0.0) * factor + 1e-6
+}
+
+/// What the VMs of a node use of its CPUs, those that were not reported yet all of theirs. There is nothing else in these
+/// clusters.
+fn in_use(snapshot: &ClusterSnapshot, name: &NodeName) -> f64 {
+    let there = snapshot.vms.iter().filter(|vm| counts_on(vm, name));
+    there.map(wanted).sum()
+}
+
 fn expected(vm: &VmView, policy: &Policy) -> f64 {
     vm.resident
         .map_or((vm.declared.0 as f64 / policy.overcommit).floor(), |resident| {
@@ -112,6 +133,9 @@ fn broken_rule(after: &ClusterSnapshot, vm: &VmView, to: &NodeView, group_moves:
     }
     let others = || after.vms.iter().filter(|other| other.id != vm.id);
     for other in others().filter(|other| counts_on(other, &to.name)) {
+        if rules.exclusive || other.rules.as_ref().is_some_and(|rules| rules.exclusive) {
+            return Some(format!("the node for itself, beside {}", other.id));
+        }
         if let Some(term) = rules
             .anti_affinity
             .iter()
@@ -273,6 +297,8 @@ proptest! {
             let ahead = projected(&after, &policy, &to.name) + reserved;
             prop_assert!(ahead <= memory * part, "{} of {memory}", ahead);
 
+            prop_assert!(!balance || vcpus(&after, &to.name) <= takes(to, policy.cpu_overcommit));
+
             let group_moves = matches!(action.kind, ActionKind::Usher | ActionKind::Drain);
             prop_assert_eq!(broken_rule(&after, vm, to, group_moves), None, "{}", &action.reason);
 
@@ -377,13 +403,14 @@ proptest! {
     #[test]
     fn a_launch_goes_where_it_fits_or_says_why_not(
         snapshot in clusters(), policy in policies(), cpus in 1u32..20, mib in 1u64..10_000, pin in 0usize..12,
-        kernels in kernels(),
+        kernels in kernels(), queued in any::<bool>(),
     ) {
         let pinned = snapshot.nodes.get(pin).map(|node| node.name.clone());
         let request = LaunchRequest {
-            cpus, memory: Bytes::mib(mib), node: pinned.clone(), kernels: Some(kernels.clone().into()),
+            cpus, memory: Bytes::mib(mib), node: pinned.clone(), kernels: Some(kernels.clone().into()), queued,
             ..LaunchRequest::default()
         };
+        let factor = if queued { policy.queue_slots } else { policy.cpu_overcommit };
         match place_launch(&snapshot, &policy, &request) {
             Ok(placement) => {
                 let to = node(&snapshot, &placement.node);
@@ -398,16 +425,25 @@ proptest! {
                 let used = occupied(&snapshot, &policy, &to.name) + to.reserved_memory.0 as f64
                     + (needed / policy.overcommit).floor();
                 prop_assert!(used <= memory * policy.usher_threshold);
+                prop_assert!(vcpus(&snapshot, &to.name) + f64::from(cpus) <= takes(to, factor));
+                let busy = in_use(&snapshot, &to.name);
+                prop_assert!(!queued || busy - 0.5 + f64::from(cpus) <= takes(to, factor), "{busy} in use");
             }
             Err(error) => {
                 let asked = |node: &&NodeView| request.node.as_ref().is_none_or(|asked| *asked == node.name);
                 let mut nodes = snapshot.nodes.iter().filter(asked);
                 let final_error = nodes.all(|node| {
                     let usable = node.kvm.is_some() || node.kvm_trouble.is_none();
+                    let memory = node.memory.0 as f64;
+                    let expected = (request.memory.0 as f64 / policy.overcommit).floor();
                     usable && !starts_there(&kernels, cpus, node)
+                        || cpus > node.cpus
+                        || f64::from(cpus) > f64::from(node.cpus) * factor + 1e-6
+                        || request.memory.0 as f64 > memory * policy.overcommit
+                        || expected > memory * policy.usher_threshold
                 });
-                prop_assert_eq!(error.is_final(), final_error);
-                let PlaceError::NothingFits { rejections } = error else { panic!("{error}") };
+                prop_assert_eq!(error.is_final(), final_error, "{}", error);
+                let PlaceError::NothingFits { rejections, .. } = error else { panic!("{error}") };
                 prop_assert_eq!(rejections.len(), snapshot.nodes.len());
             }
         }
@@ -443,6 +479,7 @@ proptest! {
             .iter()
             .map(|vm| LaunchRequest {
                 cpus: 1,
+                queued: vm.preemptible,
                 memory: vm.declared,
                 labels: vm.labels.clone(),
                 rules: vm.rules.clone(),
@@ -464,12 +501,14 @@ proptest! {
                 Ok(placement) => {
                     let to = node(&snapshot, &placement.node).clone();
                     prop_assert_eq!(broken_rule(&snapshot, &started(&to.name), &to, false), None);
+                    let factor = if vm.preemptible { policy.queue_slots } else { policy.cpu_overcommit };
                     snapshot.vms.push(started(&to.name));
+                    prop_assert!(vcpus(&snapshot, &to.name) <= takes(&to, factor));
                     if n_plus_one {
                         prop_assert_eq!(unfit_without_one(&snapshot, &policy), None);
                     }
                 }
-                Err(PlaceError::NothingFits { rejections }) => {
+                Err(PlaceError::NothingFits { rejections, .. }) => {
                     prop_assert_eq!(rejections.len(), snapshot.nodes.len());
                     for rejection in rejections {
                         if matches!(rejection.reason, RejectReason::NPlusOne { .. }) {
@@ -522,7 +561,8 @@ proptest! {
             vm.in_flight.is_some() || plan.actions.iter().any(|action| action.vm == vm.id)
         };
         let runs = |vm: &VmView| {
-            matches!(vm.cannot_move, None | Some(CannotMove::Locked | CannotMove::Settling)) && !vm.suspended
+            let stays = vm.cannot_move.is_none_or(|why| why.is_wished() || why == CannotMove::Settling);
+            stays && !vm.suspended
         };
         for hold in &plan.suspend {
             let victim = vm(&hold.vm);

@@ -22,6 +22,7 @@ mod list_vms;
 mod migrate_vm;
 mod move_vms;
 mod rebalance;
+mod record_cluster;
 mod remove_node;
 mod remove_vm;
 mod resolve_vm;
@@ -51,15 +52,15 @@ use std::sync::Arc;
 use shoal_proto::NodeName;
 use shoal_proto::cluster::cluster_server::Cluster;
 use shoal_proto::cluster::{
-    BackupChunk, BackupRequest, CancelMigrationRequest, CpuBaseline, DeclareNodeLostRequest,
+    BackupChunk, BackupRequest, CancelMigrationRequest, ClusterRecord, CpuBaseline, DeclareNodeLostRequest,
     DeclareNodeLostResponse, DrainNodeRequest, DrainNodeResponse, Event, ExplainVmRequest, Explanation,
     GetCpuBaselineRequest, GetMigrationDefaultsRequest, GetMigrationRequest, GetPolicyRequest, GetVmRequest,
     Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListMigrationsRequest,
     ListMigrationsResponse, ListNodesRequest, ListNodesResponse, ListQueueRequest, ListQueueResponse,
     ListSchedulersRequest, ListSchedulersResponse, ListVmsRequest, ListVmsResponse, LogChunk,
     MigrateVmRequest, MigrateVmResponse, Migration, MigrationDefaults, MoveVmsRequest, MoveVmsResponse, Node,
-    RebalanceRequest, RebalanceResponse, RemoveNodeRequest, RemoveNodeResponse, RemoveVmRequest,
-    RemoveVmResponse, ResolveVmRequest, ResumeVmRequest, RunVmRequest, SchedulingPolicy,
+    RebalanceRequest, RebalanceResponse, RecordClusterRequest, RemoveNodeRequest, RemoveNodeResponse,
+    RemoveVmRequest, RemoveVmResponse, ResolveVmRequest, ResumeVmRequest, RunVmRequest, SchedulingPolicy,
     SetCpuBaselineRequest, SetMigrationRequest, SetPolicyRequest, StopVmRequest, StreamEventsRequest,
     StreamLogsRequest, SuspendVmRequest, UncordonNodeRequest, UpdateNodeRequest, UpdateVmRequest, Vm,
     WriteConsoleRequest, WriteConsoleResponse,
@@ -151,6 +152,7 @@ impl Cluster for ClusterApi {
     type StreamEventsStream = AnswerStream<Event>;
     type MoveVmsStream = AnswerStream<MoveVmsResponse>;
     type BackupStream = AnswerStream<BackupChunk>;
+    type RecordClusterStream = AnswerStream<ClusterRecord>;
 
     async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Answer<Image> {
         let _seat = self.streams.enter(&request)?;
@@ -377,11 +379,21 @@ impl Cluster for ClusterApi {
         let seat = self.streams.enter(&request)?;
         Ok(Response::new(seat.hold(backup::call(self.role.read().await?))))
     }
+
+    async fn record_cluster(
+        &self,
+        request: Request<RecordClusterRequest>,
+    ) -> Answer<Self::RecordClusterStream> {
+        let seat = self.streams.enter(&request)?;
+        let records = record_cluster::call(self.role.leader().await?);
+        Ok(Response::new(seat.hold(records)))
+    }
 }
 
-/// A VM by id or name whose console and end can be waited for: also one that waits to begin anew.
-fn find_watched(scheduler: &Scheduler, name: &str) -> Result<Arc<VmEntry>, Status> {
-    let has_run = |waiting: &Waiting| waiting.record.vm.runs.preempted > 0;
+/// A VM by id or name whose console and end can be waited for: also one that waits to begin anew and, if that is followed, one
+/// that waits to begin.
+fn find_watched(scheduler: &Scheduler, name: &str, follow: bool) -> Result<Arc<VmEntry>, Status> {
+    let has_run = |waiting: &Waiting| follow || waiting.record.vm.runs.preempted > 0;
     match scheduler.queue.find(name).filter(has_run) {
         Some(waiting) => Ok(waiting.entry),
         None => find_vm(scheduler, name),

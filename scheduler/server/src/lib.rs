@@ -39,6 +39,7 @@ mod other_load;
 mod planner_policy;
 mod policy;
 mod pool;
+mod predictions;
 mod queue;
 mod reconcile;
 mod record;

@@ -11,6 +11,7 @@ use tonic::Status;
 
 use crate::agent::{Agent, Caller};
 use crate::cpus::MsrList;
+use crate::predictions::{Grown, Outlook};
 use crate::record::{Cordon, Lost, NodeRecord, NodeWishes};
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
@@ -94,6 +95,15 @@ pub struct Observed {
     sampled: Option<Instant>,
 }
 
+/// What a report says of the one before.
+#[derive(Debug, Clone, Copy)]
+pub struct Heard {
+    /// It came so long after it.
+    pub after: Duration,
+    /// What became of what was expected then.
+    pub grown: Option<Grown>,
+}
+
 /// What an agent told of the CPUs of its host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostCpu {
@@ -140,6 +150,8 @@ struct Inner {
     host_cpus: u32,
     /// MSRs that are saved there, as told by its agent.
     msrs: Option<MsrList>,
+    /// What its memory was to become.
+    outlook: Option<Outlook>,
     /// Bytes per second that migrations out of it got.
     link_rate: Option<u64>,
     observed: Observed,
@@ -172,6 +184,7 @@ impl NodeEntry {
                 cpu_speed: None,
                 cpu_quota: None,
                 host: None,
+                outlook: None,
                 host_cpus: 0,
                 msrs: None,
                 link_rate: None,
@@ -435,16 +448,21 @@ impl NodeEntry {
         }
     }
 
-    /// Takes a report: all there is to know of the node.
-    pub fn heartbeat(&self, heartbeat: &node::Heartbeat, vms: Vec<((VmId, Epoch), Arc<node::VmFacts>)>) {
+    /// Takes a report: all there is to know of the node. Answers what it says of the one before, if there was one.
+    pub fn heartbeat(
+        &self,
+        heartbeat: &node::Heartbeat,
+        vms: Vec<((VmId, Epoch), Arc<node::VmFacts>)>,
+    ) -> Option<Heard> {
         let now = Instant::now();
         let mut inner = self.lock();
         let lost = std::mem::take(&mut inner.forget) || inner.liveness() == Liveness::Lost;
         if lost {
             inner.observed = Observed::default();
             inner.vms.clear();
+            inner.outlook = None;
         }
-        inner.last_report = Some(now);
+        let after = inner.last_report.replace(now).map(|last| now - last);
         inner.figures.clone_from(heartbeat);
         let memory = inner.record.memory_bytes;
         let observed = &mut inner.observed;
@@ -460,13 +478,23 @@ impl NodeEntry {
             .map_or(Duration::ZERO, |last| now - last);
         observed.other_growth.update(Bytes(other), elapsed);
         let mut previous = std::mem::take(&mut inner.vms);
+        let mut steady = previous.len() == vms.len();
         inner.vms = vms
             .into_iter()
             .map(|(key, facts)| {
                 let seen = previous.remove(&key);
+                steady &= seen
+                    .as_ref()
+                    .is_some_and(|seen| seen.state() == vm::VmState::Running);
                 (key, ObservedVm::next(seen, facts, now, true))
             })
             .collect();
+        let rate = inner
+            .vms
+            .values()
+            .fold(0_u64, |sum, vm| sum.saturating_add(vm.growth.value().0));
+        let grown = Outlook::next(&mut inner.outlook, now, resident, rate, steady);
+        after.map(|after| Heard { after, grown })
     }
 
     /// Takes news of one VM between heartbeats.

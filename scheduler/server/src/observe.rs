@@ -35,7 +35,9 @@ pub fn report(scheduler: &Scheduler, name: &NodeName, entry: &NodeEntry, report:
         .iter()
         .filter_map(|(key, facts)| disagreement(scheduler, name, *key, facts))
         .collect();
-    entry.heartbeat(&report.node, vms);
+    if let Some(heard) = entry.heartbeat(&report.node, vms) {
+        scheduler.predictions.reported(heard.after, heard.grown);
+    }
     if entry.is_lost() {
         return scheduler.reconcile.push(Subject::Returned(name.clone()));
     }
@@ -199,6 +201,7 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
         nodes,
         vms,
         held: queue::held(scheduler),
+        margins: scheduler.predictions.margins(),
     }
 }
 
@@ -290,6 +293,7 @@ fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
         link_rate: entry.link_rate().map(BytesPerSecond),
         cpu_limit: entry.cpu_quota(),
+        report_age: entry.silent_for().unwrap_or_default(),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }
@@ -350,6 +354,7 @@ fn vm_view(scheduler: &Scheduler, hosts: &Hosts, entry: &VmEntry) -> Option<VmVi
         {
             Some(CannotMove::Settling)
         }
+        Phase::Running if record.pinned().is_some() => Some(CannotMove::Pinned),
         Phase::Running if record.wishes.locked => Some(CannotMove::Locked),
         Phase::Running => None,
     };

@@ -324,6 +324,7 @@ async fn take_up(
             &scheduler.defaults.policy(),
             Cause::Requested,
         ),
+        expected: None,
     });
     let last_epoch = record.last_epoch.max(epoch);
     let record = VmRecord {

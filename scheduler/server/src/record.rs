@@ -253,6 +253,8 @@ pub struct Runs {
     pub queued_unix_ms: i64,
     /// The only node that its owner wants it on.
     pub pinned: Option<NodeName>,
+    /// Where its owner would have it start.
+    pub preferred: Option<NodeName>,
     /// What was written to the console before this run.
     pub console_offset: u64,
     /// How often it was stopped for another.
@@ -317,6 +319,8 @@ pub struct VmWishes {
     pub priority: u32,
     /// It may be stopped for one of higher priority, and begin anew.
     pub preemptible: bool,
+    /// It starts by the rules of the queue, each time that it does: it takes slots.
+    pub queued: bool,
 }
 
 impl Default for VmWishes {
@@ -327,6 +331,7 @@ impl Default for VmWishes {
             locked: false,
             priority: shoal_plan::DEFAULT_PRIORITY,
             preemptible: false,
+            queued: false,
         }
     }
 }
@@ -348,6 +353,11 @@ impl VmRecord {
             placement: String::new(),
             ..self.clone()
         }
+    }
+
+    /// The node that it was to be started on and is locked to since.
+    pub fn pinned(&self) -> Option<&NodeName> {
+        self.runs.pinned.as_ref().filter(|_| self.wishes.locked)
     }
 
     /// For how long this run of it lasts, if it runs.
@@ -418,6 +428,9 @@ pub struct Intent {
     /// How it is to go, in full; empty in what schema 1 stored.
     #[serde(default, with = "encoded")]
     pub policy: vm::MigrationPolicy,
+    /// How long the planner expects it to take; none if someone asked for it, or it is only found again.
+    #[serde(default)]
+    pub expected: Option<Duration>,
 }
 
 /// A protobuf message in a record, as its bytes.

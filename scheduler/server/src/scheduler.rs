@@ -21,6 +21,7 @@ use crate::nodes::NodeTable;
 use crate::planner_policy::PlannerPolicy;
 use crate::policy::Defaults;
 use crate::pool::Pool;
+use crate::predictions::Predictions;
 use crate::queue::Queue;
 use crate::reconcile::ReconcileQueue;
 use crate::record::VmRecord;
@@ -80,6 +81,8 @@ pub struct Scheduler {
     pub schedulers: Schedulers,
     /// VMs that are kept when they have ended.
     pub keep_ended: usize,
+    /// What became of what the planner expected.
+    pub predictions: Predictions,
     /// What those who watch drains look at.
     pub drain_plan: SharedPlan,
 }

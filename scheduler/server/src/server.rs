@@ -37,6 +37,7 @@ use crate::nodes::{InvalidAddress, NodeTable};
 use crate::planner_policy::{PlannerPolicy, PolicyTextError};
 use crate::policy::Defaults;
 use crate::pool::Pool;
+use crate::predictions::Predictions;
 use crate::queue::Queue;
 use crate::reconcile::{self, ReconcileQueue};
 use crate::record::{Intent, VmRecord, now_unix_ms};
@@ -327,6 +328,7 @@ pub fn build(
         moves: Moves::default(),
         schedulers,
         keep_ended: config.keep_ended,
+        predictions: Predictions::default(),
         drain_plan: SharedPlan::default(),
         store,
     };

@@ -83,6 +83,7 @@ pub fn vm(scheduler: &Scheduler, entry: &VmEntry) -> cluster::Vm {
         kvm: kvm(runs_on).into(),
         ring3_kernel: record.runs_ring3_kernel(),
         booting,
+        pinned: record.pinned().map(ToString::to_string).unwrap_or_default(),
     }
 }
 
@@ -133,6 +134,12 @@ pub fn queued(waiting: &Waiting) -> cluster::Vm {
         preemptible: record.wishes.preemptible,
         preempted: preempted(record),
         locked: record.wishes.locked,
+        pinned: waiting
+            .record
+            .pinned
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
         ..cluster::Vm::default()
     }
 }
@@ -144,6 +151,7 @@ fn rules(rules: &Rules) -> cluster::Rules {
         tolerations: texts(&rules.tolerations),
         affinity: texts(&rules.affinity),
         anti_affinity: texts(&rules.anti_affinity),
+        exclusive: rules.exclusive,
     }
 }
 

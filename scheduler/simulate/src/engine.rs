@@ -1,16 +1,22 @@
-//! The run: events in the order of their time, the world advanced from one to the next, reports and rounds in between.
+//! The run: events in the order of their time, the world advanced from one to the next, reports and rounds in between. Who decides
+//! is a [`Driver`]: a policy, or the record of what one did.
 
+mod judge;
+mod live;
 mod lives;
+mod log;
 mod moves;
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 
-use crate::measure::{MOST_SAMPLES, Outcome, Sample, deviation, mean, percentile};
+use self::live::Live;
+use self::log::{Harm, Recent};
+use crate::measure::{Outcome, mean, percentile};
 use crate::migration::Migration;
-use crate::model::{Scenario, VmSpec};
-use crate::observe::Observer;
-use crate::policy::{Balancer, Observation, PolicyKind};
+use crate::model::{Mode, Scenario, VmSpec};
+use crate::noise::Chance;
+use crate::policy::{Balancer, PolicyKind};
 use crate::world::{Life, Node, Vm};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +24,12 @@ enum Event {
     Arrive(usize),
     Restart(usize),
     Depart(usize),
+    /// A VM has booted.
+    Booted(usize),
     /// What a VM wants changes.
     Segment(usize),
+    /// What other tenants of a node use changes.
+    Tenant(usize),
     /// A job on the node has done its work, if the node's rates are still those of this generation.
     Work(usize, u64),
     Step(usize, u64),
@@ -52,20 +62,48 @@ impl PartialEq for Entry {
 }
 impl Eq for Entry {}
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Counters {
     oom: f64,
+    /// Migrations that were begun.
+    begun: f64,
     migrations: f64,
     failed: f64,
     bytes: f64,
     downtime_max: f64,
     undone: f64,
+    equals: f64,
     waiting: f64,
+    suspended: f64,
+    preempted: f64,
 }
 
+/// What a driver that keeps views of its own has to be told.
+#[derive(Debug, Clone, Copy)]
+enum News {
+    /// A VM has been started on a node.
+    Started(usize, usize),
+    /// It is on no node any more.
+    Ended(usize),
+    /// A move of it has ended, and has taken so many seconds.
+    Moved(usize, f64),
+    /// A migration has measured how fast it dirties memory.
+    Dirties(usize, f64),
+}
+
+/// Decides where VMs start and what is moved.
+trait Driver {
+    /// A VM has no place: for the first time, or once more.
+    fn arrived(&mut self, engine: &mut Engine<'_>, vm: usize, first: bool);
+
+    /// The agents have looked; the world is up to date.
+    fn reported(&mut self, engine: &mut Engine<'_>);
+}
+
+#[derive(Debug, Clone)]
 struct Engine<'a> {
     scenario: &'a Scenario,
-    balancer: Box<dyn Balancer>,
+    chance: Chance,
     now: f64,
     queue: BinaryHeap<Reverse<Entry>>,
     sequence: u64,
@@ -78,11 +116,13 @@ struct Engine<'a> {
     generation: u64,
     waiting: Vec<usize>,
     changed: Vec<usize>,
-    observer: Observer,
-    next_round: f64,
+    news: Vec<News>,
+    recent: Recent,
+    /// Reports so far.
+    reports: u64,
+    /// Limits on migrations at once hold.
+    limited: bool,
     counters: Counters,
-    series: Vec<Sample>,
-    imbalance: (f64, f64),
     fastest: f64,
 }
 
@@ -96,9 +136,15 @@ pub fn run(scenario: &Scenario, kind: PolicyKind, seed: u64) -> Outcome {
 #[must_use]
 pub fn run_with(scenario: &Scenario, name: &str, balancer: Box<dyn Balancer>, seed: u64) -> Outcome {
     let specs = vm_specs(scenario, seed);
-    let mut engine = Engine::new(scenario, balancer, &specs);
-    engine.run();
-    engine.outcome(name)
+    let mut engine = Engine::new(scenario, &specs, seed);
+    let mut live = Live::new(&engine, balancer);
+    engine.run(&mut live);
+    let mut outcome = engine.outcome(name, &live);
+    if scenario.mode == Mode::Spread && scenario.judged > 0 {
+        let start = Engine::new(scenario, &specs, seed);
+        judge::judge(start, &live.log, scenario.judged, seed, &mut outcome);
+    }
+    outcome
 }
 
 /// The VMs of a run.
@@ -112,32 +158,45 @@ pub fn vm_specs(scenario: &Scenario, seed: u64) -> Vec<VmSpec> {
 }
 
 impl<'a> Engine<'a> {
-    fn new(scenario: &'a Scenario, balancer: Box<dyn Balancer>, specs: &'a [VmSpec]) -> Self {
-        let nodes: Vec<Node<'a>> = scenario.nodes.iter().map(Node::new).collect();
-        let vms: Vec<Vm<'a>> = specs.iter().map(Vm::new).collect();
+    fn new(scenario: &'a Scenario, specs: &'a [VmSpec], seed: u64) -> Self {
+        let chance = Chance::new(seed);
+        let noise = &scenario.noise;
+        let vms = specs.iter().enumerate().map(|(number, spec)| {
+            let boot = if spec.boots {
+                noise.boot(chance, number)
+            } else {
+                0.0
+            };
+            Vm::new(spec, boot)
+        });
         let mut engine = Self {
-            observer: Observer::new(&nodes, &vms),
             scenario,
-            balancer,
+            chance,
             now: 0.0,
             queue: BinaryHeap::new(),
             sequence: 0,
-            nodes,
-            vms,
+            nodes: scenario.nodes.iter().map(Node::new).collect(),
+            vms: vms.collect(),
             migrations: Vec::new(),
             under_way: Vec::new(),
             free: Vec::new(),
             generation: 0,
             waiting: Vec::new(),
             changed: Vec::new(),
-            next_round: 0.0,
+            news: Vec::new(),
+            recent: Recent::default(),
+            reports: 0,
+            limited: true,
             counters: Counters::default(),
-            series: Vec::new(),
-            imbalance: (0.0, 0.0),
             fastest: scenario.fastest(),
         };
         for (number, spec) in specs.iter().enumerate() {
             engine.at(spec.arrival, Event::Arrive(number));
+        }
+        if noise.tenants > 0.0 {
+            for node in 0..engine.nodes.len() {
+                engine.at(0.0, Event::Tenant(node));
+            }
         }
         engine.at(scenario.interval, Event::Report);
         engine
@@ -152,14 +211,12 @@ impl<'a> Engine<'a> {
         }));
     }
 
-    fn run(&mut self) {
+    fn run(&mut self, driver: &mut dyn Driver) {
         while let Some(Reverse(entry)) = self.queue.pop() {
             if entry.time > self.scenario.duration {
                 break;
             }
-            self.now = entry.time.max(self.now);
-            self.handle(entry.event);
-            self.settle();
+            self.go_on(entry, driver);
         }
         self.now = self.scenario.duration;
         for node in 0..self.nodes.len() {
@@ -170,7 +227,32 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    fn go_on(&mut self, entry: Entry, driver: &mut dyn Driver) {
+        self.now = entry.time.max(self.now);
+        self.handle(entry.event, driver);
+        self.settle();
+    }
+
+    /// Goes on until so many reports have been made; false if the simulation is over before.
+    fn run_to(&mut self, reports: u64, driver: &mut dyn Driver) -> bool {
+        while self.reports < reports {
+            match self.queue.pop() {
+                Some(Reverse(entry)) if entry.time <= self.scenario.duration => self.go_on(entry, driver),
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// What moves are to avoid, so far.
+    fn harm(&self) -> Harm {
+        Harm {
+            lost: self.vms.iter().map(|vm| vm.wanted_total - vm.given_total).sum(),
+            above: self.nodes.iter().map(|node| node.totals.above_threshold).sum(),
+        }
+    }
+
+    fn handle(&mut self, event: Event, driver: &mut dyn Driver) {
         match event {
             Event::Arrive(vm) | Event::Restart(vm) => {
                 if matches!(self.vms[vm].life, Life::Future | Life::Restarting) {
@@ -183,15 +265,29 @@ impl<'a> Engine<'a> {
                     }
                     self.vms[vm].life = Life::Waiting;
                     self.waiting.push(vm);
-                    self.place_waiting_one(vm, first);
+                    driver.arrived(self, vm, first);
                 }
             }
             Event::Depart(vm) => self.end(vm),
+            Event::Booted(vm) => self.booted(vm),
             Event::Segment(vm) => {
-                if let Life::On(node) = self.vms[vm].life {
+                if let Life::On(node) = self.vms[vm].life
+                    && !self.vms[vm].booting
+                {
                     self.touch(node);
                     self.next_segment(vm);
                 }
+            }
+            Event::Tenant(node) => {
+                self.touch(node);
+                let node_spec = self.nodes[node].spec;
+                let (tenant, lasts) =
+                    self.scenario
+                        .noise
+                        .tenant(self.chance, node, self.nodes[node].visits, node_spec);
+                self.nodes[node].visits += 1;
+                self.nodes[node].tenant = tenant;
+                self.at(self.now + lasts, Event::Tenant(node));
             }
             Event::Work(node, generation) => {
                 if self.nodes[node].generation == generation {
@@ -204,7 +300,7 @@ impl<'a> Engine<'a> {
                 }
             }
             Event::Step(migration, generation) => self.step_migration(migration, generation),
-            Event::Report => self.report(),
+            Event::Report => self.report(driver),
         }
     }
 
@@ -244,55 +340,21 @@ impl<'a> Engine<'a> {
             .sum()
     }
 
-    fn report(&mut self) {
+    fn report(&mut self, driver: &mut dyn Driver) {
         for node in 0..self.nodes.len() {
             self.touch(node);
         }
+        for vm in self.waiting.clone() {
+            self.account_idle(vm);
+        }
         self.kill();
         self.settle();
-        let interval = self.scenario.interval;
-        self.observer
-            .report(self.now, interval, &self.nodes, &self.vms, &self.migrations);
-        self.sample();
-        for vm in self.waiting.clone() {
-            self.place_waiting_one(vm, false);
-        }
-        if self.now + 1e-9 >= self.next_round {
-            self.next_round = self.now + self.balancer.interval().max(interval);
-            let seen = Observation {
-                now: self.now,
-                snapshot: &self.observer.snapshot,
-                loads: &self.observer.loads,
-                policy: &self.scenario.policy,
-            };
-            for chosen in self.balancer.round(&seen) {
-                self.begin(&chosen);
-            }
-        }
-        self.at(self.now + interval, Event::Report);
+        driver.reported(self);
+        self.reports += 1;
+        self.at(self.now + self.scenario.interval, Event::Report);
     }
 
-    fn sample(&mut self) {
-        let spread = |part: fn(&Node<'_>) -> f64| deviation(self.nodes.iter().map(part));
-        let imbalance = spread(|node| node.load / f64::from(node.spec.cpus))
-            + spread(|node| node.used / node.spec.memory as f64);
-        self.imbalance = (self.imbalance.0 + imbalance, self.imbalance.1 + 1.0);
-        let step = self.scenario.duration / MOST_SAMPLES as f64;
-        if self.now >= self.series.len() as f64 * step && self.series.len() < MOST_SAMPLES {
-            let threshold = self.scenario.policy.usher_threshold;
-            let count = |which: &dyn Fn(&&Node<'_>) -> bool| {
-                self.nodes.iter().filter(|node| which(node)).count() as f64
-            };
-            self.series.push(Sample {
-                time: self.now,
-                imbalance,
-                active: count(&|node| !node.is_idle()),
-                above: count(&|node| node.used > threshold * node.spec.memory as f64),
-            });
-        }
-    }
-
-    fn outcome(&self, name: &str) -> Outcome {
+    fn outcome(&self, name: &str, live: &Live) -> Outcome {
         let mut slowdowns: Vec<f64> = self.vms.iter().filter_map(Vm::slowdown).collect();
         let active: f64 = self.nodes.iter().map(|node| node.totals.active).sum();
         let energy = self.nodes.iter().map(|node| node.totals.joules).sum::<f64>() / 3.6e6;
@@ -312,8 +374,19 @@ impl<'a> Engine<'a> {
             bytes: self.counters.bytes,
             downtime_max: self.counters.downtime_max,
             undone: self.counters.undone,
+            begun: self.counters.begun,
+            judged: 0.0,
+            needless: 0.0,
+            unpaid: 0.0,
+            realised: 0.0,
+            predicted: 0.0,
+            realised_of_predicted: 0.0,
+            by_reason: BTreeMap::new(),
+            equals: self.counters.equals,
+            suspended: self.counters.suspended,
+            preempted: self.counters.preempted,
             waiting: self.counters.waiting,
-            imbalance: self.imbalance.0 / self.imbalance.1.max(1.0),
+            imbalance: live.imbalance(),
             active: active / self.scenario.duration,
             energy,
             slatah,
@@ -321,7 +394,7 @@ impl<'a> Engine<'a> {
             esv: energy * slatah * pdm,
             ended: lives(|life| life == Life::Ended),
             left: lives(|life| matches!(life, Life::On(_) | Life::Waiting | Life::Restarting)),
-            series: self.series.clone(),
+            series: live.series.clone(),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What a run is judged by.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 /// A point in time of a run.
@@ -28,6 +30,8 @@ pub struct Outcome {
     pub above_threshold: f64,
     /// VMs killed because memory ran out.
     pub oom: f64,
+    /// Migrations that were begun.
+    pub begun: f64,
     /// Migrations that ended well.
     pub migrations: f64,
     /// Those that did not: the VM ended or was killed meanwhile.
@@ -38,6 +42,27 @@ pub struct Outcome {
     pub downtime_max: f64,
     /// Moves that went back to where the VM came from less than a minute before.
     pub undone: f64,
+    /// Moves that were judged: the run was repeated without each of them, up to ten minutes later.
+    pub judged: f64,
+    /// Those of them without which no more work would have been lost, and no node would have been above its memory threshold for
+    /// longer: see [`Outcome::needless_part`].
+    pub needless: f64,
+    /// Those of them without which no more work would have been lost.
+    pub unpaid: f64,
+    /// What they gained together: CPU seconds of work that would have been lost without them.
+    pub realised: f64,
+    /// What the policy had expected of those of which it expected anything, and what these gained.
+    pub predicted: f64,
+    /// See `predicted`.
+    pub realised_of_predicted: f64,
+    /// The same by what a move was for, where the policy says.
+    pub by_reason: BTreeMap<String, Judged>,
+    /// Moves that left two nodes with what they held: a VM came back within a minute, or one just like it went the other way.
+    pub equals: f64,
+    /// VMs suspended to save memory.
+    pub suspended: f64,
+    /// VMs stopped for others of higher priority.
+    pub preempted: f64,
     /// VM-seconds without a place.
     pub waiting: f64,
     /// Mean over time of [`Sample::imbalance`].
@@ -60,6 +85,17 @@ pub struct Outcome {
     pub series: Vec<Sample>,
 }
 
+/// Moves of one kind that were judged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Judged {
+    /// How many.
+    pub judged: f64,
+    /// Those that were needless.
+    pub needless: f64,
+    /// What they gained together, CPU seconds.
+    pub realised: f64,
+}
+
 /// Points kept of a run.
 pub const MOST_SAMPLES: usize = 120;
 
@@ -74,7 +110,24 @@ impl Outcome {
         mean.slowdown_p99 = of(|run| run.slowdown_p99);
         mean.above_threshold = of(|run| run.above_threshold);
         mean.oom = of(|run| run.oom);
+        mean.begun = of(|run| run.begun);
         mean.migrations = of(|run| run.migrations);
+        mean.judged = of(|run| run.judged);
+        mean.needless = of(|run| run.needless);
+        mean.unpaid = of(|run| run.unpaid);
+        mean.realised = of(|run| run.realised);
+        mean.predicted = of(|run| run.predicted);
+        mean.realised_of_predicted = of(|run| run.realised_of_predicted);
+        mean.by_reason.clear();
+        for (reason, judged) in runs.iter().flat_map(|run| &run.by_reason) {
+            let by = mean.by_reason.entry(reason.clone()).or_default();
+            by.judged += judged.judged / count;
+            by.needless += judged.needless / count;
+            by.realised += judged.realised / count;
+        }
+        mean.equals = of(|run| run.equals);
+        mean.suspended = of(|run| run.suspended);
+        mean.preempted = of(|run| run.preempted);
         mean.failed = of(|run| run.failed);
         mean.bytes = of(|run| run.bytes);
         mean.downtime_max = runs.iter().map(|run| run.downtime_max).fold(0.0, f64::max);
@@ -89,6 +142,12 @@ impl Outcome {
         mean.ended = of(|run| run.ended);
         mean.left = of(|run| run.left);
         Some(mean)
+    }
+
+    /// Part of the moves that were needless, as far as they were judged; none if none was.
+    #[must_use]
+    pub fn needless_part(&self) -> Option<f64> {
+        (self.judged > 0.0).then(|| self.needless / self.judged)
     }
 }
 

@@ -33,6 +33,7 @@ pub(crate) struct Migration {
     pass_started: f64,
     stalled: u32,
     pub sent: f64,
+    pub started_at: f64,
     pub stopped_at: f64,
     /// Until when `left` is true.
     pub until: f64,
@@ -73,6 +74,7 @@ impl Migration {
             pass_started: now,
             stalled: 0,
             sent: 0.0,
+            started_at: now,
             stopped_at: 0.0,
             until: now,
             generation: 0,

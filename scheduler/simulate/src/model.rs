@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use shoal_plan::{NodeName, Policy};
 
+use crate::noise::Noise;
 use crate::policy::PolicyKind;
 use crate::power::PowerModel;
 use crate::workload::Workload;
@@ -69,6 +70,12 @@ pub struct VmSpec {
     pub dirty: f64,
     /// Bytes that it dirties again and again: what one pass can find dirty at most.
     pub working_set: f64,
+    /// 0 to 9: whom others are stopped for.
+    pub priority: u32,
+    /// It may be stopped for one of higher priority, to begin anew later.
+    pub preemptible: bool,
+    /// It starts from nothing, rather than go on as it was seen.
+    pub boots: bool,
     /// By time. Before the first it wants nothing.
     pub segments: Arc<[Segment]>,
 }
@@ -190,6 +197,10 @@ pub struct Scenario {
     pub migration: MigrationModel,
     /// Short memory.
     pub memory: MemoryModel,
+    /// What is not as it should be.
+    pub noise: Noise,
+    /// So many moves of a run are judged by repeating it without them, at most.
+    pub judged: usize,
 }
 
 impl Scenario {

@@ -11,7 +11,9 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use shoal_plan::{ClusterSnapshot, LaunchRequest, NodeName, NodeState, Policy, VmId};
+use shoal_plan::{LaunchRequest, NodeName, NodeState, Policy, VmId};
+
+use crate::observe::Observation;
 
 /// Samples of a forecast.
 const SAMPLES: usize = 12;
@@ -112,13 +114,12 @@ struct Cluster<'a> {
 #[must_use]
 #[allow(clippy::implicit_hasher)]
 pub fn place(
-    snapshot: &ClusterSnapshot,
-    policy: &Policy,
+    seen: &Observation<'_>,
     forecasts: &HashMap<VmId, Forecast>,
     watts: &[f64],
     request: &LaunchRequest,
 ) -> Option<NodeName> {
-    let cluster = Cluster::new(snapshot, policy, forecasts, watts);
+    let cluster = Cluster::new(seen, forecasts, watts);
     let declared = request.memory.0 as f64;
     let vm = Vm {
         node: usize::MAX,
@@ -126,41 +127,39 @@ pub fn place(
         mean: f64::NAN,
         variance: f64::NAN,
         now: 0.0,
-        resident: declared / policy.overcommit,
+        resident: declared / seen.policy.overcommit,
         declared,
         movable: true,
         rested: true,
     };
     let node = cluster.destination(&vm, |_| true)?;
-    Some(snapshot.nodes[node].name.clone())
+    Some(seen.snapshot.nodes[node].name.clone())
 }
 
 /// What to move now, so that nodes are neither overloaded nor needlessly on.
 #[must_use]
 #[allow(clippy::implicit_hasher)]
 pub fn round(
-    snapshot: &ClusterSnapshot,
-    policy: &Policy,
+    seen: &Observation<'_>,
     forecasts: &HashMap<VmId, Forecast>,
     watts: &[f64],
 ) -> Vec<(VmId, NodeName)> {
-    let mut cluster = Cluster::new(snapshot, policy, forecasts, watts);
+    let mut cluster = Cluster::new(seen, forecasts, watts);
     let mut moves = Vec::new();
     cluster.relieve(&mut moves);
     cluster.empty(&mut moves);
-    let named = moves
-        .into_iter()
-        .map(|(vm, to)| (snapshot.vms[vm].id.clone(), snapshot.nodes[to].name.clone()));
+    let named = moves.into_iter().map(|(vm, to)| {
+        (
+            seen.snapshot.vms[vm].id.clone(),
+            seen.snapshot.nodes[to].name.clone(),
+        )
+    });
     named.collect()
 }
 
 impl<'a> Cluster<'a> {
-    fn new(
-        snapshot: &ClusterSnapshot,
-        policy: &'a Policy,
-        forecasts: &HashMap<VmId, Forecast>,
-        watts: &[f64],
-    ) -> Self {
+    fn new(seen: &Observation<'a>, forecasts: &HashMap<VmId, Forecast>, watts: &[f64]) -> Self {
+        let (snapshot, policy) = (seen.snapshot, seen.policy);
         let numbers: HashMap<&NodeName, usize> = snapshot
             .nodes
             .iter()
@@ -176,7 +175,7 @@ impl<'a> Cluster<'a> {
             ready: view.state == NodeState::Ready,
             mean: 0.0,
             variance: 0.0,
-            now: view.other.mean * view.speed,
+            now: seen.samples.nodes[number].local * view.speed,
             used: 0.0,
             declared: 0.0,
             vms: Vec::new(),
@@ -187,7 +186,7 @@ impl<'a> Cluster<'a> {
             nodes: nodes.collect(),
             vms: Vec::with_capacity(snapshot.vms.len()),
         };
-        for view in &snapshot.vms {
+        for (view, used) in snapshot.vms.iter().zip(&seen.samples.vms) {
             let Some(&at) = numbers.get(&view.node) else {
                 continue;
             };
@@ -213,7 +212,7 @@ impl<'a> Cluster<'a> {
                 cpus: view.cpus,
                 mean,
                 variance,
-                now: view.cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean) * speed,
+                now: used * speed,
                 resident: view
                     .resident
                     .map_or(declared / policy.overcommit, |resident| resident.0 as f64),
@@ -222,7 +221,6 @@ impl<'a> Cluster<'a> {
                 rested,
             });
             let number = cluster.vms.len() - 1;
-            cluster.nodes[at].now += cluster.vms[number].now;
             cluster.count(number, to.unwrap_or(at), 1.0);
             cluster.nodes[to.unwrap_or(at)].vms.push(number);
         }

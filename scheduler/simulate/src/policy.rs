@@ -11,18 +11,60 @@ mod shoal;
 mod simple;
 mod threshold;
 
-use shoal_plan::{LaunchRequest, NodeName, VmId};
+use std::time::Duration;
+
+use shoal_plan::{ActionKind, Hold, LaunchRequest, NodeName, Turn, VmId, Waiting};
 
 use crate::model::{Mode, Scenario};
-pub use crate::observe::Observation;
+pub use crate::observe::{Observation, RunQueue, Samples};
 
 /// A migration to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Move {
     /// What.
     pub vm: VmId,
     /// Where to.
     pub to: NodeName,
+    /// What for, if the policy says.
+    pub kind: Option<ActionKind>,
+    /// What the policy expects it to gain in ten minutes, in CPU seconds of the fastest node, if it says.
+    pub predicted: Option<f64>,
+    /// How long the policy expects it to take, if it says.
+    pub expected: Option<Duration>,
+}
+
+impl Move {
+    /// A move of which nothing more is said.
+    #[must_use]
+    pub fn new(vm: VmId, to: NodeName) -> Self {
+        Self {
+            vm,
+            to,
+            kind: None,
+            predicted: None,
+            expected: None,
+        }
+    }
+}
+
+/// What a policy wants done now.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Orders {
+    /// Migrations to start.
+    pub moves: Vec<Move>,
+    /// VMs to suspend.
+    pub suspend: Vec<Hold>,
+    /// Suspended VMs that are to run on.
+    pub resume: Vec<Hold>,
+}
+
+impl From<Vec<Move>> for Orders {
+    fn from(moves: Vec<Move>) -> Self {
+        Self {
+            moves,
+            ..Self::default()
+        }
+    }
 }
 
 /// A placement and migration policy. It may keep what it has seen; it knows nothing but what it is shown.
@@ -30,8 +72,13 @@ pub trait Balancer: std::fmt::Debug {
     /// Where a new VM starts; none: it waits, and is asked for again with the next report.
     fn place(&mut self, seen: &Observation<'_>, request: &LaunchRequest) -> Option<NodeName>;
 
-    /// What to move now. What the limits do not let start is dropped.
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move>;
+    /// What to do now. Moves that the limits do not let start are dropped.
+    fn round(&mut self, seen: &Observation<'_>) -> Orders;
+
+    /// What becomes of VMs that wait, in the order of their arrival; none: they are placed one after the other.
+    fn turns(&mut self, _seen: &Observation<'_>, _waiting: &[Waiting]) -> Option<Vec<(usize, Turn)>> {
+        None
+    }
 
     /// Seconds between two rounds, if more than a report's.
     fn interval(&self) -> f64 {

@@ -55,6 +55,12 @@ impl Random {
         -mean * (1.0 - self.unit()).ln()
     }
 
+    /// Normally distributed, of mean 0 and deviation 1 (Box and Muller).
+    pub fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.unit()).cos()
+    }
+
     /// Bounded Pareto: heavy tail of exponent `alpha` between `low` and `high`.
     pub fn pareto(&mut self, alpha: f64, low: f64, high: f64) -> f64 {
         let (low_a, high_a) = (low.powf(alpha), high.powf(alpha));

@@ -14,6 +14,10 @@ use crate::policy::PolicyKind;
 /// Within this part of the best is as good as the best.
 const TOLERANCE: f64 = 0.02;
 
+/// At most this part of the moves may be needless.
+const NEEDLESS: f64 = 0.10;
+const NOT_KNOWN: &str = "-";
+
 /// A goal, and whether it is met.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verdict {
@@ -157,7 +161,38 @@ fn verdicts(mode: Mode, outcomes: &[Outcome]) -> Vec<Verdict> {
             figures,
         );
     }
+    if let Some((met, figures)) = needless(ours, outcomes) {
+        held(
+            "needless moves at most a tenth, and half of the best rival's",
+            met,
+            figures,
+        );
+    }
+    held(
+        "no moves of equals",
+        ours.equals == 0.0,
+        format!("{:.1}", ours.equals),
+    );
     verdicts
+}
+
+/// Whether few of our moves were needless, if any was judged. The best rival is the one with the least slowdown among those that
+/// move anything.
+fn needless(ours: &Outcome, outcomes: &[Outcome]) -> Option<(bool, String)> {
+    let part = ours.needless_part()?;
+    let number = |outcome: &Outcome| outcome.needless_part().map(|part| part * outcome.begun);
+    let own = number(ours)?;
+    let mut figures = format!("{:.0} %, {own:.1} a run", part * 100.0);
+    let rivals = outcomes
+        .iter()
+        .filter(|other| other.policy != ours.policy && other.judged > 0.0);
+    let best = rivals.min_by(|a, b| a.slowdown_mean.total_cmp(&b.slowdown_mean));
+    let mut met = part <= NEEDLESS;
+    if let Some((best, theirs)) = best.and_then(|best| Some((best, number(best)?))) {
+        met &= own <= theirs / 2.0;
+        let _ = write!(figures, "; best rival is {} with {theirs:.1}", best.policy);
+    }
+    Some((met, figures))
 }
 
 impl Comparison {
@@ -197,14 +232,18 @@ impl Comparison {
                 "POLICY",
                 "SLOWDOWN",
                 "P99",
-                "OVER MEMORY node s",
+                "OVER MEMORY s",
                 "OOM",
                 "MIGRATIONS",
                 "SENT GB",
                 "IMBALANCE",
                 "UNDONE",
-                "DOWNTIME max ms",
-                "WAITING VM s",
+                "EQUALS",
+                "NEEDLESS %",
+                "GAIN s",
+                "OF PREDICTED %",
+                "DOWNTIME ms",
+                "WAITING s",
             ]
         };
         let mut rows: Vec<Vec<String>> = vec![header.iter().map(|cell| (*cell).to_owned()).collect()];
@@ -215,6 +254,10 @@ impl Comparison {
                 spread_row(outcome)
             }
         }));
+        // What is not known of any policy is left out.
+        let unknown =
+            |column: &usize| rows.len() > 1 && rows.iter().skip(1).all(|row| row[*column] == NOT_KNOWN);
+        let shown: Vec<usize> = (0..header.len()).filter(|column| !unknown(column)).collect();
         let widths: Vec<usize> = (0..header.len())
             .map(|column| {
                 rows.iter()
@@ -224,8 +267,8 @@ impl Comparison {
             })
             .collect();
         for row in rows {
-            for (column, cell) in row.iter().enumerate() {
-                let width = widths[column];
+            for &column in &shown {
+                let (cell, width) = (&row[column], widths[column]);
                 // Figures to the right, names to the left.
                 let _ = if column == 0 {
                     write!(text, "{cell:<width$}")
@@ -252,6 +295,15 @@ fn count(value: f64) -> String {
     }
 }
 
+/// Percent of a whole.
+fn part(of: f64, whole: f64) -> String {
+    if whole > 0.0 {
+        format!("{:.0}", of / whole * 100.0)
+    } else {
+        NOT_KNOWN.to_owned()
+    }
+}
+
 fn spread_row(outcome: &Outcome) -> Vec<String> {
     vec![
         outcome.policy.clone(),
@@ -263,6 +315,14 @@ fn spread_row(outcome: &Outcome) -> Vec<String> {
         format!("{:.1}", outcome.bytes / 1e9),
         format!("{:.3}", outcome.imbalance),
         count(outcome.undone),
+        count(outcome.equals),
+        part(outcome.needless, outcome.judged),
+        if outcome.judged > 0.0 {
+            format!("{:.1}", outcome.realised / outcome.judged)
+        } else {
+            NOT_KNOWN.to_owned()
+        },
+        part(outcome.realised_of_predicted, outcome.predicted),
         format!("{:.0}", outcome.downtime_max * 1000.0),
         format!("{:.0}", outcome.waiting),
     ]

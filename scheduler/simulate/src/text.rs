@@ -6,10 +6,11 @@ mod finish;
 
 use std::path::Path;
 
-use shoal_plan::NodeName;
+use shoal_plan::{DEFAULT_PRIORITY, NodeName};
 
 use self::fields::Fields;
 use crate::model::{MemoryModel, MigrationModel, Mode, NodeSpec, Scenario};
+use crate::noise::Noise;
 use crate::policy::PolicyKind;
 use crate::power::PowerModel;
 use crate::trace::{TraceForm, cut, parse_trace};
@@ -19,6 +20,8 @@ use crate::workload::{Shape, Workload};
 const HEADER: &str = "shoal-simulation 1";
 const MOST_NODES: usize = 10_000;
 const MOST_VMS: usize = 100_000;
+/// Moves of a run that are judged unless a text says otherwise.
+const JUDGED: usize = 40;
 const MOST_REPORTS: f64 = 10e6;
 const MOST_SECONDS: f64 = 31.0 * 86_400.0;
 /// Segments are made for every VM, so their count is bounded, too.
@@ -122,6 +125,8 @@ impl Draft {
                 workloads: Vec::new(),
                 migration: MigrationModel::default(),
                 memory: MemoryModel::default(),
+                noise: Noise::default(),
+                judged: JUDGED,
             },
             vms: 0,
         }
@@ -139,8 +144,9 @@ impl Draft {
             "trace" => self.trace(rest, read),
             "migration" => self.migration(rest),
             "memory" => self.memory(rest),
+            "noise" => self.noise(rest),
             _ => Err(format!(
-                "'{}' is none of simulation, policies, policy, nodes, node, workload, trace, vm, migration, memory",
+                "'{}' is none of simulation, policies, policy, nodes, node, workload, trace, vm, migration, memory, noise",
                 cut(word)
             )),
         }
@@ -165,6 +171,9 @@ impl Draft {
         let mut runs = u64::from(scenario.runs);
         fields.whole("runs", 1..=100, &mut runs)?;
         scenario.runs = u32::try_from(runs).unwrap_or(1);
+        let mut judged = scenario.judged as u64;
+        fields.whole("judged", 0..=10_000, &mut judged)?;
+        scenario.judged = usize::try_from(judged).unwrap_or(0);
         match fields.take("mode") {
             None => {}
             Some("spread") => scenario.mode = Mode::Spread,
@@ -241,8 +250,23 @@ impl Draft {
         fields.seconds("work", 0.001..=MOST_SECONDS, &mut shape.work)?;
         fields.number("alpha", 0.1..=10.0, &mut shape.alpha)?;
         fields.size("leak", &mut shape.leak)?;
+        fields.seconds("bursts", 0.0..=MOST_SECONDS, &mut shape.bursts)?;
         fields.number("part", 0.0..=1.0, &mut shape.part)?;
         fields.size("dirty", &mut shape.dirty)?;
+        let mut priority = u64::from(shape.priority);
+        fields.whole("priority", 0..=9, &mut priority)?;
+        shape.priority = u32::try_from(priority).unwrap_or(DEFAULT_PRIORITY);
+        shape.preemptible = match fields.take("preemptible") {
+            None | Some("no") => false,
+            Some("yes") => true,
+            Some(other) => {
+                return Err(format!(
+                    "{}: preemptible: '{}' is not yes or no",
+                    fields.line(),
+                    cut(other)
+                ));
+            }
+        };
         shape.node = fields.take("node").map(NodeName::new);
         shape.vms = usize::try_from(vms).unwrap_or(MOST_VMS);
         shape.cpus = u32::try_from(cpus).unwrap_or(1);
@@ -257,10 +281,14 @@ impl Draft {
         let segments = match kind {
             "diurnal" => 60.0 * self.scenario.duration / shape.period,
             "herd" => 2.0 * self.scenario.duration / shape.period,
+            // A period of a burst is half as long at least.
+            "leak" if shape.bursts > 0.0 => 4.0 * self.scenario.duration / shape.bursts,
             _ => 1.0,
         };
         if segments * shape.vms as f64 > MOST_SEGMENTS {
-            return Err("workload: period: too short for so many VMs and so long a simulation".to_owned());
+            return Err(
+                "workload: period or bursts: too short for so many VMs and so long a simulation".to_owned(),
+            );
         }
         self.vms += shape.vms;
         self.scenario.workloads.push(match kind {
@@ -341,6 +369,35 @@ impl Draft {
         fields.number("swap", 0.0..=10.0, &mut model.swap)?;
         fields.number("thrash", 0.0..=1e6, &mut model.thrash)?;
         fields.seconds("restart", 0.0..=86_400.0, &mut model.restart)?;
+        fields.finish()
+    }
+
+    fn noise(&mut self, rest: &str) -> Result<(), String> {
+        let (first, others) = rest.split_once(' ').unwrap_or((rest, ""));
+        let rest = if first == "off" {
+            self.scenario.noise = Noise::OFF;
+            others
+        } else {
+            rest
+        };
+        let noise = &mut self.scenario.noise;
+        let mut fields = Fields::new("noise", rest)?;
+        fields.number("cpu", 0.0..=10.0, &mut noise.cpu)?;
+        match fields.take("queue") {
+            None => {}
+            Some("instant") => noise.queue = true,
+            Some("mean") => noise.queue = false,
+            Some(other) => return Err(format!("noise: queue: '{}' is not instant or mean", cut(other))),
+        }
+        fields.number("shadow", 0.0..=1.0, &mut noise.shadow)?;
+        fields.seconds("delay", 0.0..=600.0, &mut noise.delay)?;
+        fields.number("link", 0.0..=0.9, &mut noise.link)?;
+        fields.number("dirty", 0.0..=0.9, &mut noise.dirty)?;
+        fields.seconds("boot", 0.0..=3600.0, &mut noise.boot)?;
+        fields.number("tenants", 0.0..=0.9, &mut noise.tenants)?;
+        fields.number("tenant_cpu", 0.0..=1.0, &mut noise.tenant_cpu)?;
+        fields.number("tenant_memory", 0.0..=0.5, &mut noise.tenant_memory)?;
+        fields.seconds("tenant_stays", 1.0..=86_400.0, &mut noise.tenant_stays)?;
         fields.finish()
     }
 }

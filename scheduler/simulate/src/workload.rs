@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 use std::sync::Arc;
 
-use shoal_plan::NodeName;
+use shoal_plan::{DEFAULT_PRIORITY, NodeName};
 
 use crate::model::{NodeSpec, Segment, VmSpec};
 use crate::random::Random;
@@ -38,12 +38,18 @@ pub struct Shape {
     pub alpha: f64,
     /// Bytes per second by which a leaking VM grows.
     pub leak: f64,
+    /// A leak comes in bursts: within a fifth of each period of about so many seconds, five times as fast. 0: it is steady.
+    pub bursts: f64,
     /// Part of the VMs that leak, or that are in one herd.
     pub part: f64,
     /// Bytes dirtied per unit of work.
     pub dirty: f64,
     /// All start here.
     pub node: Option<NodeName>,
+    /// 0 to 9.
+    pub priority: u32,
+    /// They may be stopped for others of higher priority.
+    pub preemptible: bool,
 }
 
 impl Default for Shape {
@@ -60,9 +66,12 @@ impl Default for Shape {
             work: 120.0,
             alpha: 1.1,
             leak: 1e6,
+            bursts: 0.0,
             part: 0.25,
             dirty: 20e6,
             node: None,
+            priority: DEFAULT_PRIORITY,
+            preemptible: false,
         }
     }
 }
@@ -111,7 +120,7 @@ impl Workload {
                 let day = |vm: usize, random: &mut Random| diurnal(shape, vm, duration, random);
                 services(shape, &mut random, |vm| name("web", vm), day, into);
             }
-            Self::Leak(shape) => leaks(shape, &mut random, |vm| name("leak", vm), into),
+            Self::Leak(shape) => leaks(shape, duration, &mut random, |vm| name("leak", vm), into),
             Self::Herd(shape) => herd(shape, duration, &mut random, |vm| name("herd", vm), into),
             Self::Steady(shape) => {
                 let steady = |_: usize, random: &mut Random| {
@@ -156,6 +165,9 @@ fn service(shape: &Shape, name: String, random: &mut Random, mut segments: Vec<S
         lifetime: None,
         dirty: shape.dirty,
         working_set: initial / 4.0,
+        priority: shape.priority,
+        preemptible: shape.preemptible,
+        boots: true,
         segments: segments.into(),
     }
 }
@@ -208,7 +220,13 @@ fn diurnal(shape: &Shape, vm: usize, duration: f64, random: &mut Random) -> Vec<
     segments
 }
 
-fn leaks(shape: &Shape, random: &mut Random, name: impl Fn(usize) -> String, into: &mut Vec<VmSpec>) {
+fn leaks(
+    shape: &Shape,
+    duration: f64,
+    random: &mut Random,
+    name: impl Fn(usize) -> String,
+    into: &mut Vec<VmSpec>,
+) {
     for vm in 0..shape.vms {
         let cpu = random.between(shape.idle, shape.busy) * f64::from(shape.cpus);
         let growth = if random.unit() < shape.part {
@@ -216,12 +234,36 @@ fn leaks(shape: &Shape, random: &mut Random, name: impl Fn(usize) -> String, int
         } else {
             0.0
         };
-        let first = Segment {
+        let at_rate = |at: f64, growth: f64| Segment {
             growth,
-            ..segment(0.0, cpu)
+            ..segment(at, cpu)
         };
-        into.push(service(shape, name(vm), random, vec![first]));
+        let segments = if shape.bursts > 0.0 && growth > 0.0 {
+            bursts(shape.bursts, duration, growth, random, at_rate)
+        } else {
+            vec![at_rate(0.0, growth)]
+        };
+        into.push(service(shape, name(vm), random, segments));
     }
+}
+
+/// Nothing, and five times as much for a fifth of the time, in turn.
+fn bursts(
+    period: f64,
+    duration: f64,
+    growth: f64,
+    random: &mut Random,
+    at_rate: impl Fn(f64, f64) -> Segment,
+) -> Vec<Segment> {
+    let mut segments = vec![at_rate(0.0, 0.0)];
+    let mut at = period * random.unit();
+    while at < duration {
+        let lasts = period * random.between(0.5, 1.5);
+        segments.push(at_rate(at, growth * 5.0));
+        segments.push(at_rate(at + lasts / 5.0, 0.0));
+        at += lasts;
+    }
+    segments
 }
 
 fn herd(
@@ -299,6 +341,9 @@ fn traced(trace: &Trace, shape: &Shape, paper_types: bool, nodes: &[NodeSpec], i
             lifetime: Some(vm.cpu.len() as f64 * trace.interval),
             dirty: shape.dirty,
             working_set: initial / 4.0,
+            priority: shape.priority,
+            preemptible: shape.preemptible,
+            boots: true,
             segments: Arc::from(segments),
         });
     }

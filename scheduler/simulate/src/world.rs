@@ -3,6 +3,8 @@
 
 use crate::model::{MemoryModel, MigrationModel, NodeSpec, VmSpec};
 
+/// Stands for a claim that is not a VM's.
+const NO_VM: usize = usize::MAX;
 /// Slowest progress that a starved VM makes, so that a ratio stays finite.
 const LEAST_CAPACITY: f64 = 0.01;
 
@@ -45,12 +47,38 @@ pub(crate) struct Vm<'a> {
     pub last_move: Option<(usize, f64)>,
     /// Since when it waits, or is restarted.
     pub idle_since: f64,
+    /// Since when it has had no place, this time.
+    pub waits_since: f64,
     /// Next of its segments.
     pub segment: usize,
+    /// Seconds that it takes to boot.
+    pub boot: f64,
+    pub booting: bool,
+    /// Its vCPUs are stopped; it grew so fast before, as far as its policy knows.
+    pub suspended: Option<f64>,
+    /// The longest that a move stopped it, seconds.
+    pub longest_pause: Option<f64>,
+    /// When it began to run, and when it came to the node it is on.
+    pub started_at: f64,
+    pub arrived_at: f64,
+}
+
+/// Less than this part apart is the same.
+const ALIKE: f64 = 0.05;
+
+/// Two VMs that nobody could tell apart by what they need: a node that has one instead of the other holds the same.
+pub(crate) fn alike(a: &Vm<'_>, b: &Vm<'_>) -> bool {
+    let close = |a: f64, b: f64, whole: f64| (a - b).abs() <= ALIKE * whole;
+    (a.spec.cpus, a.suspended.is_some()) == (b.spec.cpus, b.suspended.is_some())
+        && close(a.spec.declared, b.spec.declared, a.spec.declared)
+        && close(a.wanted, b.wanted, f64::from(a.spec.cpus))
+        && close(a.resident, b.resident, a.spec.declared)
+        // Over a minute.
+        && close(a.grows() * 60.0, b.grows() * 60.0, a.spec.declared)
 }
 
 impl<'a> Vm<'a> {
-    pub fn new(spec: &'a VmSpec) -> Self {
+    pub fn new(spec: &'a VmSpec, boot: f64) -> Self {
         Self {
             spec,
             life: Life::Future,
@@ -60,13 +88,34 @@ impl<'a> Vm<'a> {
             given: 0.0,
             paused: false,
             migration: None,
-            work_left: spec.work.unwrap_or(f64::INFINITY),
+            work_left: f64::INFINITY,
             wanted_total: 0.0,
             given_total: 0.0,
             degraded: 0.0,
             last_move: None,
             idle_since: 0.0,
+            waits_since: spec.arrival,
             segment: 0,
+            boot,
+            booting: false,
+            suspended: None,
+            longest_pause: None,
+            started_at: 0.0,
+            arrived_at: 0.0,
+        }
+    }
+
+    /// All that a job has to do, its boot included; for ever if it is none.
+    pub fn job_work(&self) -> f64 {
+        self.spec.work.map_or(f64::INFINITY, |work| work + self.boot)
+    }
+
+    /// Bytes per second.
+    pub fn grows(&self) -> f64 {
+        if self.suspended.is_some() {
+            0.0
+        } else {
+            self.growth
         }
     }
 
@@ -88,7 +137,7 @@ impl<'a> Vm<'a> {
         if self.migration.is_some() {
             self.degraded += self.wanted * seconds * degradation;
         }
-        self.resident = (self.resident + self.growth * seconds).clamp(0.0, self.spec.declared);
+        self.resident = (self.resident + self.grows() * seconds).clamp(0.0, self.spec.declared);
     }
 }
 
@@ -116,6 +165,18 @@ pub(crate) struct Node<'a> {
     /// Counts changes of rates, to know which events are stale.
     pub generation: u64,
     pub totals: NodeTotals,
+    /// What runs here that is no VM, and how often that has changed.
+    pub tenant: Tenant,
+    pub visits: u64,
+}
+
+/// What other tenants of a host use.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Tenant {
+    /// Work per second that they want.
+    pub cpu: f64,
+    /// Bytes.
+    pub memory: f64,
 }
 
 /// Sums over time of one node.
@@ -143,6 +204,8 @@ impl<'a> Node<'a> {
             until: 0.0,
             generation: 0,
             totals: NodeTotals::default(),
+            tenant: Tenant::default(),
+            visits: 0,
         }
     }
 
@@ -178,7 +241,7 @@ impl<'a> Node<'a> {
     pub fn share(&mut self, vms: &mut [Vm<'_>], arrived: f64, memory: &MemoryModel, logging: f64) {
         self.generation += 1;
         let speed = self.spec.speed;
-        self.used = arrived + self.vms.iter().map(|&vm| vms[vm].resident).sum::<f64>();
+        self.used = arrived + self.tenant.memory + self.vms.iter().map(|&vm| vms[vm].resident).sum::<f64>();
         let size = self.spec.memory as f64;
         let swapped = (self.used / size - 1.0).max(0.0);
         self.memory_factor = 1.0 / (1.0 + memory.thrash * swapped);
@@ -188,9 +251,19 @@ impl<'a> Node<'a> {
             let vm = &vms[number];
             let most = f64::from(vm.spec.cpus) * speed;
             self.wanted += vm.wanted.min(most);
-            let running = if vm.paused { 0.0 } else { vm.wanted.min(most) };
+            let running = if vm.paused || vm.suspended.is_some() {
+                0.0
+            } else {
+                vm.wanted.min(most)
+            };
             self.load += running / speed;
             claims.push((running, f64::from(vm.spec.cpus), number));
+        }
+        if self.tenant.cpu > 0.0 {
+            let cpus = self.tenant.cpu / speed;
+            self.wanted += self.tenant.cpu;
+            self.load += cpus;
+            claims.push((self.tenant.cpu, cpus.ceil(), NO_VM));
         }
         claims.sort_by(|a, b| (a.0 / a.1).total_cmp(&(b.0 / b.1)).then(a.2.cmp(&b.2)));
         let mut left = (self.spec.capacity() - self.migration_cpu).max(LEAST_CAPACITY);
@@ -201,6 +274,9 @@ impl<'a> Node<'a> {
             left = (left - got).max(0.0);
             weights -= weight;
             self.busy += got;
+            if number == NO_VM {
+                continue;
+            }
             let vm = &mut vms[number];
             let logged = if vm.migration.is_some() {
                 1.0 - logging
@@ -234,6 +310,9 @@ mod tests {
             lifetime: None,
             dirty: 0.0,
             working_set: 0.0,
+            priority: 5,
+            preemptible: false,
+            boots: false,
             segments: Arc::from([]),
         }
     }
@@ -248,7 +327,7 @@ mod tests {
             power: PowerModel::G5,
         };
         let specs = [vm_spec("a", 1), vm_spec("b", 1), vm_spec("c", 2)];
-        let mut vms: Vec<Vm<'_>> = specs.iter().map(Vm::new).collect();
+        let mut vms: Vec<Vm<'_>> = specs.iter().map(|spec| Vm::new(spec, 0.0)).collect();
         for (vm, wanted) in vms.iter_mut().zip([0.2, 1.0, 2.0]) {
             vm.wanted = wanted;
             vm.resident = 3e8;

@@ -238,7 +238,16 @@ impl<'a> Stress<'a> {
     pub fn start(cluster: &'a Cluster, seed: u64) -> Self {
         const WEEK: &str = "604800";
         let seed = seed.to_string();
-        let run = ["run", IMAGE, "--detach", "--name", NAME, "--node", NODES[0], "--"];
+        let run = [
+            "run",
+            IMAGE,
+            "--detach",
+            "--name",
+            NAME,
+            "--prefer-node",
+            NODES[0],
+            "--",
+        ];
         let command = ["checks", "stress", WEEK, &seed];
         let started = cluster.shoal.json(&[&run[..], &command].concat());
         let id = started["id"].as_str().expect("an id").to_owned();

@@ -25,6 +25,7 @@ fn vm() -> Vm {
         image_digest: hostile(),
         message: hostile(),
         home: hostile(),
+        pinned: hostile(),
         args: several.clone(),
         labels: several.clone(),
         rules: Some(Rules {
@@ -32,6 +33,7 @@ fn vm() -> Vm {
             tolerations: several.clone(),
             affinity: several.clone(),
             anti_affinity: several,
+            exclusive: true,
         }),
         suspension: Some(Suspension {
             reason: hostile(),

@@ -117,7 +117,15 @@ pub(super) fn text(inspection: &Inspection) -> Page {
             page.line(format!("{name}{}", texts.join(", ")));
         }
     }
-    if vm.locked {
+    if vm.rules.exclusive {
+        page.line("exclusive:   it has its node for itself");
+    }
+    if !vm.pinned.is_empty() {
+        page.line(format!(
+            "locked:      to {}, by --node: `shoal unlock {}` lifts that",
+            vm.pinned, vm.name
+        ));
+    } else if vm.locked {
         page.line("locked:      to its node");
     }
     if let Some(suspended) = &vm.suspended {

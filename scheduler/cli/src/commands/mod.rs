@@ -25,6 +25,7 @@ pub mod policy;
 pub mod ps;
 pub mod queue;
 pub mod rebalance;
+pub mod record;
 pub mod resolve;
 pub mod restore;
 pub mod rm;
@@ -100,6 +101,7 @@ async fn run_command(context: &Context, command: Command) -> Result<ExitCode, Cl
         Command::Rebalance(args) => rebalance::run(context, args).await,
         Command::Resolve(args) => resolve::run(context, args).await,
         Command::Events(args) => events::run(context, args).await,
+        Command::Record(args) => record::run(context, args).await,
         Command::Simulate(args) => simulate::run(context, &args),
         Command::Cpu(command) => cpu::run(context, command).await,
         Command::Certs(command) => certs::run(context, command),

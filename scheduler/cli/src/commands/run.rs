@@ -1,9 +1,11 @@
 //! `shoal run IMAGE`
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use shoal_proto::cluster::{GetVmRequest, RemoveVmRequest, RunVmRequest, StreamLogsRequest, Vm, VmPhase};
+use tonic::Code;
 
 use crate::client::{Client, Context, until_interrupted};
 use crate::error::CliError;
@@ -11,6 +13,9 @@ use crate::format::parse_size;
 use crate::ring3;
 use crate::rule_args::RuleArgs;
 use crate::view::{VmView, vm_state};
+
+/// How often it is looked whether it is a VM's turn.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -26,13 +31,18 @@ pub struct RunArgs {
     /// How much memory, such as 256MiB; otherwise as the image says.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
-    /// On this node; otherwise where it fits best.
+    /// On this node and no other: it is locked there until `shoal unlock`; otherwise where it fits best.
     #[arg(long)]
     pub node: Option<String>,
+    /// Start on this node if it fits there, otherwise where it fits best; it may be moved later.
+    #[arg(long, value_name = "NODE", conflicts_with = "node")]
+    pub prefer_node: Option<String>,
     /// The lower, the sooner it gives way to others; 5 unless said.
     #[arg(long, value_name = "0..9", value_parser = clap::value_parser!(u32).range(0..=9))]
     pub priority: Option<u32>,
-    /// Wait if it fits nowhere, or others wait; `shoal queue` shows who waits and why.
+    /// Start it as a job: one vCPU for each CPU of a node (policy queue_slots); while there is no such slot, or others wait, it waits.
+    /// With --detach the command returns meanwhile; without it says on stderr why it waits, and Ctrl-C leaves the VM in the queue
+    /// (`shoal queue` shows it, `shoal rm` takes it out).
     #[arg(long)]
     pub queue: bool,
     /// It may be stopped for one of higher priority that fits nowhere; then it waits in the queue, and begins anew.
@@ -40,12 +50,12 @@ pub struct RunArgs {
     pub preemptible: bool,
     #[command(flatten)]
     rules: RuleArgs,
-    /// Return when it runs, instead of showing its console until it ends. With `-o json` the console goes to stderr: stdout has the VM
-    /// as one JSON value.
+    /// Return when it runs, instead of showing its console until it ends and exiting with the workload's status. Ctrl-C ends the
+    /// showing, not the VM. With `-o json` the console goes to stderr: stdout has the VM as one JSON value.
     #[arg(long, short)]
     pub detach: bool,
     /// Remove the VM and its log when it has ended.
-    #[arg(long, conflicts_with_all = ["detach", "queue"])]
+    #[arg(long, conflicts_with = "detach")]
     pub rm: bool,
     /// For the workload: a bare kernel's command line, or the command that Linux runs.
     #[arg(last = true)]
@@ -57,7 +67,10 @@ pub struct RunArgs {
 pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError> {
     let mut client = context.client().await?;
     let (detach, remove) = (args.detach, args.rm);
-    let vm = client.run_vm(request(args)).await?.into_inner();
+    let mut vm = client.run_vm(request(args)).await?.into_inner();
+    if vm.phase() == VmPhase::Pending && !detach {
+        vm = wait_for_turn(context, &client, vm).await?;
+    }
     if vm.phase() == VmPhase::Pending {
         context.output.show(&VmView::from(&vm), |vm| {
             format!("{} waits for room: {}", vm.name, vm.message)
@@ -77,6 +90,9 @@ pub async fn run(context: &Context, args: RunArgs) -> Result<ExitCode, CliError>
             format!("{} runs on {}", vm.name, vm.node)
         })?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if vm.phase() == VmPhase::Failed && is_gone(&mut client, &vm).await? {
+        return finish(context, &vm);
     }
     let name = &vm.name;
     let goes_on = || format!("{name} goes on: `shoal logs -f {name}` shows it, `shoal stop {name}` ends it");
@@ -106,6 +122,7 @@ fn request(args: RunArgs) -> RunVmRequest {
         memory_set: args.memory.is_some(),
         memory_bytes: args.memory.unwrap_or_default(),
         node: args.node.unwrap_or_default(),
+        prefer_node: args.prefer_node.unwrap_or_default(),
         rules: Some(args.rules.rules()),
         priority: args.priority,
         queue: args.queue,
@@ -113,6 +130,57 @@ fn request(args: RunArgs) -> RunVmRequest {
         labels: args.rules.labels,
         args: args.args,
     }
+}
+
+/// Waits until a VM of the queue is started, or has ended; says its place and why it waits whenever either changes.
+async fn wait_for_turn(context: &Context, client: &Client, vm: Vm) -> Result<Vm, CliError> {
+    let name = vm.name.clone();
+    let goes_on =
+        || format!("{name} goes on waiting: `shoal queue` shows it, `shoal rm {name}` takes it out");
+    let waited = until_interrupted(watch_queue(context, client, vm), goes_on).await;
+    waited.map_err(|error| error.while_watching(goes_on))
+}
+
+async fn watch_queue(context: &Context, client: &Client, mut vm: Vm) -> Result<Vm, CliError> {
+    let of_it = GetVmRequest { vm: vm.id.clone() };
+    let mut waits = client.clone();
+    let ends = waits.wait_vm(of_it.clone());
+    tokio::pin!(ends);
+    let mut client = client.clone();
+    let mut said = String::new();
+    while vm.phase() == VmPhase::Pending {
+        let words = without_figures(&vm.message);
+        if words != said {
+            context.output.note(&format!("{} waits, {}", vm.name, vm.message));
+            said = words;
+        }
+        tokio::select! {
+            // As when it is taken out of the queue.
+            ended = &mut ends => return Ok(ended?.into_inner()),
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        vm = match client.get_vm(of_it.clone()).await {
+            Ok(found) => found.into_inner(),
+            Err(status) if status.code() == Code::NotFound => return Ok(ends.await?.into_inner()),
+            Err(status) => return Err(status.into()),
+        };
+    }
+    Ok(vm)
+}
+
+/// Whether nothing is left of one that waited and has failed: it never ran, and has no console.
+async fn is_gone(client: &mut Client, vm: &Vm) -> Result<bool, CliError> {
+    match client.get_vm(GetVmRequest { vm: vm.id.clone() }).await {
+        Err(status) if status.code() == Code::NotFound => Ok(true),
+        found => Ok(found.map(|_| false)?),
+    }
+}
+
+/// Why a VM waits, but for the figures of other use and load, which change all the time. Its place is the first one and stays.
+fn without_figures(message: &str) -> String {
+    let (place, why) = message.split_once(':').unwrap_or((message, ""));
+    let words = why.chars().filter(|c| !c.is_ascii_digit() && *c != '.');
+    place.chars().chain(words).collect()
 }
 
 async fn follow(context: &Context, client: &mut Client, vm: &Vm) -> Result<Vm, CliError> {
@@ -154,5 +222,24 @@ fn no_status(vm: &Vm) -> String {
         (VmPhase::Exited, "") => format!("{name} ended without an exit status"),
         (VmPhase::Exited, how) => format!("{name} ended without an exit status: {how}"),
         (phase, why) => format!("{name} is {}: {why}", vm_state(phase)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_told_again_when_its_place_or_its_reason_changes() {
+        let told = |message: &str| without_figures(message);
+        let at =
+            "place 2 in the queue: nothing fits: node1: 2 vCPUs declared there, load 1.93, and 1 vCPUs more";
+        assert_eq!(told(at), told(&at.replace("1.93", "2.01")));
+        assert_ne!(told(at), told(&at.replace("place 2", "place 1")));
+        assert_ne!(
+            told(at),
+            told(&at.replace("nothing fits", "others are before it"))
+        );
+        assert_ne!(told("place 1 in the queue"), told("place 2 in the queue"));
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
+use shoal_simulate::recording::{self, Replayed};
 use shoal_simulate::{Comparison, PolicyKind, compare, load, plot};
 
 use crate::client::Context;
@@ -13,7 +14,7 @@ use crate::page::Page;
 /// Arguments of `simulate`.
 #[derive(Debug, Args)]
 pub struct SimulateArgs {
-    /// Nodes, workload and policies as text: docs/simulation.md explains it.
+    /// Nodes, workload and policies as text, which docs/simulation.md explains, or a recording of `shoal record`.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
     /// Only this policy; may be repeated.
@@ -40,6 +41,14 @@ fn policy(text: &str) -> Result<PolicyKind, String> {
 /// Simulates and shows the table. Needs no cluster.
 pub fn run(context: &Context, args: &SimulateArgs) -> Result<(), CliError> {
     let failed = |error: String| CliError::Failed(format!("{}: {error}", args.file.display()));
+    let data = fs::read(&args.file).map_err(|source| CliError::File {
+        path: args.file.clone(),
+        what: "cannot read".to_owned(),
+        source,
+    })?;
+    if recording::is_recording(&data) {
+        return replay(context, args, &data);
+    }
     let mut scenario = load(&args.file).map_err(|error| failed(error.to_string()))?;
     if !args.policies.is_empty() {
         scenario.policies.clear();
@@ -62,5 +71,36 @@ pub fn run(context: &Context, args: &SimulateArgs) -> Result<(), CliError> {
     }
     context.output.show(&comparison, |comparison: &Comparison| {
         comparison.table().lines().collect::<Page>()
+    })
+}
+
+/// Says what the planner would have done on a recorded cluster.
+fn replay(context: &Context, args: &SimulateArgs, data: &[u8]) -> Result<(), CliError> {
+    if !args.policies.is_empty() || args.seed.is_some() || args.runs.is_some() || args.plot.is_some() {
+        return Err(CliError::Usage(format!(
+            "{} is a recording: it is replayed as it is; --policy, --seed, --runs and --plot are for scenarios",
+            args.file.display()
+        )));
+    }
+    let moments = recording::read(data)
+        .map_err(|error| CliError::Failed(format!("{}: {error}", args.file.display())))?;
+    let replayed = recording::replay(&moments, None);
+    context.output.show(&replayed, |replayed: &Replayed| {
+        let mut page = Page::default();
+        for would in &replayed.would {
+            let seconds = would.at_ms as f64 / 1e3;
+            let to = if would.to.is_empty() {
+                String::new()
+            } else {
+                format!(" to {}", would.to)
+            };
+            page.line(format!(
+                "{seconds:7.1} s  {}  {} from {}{to}",
+                would.kind, would.vm, would.from
+            ));
+            page.line(format!("           {}", would.reason));
+        }
+        page.line(replayed.summary());
+        page
     })
 }

@@ -17,8 +17,14 @@ pub(crate) struct Node<'a> {
     pub memory: f64,
     /// Part of `memory` that VMs may declare, times the overcommit: without what is reserved.
     pub lends: f64,
+    /// CPUs that VMs may declare, times the overcommit: without what is reserved.
+    pub lends_cpus: f64,
     /// Declared memory of all VMs here or arriving.
     pub committed: f64,
+    /// Declared vCPUs of all VMs here or arriving.
+    pub vcpus: f64,
+    /// CPUs that these want, and what is not VMs uses.
+    pub busy: f64,
     /// Memory held now, with all of what arrives reserved.
     pub occupied: f64,
     /// Memory held when the moves under way have ended.
@@ -41,6 +47,10 @@ pub(crate) struct Node<'a> {
     pub incoming: usize,
     /// VMs that are to start here.
     pub reserved: usize,
+    /// VMs here, arriving or to start that have the node for themselves.
+    pub exclusive: usize,
+    /// It is kept for VMs that have waited long.
+    pub kept: bool,
     /// VMs are being stopped here for one that waits.
     pub makes_room: bool,
     /// Memory used by anything but VMs, or reserved for it.
@@ -62,7 +72,10 @@ impl<'a> Node<'a> {
             view,
             memory: view.memory.0 as f64,
             lends: view.memory.0.saturating_sub(view.reserved_memory.0) as f64,
+            lends_cpus: (f64::from(view.cpus) - load(view.reserved_cpus)).max(0.0),
             committed: 0.0,
+            vcpus: 0.0,
+            busy: other.mean,
             occupied: 0.0,
             settled: 0.0,
             projected: 0.0,
@@ -75,6 +88,8 @@ impl<'a> Node<'a> {
             outgoing: 0,
             incoming: 0,
             reserved: 0,
+            exclusive: 0,
+            kept: false,
             makes_room: false,
             other: 0.0,
             vms: Vec::new(),

@@ -91,6 +91,14 @@ fn parse_line(line: &str, scenario: &mut Scenario) -> Result<(), String> {
             set_policy(&mut scenario.policy, &mut fields)?;
             fields.finish()
         }
+        Some("margins") => {
+            let (mut fields, margins) = (Fields::new("margins", words)?, &mut scenario.snapshot.margins);
+            fields.number("move_time", &mut margins.move_time)?;
+            fields.number("growth", &mut margins.growth)?;
+            fields.set("burst", SIZE, parse_size, &mut margins.burst.0)?;
+            fields.set("delay", DURATION, parse_duration, &mut margins.delay)?;
+            fields.finish()
+        }
         Some("node") => {
             let name = words
                 .next()
@@ -205,6 +213,7 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
     fields.number("reserved_cpus", &mut node.reserved_cpus)?;
     let rate = |text: &str| parse_size(text).map(|rate| Some(BytesPerSecond(rate)));
     fields.set("link_rate", SIZE, rate, &mut node.link_rate)?;
+    fields.set("report_age", DURATION, parse_duration, &mut node.report_age)?;
     if node.memory_available > node.memory {
         return Err(format!("node {}: available: must be at most memory", cut(name)));
     }
@@ -250,7 +259,7 @@ fn vm(id: &str, fields: &mut Fields<'_>) -> Result<VmView, String> {
     if vm.suspended_growth.is_some() && !vm.suspended {
         return Err(format!("vm {}: suspended_growth: needs `suspended=yes`", cut(id)));
     }
-    let why = "starting, stopping, in-doubt, not-running, locked or settling";
+    let why = "starting, stopping, in-doubt, not-running, locked, pinned or settling";
     fields.set(
         "cannot_move",
         why,
@@ -310,6 +319,8 @@ fn launch(fields: &mut Fields<'_>) -> Result<LaunchRequest, String> {
     };
     let named = |text: &str| parse_name(text).map(|name| Some(NodeName::new(&name)));
     fields.set("node", NAME, named, &mut request.node)?;
+    fields.set("prefer", NAME, named, &mut request.prefer)?;
+    fields.set("queued", "yes or no", parse_yes, &mut request.queued)?;
     let class = |text: &str| parse_name(text).map(|name| Some(CpuClass::new(&name)));
     fields.set("cpu_class", NAME, class, &mut request.cpu_class)?;
     request.kernels = kernels(fields)?;
@@ -389,6 +400,7 @@ fn rules(fields: &mut Fields<'_>) -> Result<Option<Arc<Rules>>, String> {
     ] {
         fields.set(key, TERMS, |text| parse_terms(text).ok(), terms)?;
     }
+    fields.set("exclusive", "yes or no", parse_yes, &mut rules.exclusive)?;
     Ok((!rules.is_empty()).then(|| Arc::new(rules)))
 }
 
@@ -434,8 +446,8 @@ fn parse_state(text: &str) -> Option<NodeState> {
 }
 
 fn parse_cannot_move(text: &str) -> Option<CannotMove> {
-    use CannotMove::{InDoubt, Locked, NotRunning, Settling, Starting, Stopping};
-    [Starting, Stopping, InDoubt, NotRunning, Locked, Settling]
+    use CannotMove::{InDoubt, Locked, NotRunning, Pinned, Settling, Starting, Stopping};
+    [Starting, Stopping, InDoubt, NotRunning, Locked, Pinned, Settling]
         .into_iter()
         .find(|&why| cannot_move(why) == text)
 }

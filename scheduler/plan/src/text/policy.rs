@@ -36,6 +36,8 @@ const SWITCH: &str = "on or off";
 
 pub(super) fn set_policy(policy: &mut Policy, fields: &mut Fields<'_>) -> Result<(), String> {
     fields.number("overcommit", &mut policy.overcommit)?;
+    fields.number("cpu_overcommit", &mut policy.cpu_overcommit)?;
+    fields.number("queue_slots", &mut policy.queue_slots)?;
     fields.number("usher_threshold", &mut policy.usher_threshold)?;
     fields.number("usher_target", &mut policy.usher_target)?;
     fields.number("pressure_threshold", &mut policy.pressure_threshold)?;
@@ -126,6 +128,8 @@ pub(super) fn print_policy(policy: &Policy) -> String {
     let mut line = Line("policy".to_owned());
     // No number equals NaN: every value is printed, so that the text stands for itself when defaults change.
     line.number("overcommit", policy.overcommit, f64::NAN);
+    line.number("cpu_overcommit", policy.cpu_overcommit, f64::NAN);
+    line.number("queue_slots", policy.queue_slots, f64::NAN);
     line.number("usher_threshold", policy.usher_threshold, f64::NAN);
     line.number("usher_target", policy.usher_target, f64::NAN);
     line.number("pressure_threshold", policy.pressure_threshold, f64::NAN);

@@ -10,6 +10,7 @@ use super::{HEADER, KERNELS};
 use crate::action::Plan;
 use crate::kvm::Kernels;
 use crate::labels::{Labels, Rules, print_terms};
+use crate::margins::Margins;
 use crate::model::{
     CannotMove, ClusterSnapshot, DEFAULT_PRIORITY, NodeName, NodeState, NodeView, VmId, VmView,
 };
@@ -69,6 +70,12 @@ impl Line {
         if let Some(node) = &request.node {
             self.field("node", &print_name(node.as_str()));
         }
+        if let Some(node) = &request.prefer {
+            self.field("prefer", &print_name(node.as_str()));
+        }
+        if request.queued {
+            self.field("queued", "yes");
+        }
         if let Some(class) = &request.cpu_class {
             self.field("cpu_class", &print_name(class.as_str()));
         }
@@ -104,6 +111,9 @@ impl Line {
                 self.field(key, &print_terms(terms));
             }
         }
+        if rules.exclusive {
+            self.field("exclusive", "yes");
+        }
     }
 }
 
@@ -112,6 +122,16 @@ impl Line {
 #[must_use]
 pub fn print(snapshot: &ClusterSnapshot, policy: &Policy) -> String {
     let mut text = format!("{HEADER}\n{}\n", print_policy(policy));
+    let margins = &snapshot.margins;
+    if *margins != Margins::default() {
+        let mut line = Line("margins".to_owned());
+        line.number("move_time", margins.move_time, 1.0);
+        line.number("growth", margins.growth, 1.0);
+        line.size_unless_zero("burst", margins.burst.0);
+        line.duration("delay", margins.delay);
+        text.push_str(&line.0);
+        text.push('\n');
+    }
     for node in &snapshot.nodes {
         text.push_str(&print_node(node));
         text.push('\n');
@@ -174,6 +194,9 @@ fn print_node(node: &NodeView) -> String {
     line.number("reserved_cpus", node.reserved_cpus, 0.0);
     if let Some(rate) = node.link_rate {
         line.size("link_rate", rate.0);
+    }
+    if !node.report_age.is_zero() {
+        line.duration("report_age", node.report_age);
     }
     line.0
 }
@@ -277,6 +300,7 @@ pub(super) fn cannot_move(why: CannotMove) -> &'static str {
         CannotMove::InDoubt => "in-doubt",
         CannotMove::NotRunning => "not-running",
         CannotMove::Locked => "locked",
+        CannotMove::Pinned => "pinned",
         CannotMove::Settling => "settling",
     }
 }

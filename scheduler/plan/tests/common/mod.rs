@@ -25,7 +25,7 @@ pub fn clusters() -> impl Strategy<Value = ClusterSnapshot> {
             let mut snapshot = ClusterSnapshot {
                 nodes,
                 vms: Vec::new(),
-                held: Vec::new(),
+                ..ClusterSnapshot::default()
             };
             for (number, (mut vm, on, to)) in vms.into_iter().enumerate() {
                 vm.id = shoal_plan::VmId::new(&format!("vm{number:02}"));
@@ -122,11 +122,12 @@ fn rules() -> impl Strategy<Value = Option<Arc<Rules>>> {
         terms(&["gpu"]),
         terms(&["app=web", "app=db", "tier"]),
         terms(&["app=web", "app=db", "app!=db", "tier"]),
+        prop::bool::weighted(0.1),
     );
     prop_oneof![
         2 => Just(None),
-        1 => rules.prop_map(|(selector, tolerations, affinity, anti_affinity)| {
-            let rules = Rules { selector, tolerations, affinity, anti_affinity };
+        1 => rules.prop_map(|(selector, tolerations, affinity, anti_affinity, exclusive)| {
+            let rules = Rules { selector, tolerations, affinity, anti_affinity, exclusive };
             (!rules.is_empty()).then(|| Arc::new(rules))
         }),
     ]
@@ -137,7 +138,7 @@ fn vm() -> impl Strategy<Value = VmView> {
     let suspended = prop_oneof![9 => Just(None), 1 => any::<bool>().prop_map(Some)];
     let cannot_move = prop_oneof![
         9 => Just(None),
-        1 => Just(Some(CannotMove::Locked)),
+        1 => prop::sample::select(vec![Some(CannotMove::Locked), Some(CannotMove::Pinned)]),
         1 => Just(Some(CannotMove::Starting)),
     ];
     let in_flight = prop_oneof![

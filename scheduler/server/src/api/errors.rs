@@ -64,7 +64,7 @@ pub fn launch(error: LaunchError) -> Status {
     match error {
         LaunchError::Name(_) => Status::already_exists(error.to_string()),
         LaunchError::Place(PlaceError::UnknownNode(_)) => Status::not_found(error.to_string()),
-        LaunchError::Place(PlaceError::NothingFits { ref rejections }) => {
+        LaunchError::Place(PlaceError::NothingFits { ref rejections, .. }) => {
             nothing_fits(&error.to_string(), rejections)
         }
         LaunchError::QueueFull | LaunchError::NotStarted { .. } => {

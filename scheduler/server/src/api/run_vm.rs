@@ -17,12 +17,20 @@ use crate::view;
 use crate::vms::VmEntry;
 
 pub async fn call(scheduler: &Shared, request: RunVmRequest) -> Result<Vm, Status> {
-    let pinned = match request.node.as_str() {
-        "" => None,
-        name => Some(super::find_node(scheduler, name)?.record().name),
+    let node = |name: &str| match name {
+        "" => Ok(None),
+        name => super::find_node(scheduler, name).map(|node| Some(node.name())),
     };
+    let (pinned, preferred) = (node(&request.node)?, node(&request.prefer_node)?);
+    if pinned.is_some() && preferred.is_some() {
+        return Err(Status::invalid_argument(
+            "prefer_node: node is given, too, which is the only one for the VM; give one of them",
+        ));
+    }
     let may_wait = request.queue;
-    let draft = draft(scheduler, request)?;
+    let mut draft = draft(scheduler, request)?;
+    draft.wishes.locked = pinned.is_some();
+    draft.runs.preferred = preferred;
     let shared = Arc::clone(scheduler);
     if may_wait {
         let task = tokio::spawn(async move { run_or_wait(&shared, draft, pinned).await });
@@ -109,12 +117,15 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
     if let Some(software) = &image.software_kvm {
         limits::cmdline_with("args", &cmdline, &software.cmdline).map_err(|error| errors::field(&error))?;
     }
-    let wishes = wishes(
-        &request.labels,
-        &request.rules.unwrap_or_default(),
-        request.priority.unwrap_or(DEFAULT_PRIORITY),
-        request.preemptible,
-    )?;
+    let wishes = VmWishes {
+        preemptible: request.preemptible,
+        queued: request.queue,
+        ..wishes(
+            &request.labels,
+            &request.rules.unwrap_or_default(),
+            request.priority.unwrap_or(DEFAULT_PRIORITY),
+        )?
+    };
     Ok(VmRecord {
         id: VmId::new(),
         name,
@@ -147,25 +158,20 @@ fn draft(scheduler: &Scheduler, request: RunVmRequest) -> Result<VmRecord, Statu
 }
 
 /// What the owner wishes, checked.
-fn wishes(
-    labels: &[String],
-    rules: &cluster::Rules,
-    priority: u32,
-    preemptible: bool,
-) -> Result<VmWishes, Status> {
+fn wishes(labels: &[String], rules: &cluster::Rules, priority: u32) -> Result<VmWishes, Status> {
     limits::priority(priority).map_err(|error| errors::field(&error))?;
     let rules = Rules {
         selector: labels::terms("selector", &rules.selector)?,
         tolerations: labels::terms("tolerations", &rules.tolerations)?,
         affinity: labels::terms("affinity", &rules.affinity)?,
         anti_affinity: labels::terms("anti_affinity", &rules.anti_affinity)?,
+        exclusive: rules.exclusive,
     };
     Ok(VmWishes {
         labels: labels::all("labels", labels)?,
         rules: (!rules.is_empty()).then(|| Arc::new(rules)),
-        locked: false,
         priority,
-        preemptible,
+        ..VmWishes::default()
     })
 }
 

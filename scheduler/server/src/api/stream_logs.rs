@@ -12,7 +12,7 @@ use crate::scheduler::Shared;
 const CHUNK_BYTES: usize = 64 << 10;
 
 pub async fn call(scheduler: &Shared, request: &StreamLogsRequest) -> Result<AnswerStream<LogChunk>, Status> {
-    let entry = super::find_watched(scheduler, &request.vm)?;
+    let entry = super::find_watched(scheduler, &request.vm, request.follow)?;
     let vm = entry.record().id;
     let scheduler = Arc::clone(scheduler);
     let mut end = scheduler

@@ -1,5 +1,6 @@
 //! The calls about migrations, against scripted nodes.
 
+mod admission;
 mod bandwidth;
 mod kvm;
 mod preempt;

@@ -8,7 +8,7 @@ use tonic::Status;
 use super::errors;
 use crate::events::{Kind, NewEvent};
 use crate::limits;
-use crate::record::{VmRecord, VmWishes};
+use crate::record::{Runs, VmRecord, VmWishes};
 use crate::scheduler::Shared;
 use crate::view;
 use crate::vms::VmEntry;
@@ -34,11 +34,16 @@ async fn update(scheduler: &Shared, entry: &VmEntry, request: &UpdateVmRequest) 
         priority: request.priority.unwrap_or(record.wishes.priority),
         ..record.wishes.clone()
     };
+    let lifted = request.locked == Some(false);
+    let runs = Runs {
+        pinned: record.runs.pinned.clone().filter(|_| !lifted),
+        ..record.runs.clone()
+    };
     if record.phase.is_over() {
         let name = &record.name;
         return Err(Status::failed_precondition(format!("VM {name} has ended")));
     }
-    if wishes != record.wishes {
+    if wishes != record.wishes || runs != record.runs {
         let may = if wishes.locked {
             "stays on"
         } else {
@@ -50,6 +55,7 @@ async fn update(scheduler: &Shared, entry: &VmEntry, request: &UpdateVmRequest) 
         );
         let record = VmRecord {
             wishes,
+            runs,
             ..record.as_ref().clone()
         };
         let record = scheduler.save_vm(record, Vec::new()).await;

@@ -8,7 +8,7 @@ use crate::scheduler::Scheduler;
 use crate::view;
 
 pub async fn call(scheduler: &Scheduler, request: &GetVmRequest) -> Result<Vm, Status> {
-    let entry = super::find_watched(scheduler, &request.vm)?;
+    let entry = super::find_watched(scheduler, &request.vm, true)?;
     let mut record = entry.subscribe();
     // The entry in hand keeps the channel open: a VM that is removed had ended before, and says so.
     let _ = record

@@ -74,6 +74,12 @@ pub fn request(scheduler: &Scheduler, draft: &VmRecord, pinned: Option<&NodeName
         cpus: draft.cpus,
         memory: plan::Bytes(draft.memory_bytes),
         node: pinned.map(|node| plan::NodeName::new(node.as_str())),
+        prefer: draft
+            .runs
+            .preferred
+            .as_ref()
+            .map(|node| plan::NodeName::new(node.as_str())),
+        queued: draft.wishes.queued,
         cpu_class: scheduler.cpus.baseline().map(|baseline| baseline.class(None)),
         kernels: Some(Arc::new(draft.kernels())),
         labels: draft.wishes.labels.clone(),

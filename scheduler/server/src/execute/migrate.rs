@@ -2,6 +2,7 @@
 //! is brought to its end by [`super::settle`], which also is the undo of every step here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_plan as plan;
 use shoal_proto::{MigrationId, NodeName, vm};
@@ -64,6 +65,7 @@ struct Decision {
     to: NodeName,
     reason: String,
     policy: vm::MigrationPolicy,
+    expected: Option<Duration>,
 }
 
 /// Begins a migration that someone asked for; waits until nothing else is done with the VM.
@@ -103,6 +105,7 @@ pub async fn begin_requested(
         to: node_name(&place.node)?,
         reason: format!("requested; {}", place.reason),
         policy: policy::resolve(asked_policy, &scheduler.defaults.policy(), Cause::Requested),
+        expected: None,
     };
     open(scheduler, entry, guard, &record, decision).await
 }
@@ -133,6 +136,7 @@ pub async fn begin_planned(
             &scheduler.defaults.policy(),
             Cause::Planned(action.kind),
         ),
+        expected: Some(action.expected),
     };
     open(scheduler, &entry, guard, &record, decision).await
 }
@@ -185,6 +189,7 @@ async fn open(
         reason: decision.reason,
         started_unix_ms: now_unix_ms(),
         policy: decision.policy,
+        expected: decision.expected,
     });
     let record = VmRecord {
         last_epoch: epoch,

@@ -19,7 +19,7 @@ pub mod labels {
     }
 }
 
-/// Four lists of terms.
+/// Four lists of terms, and whether the node is to be for the VM alone.
 pub mod rules {
     use std::sync::Arc;
 
@@ -35,6 +35,7 @@ pub mod rules {
         tolerations: String,
         affinity: String,
         anti_affinity: String,
+        exclusive: bool,
     }
 
     pub fn serialize<S: Serializer>(rules: &Option<Arc<Rules>>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -43,6 +44,7 @@ pub mod rules {
             tolerations: print_terms(&rules.tolerations),
             affinity: print_terms(&rules.affinity),
             anti_affinity: print_terms(&rules.anti_affinity),
+            exclusive: rules.exclusive,
         });
         texts.serialize(serializer)
     }
@@ -64,6 +66,7 @@ pub mod rules {
             tolerations: terms(&texts.tolerations)?,
             affinity: terms(&texts.affinity)?,
             anti_affinity: terms(&texts.anti_affinity)?,
+            exclusive: texts.exclusive,
         };
         Ok((!rules.is_empty()).then(|| Arc::new(rules)))
     }

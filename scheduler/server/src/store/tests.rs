@@ -119,11 +119,13 @@ fn vm_record(name: &str) -> VmRecord {
             rules: Some(Arc::new(shoal_plan::Rules {
                 selector: parse_terms("zone=a,disk!=slow").expect("terms"),
                 anti_affinity: parse_terms("app=web").expect("terms"),
+                exclusive: true,
                 ..Default::default()
             })),
             locked: true,
             priority: 9,
             preemptible: true,
+            queued: true,
         },
         home: Some("node7".parse().expect("a node")),
         placement: "asked for".to_owned(),
@@ -139,6 +141,7 @@ fn vm_record(name: &str) -> VmRecord {
             queued_unix_ms: 7,
             started_unix_ms: 3,
             pinned: Some("node7".parse().expect("a node")),
+            preferred: Some("node8".parse().expect("a node")),
             console_offset: 77,
             preempted: 2,
             last_preempted: None,
@@ -161,6 +164,7 @@ fn intent(vm: &VmRecord) -> Intent {
             on_stall: vm::OnStall::Force.into(),
             ..Default::default()
         },
+        expected: Some(std::time::Duration::from_millis(2500)),
     }
 }
 

@@ -1,53 +1,98 @@
-//! VMs of a run: placed, started, changed by their workload, ended or killed.
+//! VMs of a run: started, booted, changed by their workload, suspended, ended, killed or stopped for others.
 
-use shoal_plan::{LaunchRequest, NodeName};
-
-use super::{Engine, Event};
-use crate::model::VmSpec;
-use crate::observe::{Observation, bytes};
+use super::{Engine, Event, News};
 use crate::world::Life;
 
+/// Part of what a VM holds when it has booted that it holds when it begins to.
+const HELD_BEFORE_BOOT: f64 = 0.2;
+
 impl Engine<'_> {
-    pub(super) fn place_waiting_one(&mut self, vm: usize, first: bool) {
-        let spec = self.vms[vm].spec;
-        let node = match &spec.node {
-            Some(node) if first => Some(node.clone()),
-            _ => self.ask_place(spec),
-        };
-        let number = node.and_then(|name| self.scenario.nodes.iter().position(|node| node.name == name));
-        if let Some(node) = number {
-            self.start(vm, node);
-        }
-    }
-
-    pub(super) fn ask_place(&mut self, spec: &VmSpec) -> Option<NodeName> {
-        let request = LaunchRequest {
-            cpus: spec.cpus,
-            memory: bytes(spec.declared),
-            ..LaunchRequest::default()
-        };
-        let seen = Observation {
-            now: self.now,
-            snapshot: &self.observer.snapshot,
-            loads: &self.observer.loads,
-            policy: &self.scenario.policy,
-        };
-        self.balancer.place(&seen, &request)
-    }
-
     pub(super) fn start(&mut self, number: usize, node: usize) {
         self.account_idle(number);
         self.waiting.retain(|&other| other != number);
         self.touch(node);
+        let (now, fastest) = (self.now, self.fastest);
         let vm = &mut self.vms[number];
         vm.life = Life::On(node);
+        (vm.started_at, vm.arrived_at) = (now, now);
         vm.resident = vm.spec.initial;
-        vm.work_left = vm.spec.work.unwrap_or(f64::INFINITY);
         vm.segment = 0;
+        vm.work_left = vm.job_work();
+        vm.booting = vm.boot > 0.0;
         self.nodes[node].vms.push(number);
-        self.observer
-            .started(number, &self.vms[number], &self.nodes[node].spec.name);
-        self.next_segment(number);
+        self.news.push(News::Started(number, node));
+        if vm.booting {
+            vm.resident = vm.spec.initial * HELD_BEFORE_BOOT;
+            vm.growth = (vm.spec.initial - vm.resident) / vm.boot;
+            vm.wanted = fastest;
+            let at = now + vm.boot;
+            self.at(at, Event::Booted(number));
+        } else {
+            self.next_segment(number);
+        }
+    }
+
+    /// A VM does from now on what it was started for.
+    pub(super) fn booted(&mut self, number: usize) {
+        let vm = &self.vms[number];
+        // Events of a run that was cut short come too early.
+        if let Life::On(node) = vm.life
+            && vm.booting
+            && self.now >= vm.started_at + vm.boot
+        {
+            self.touch(node);
+            let vm = &mut self.vms[number];
+            (vm.booting, vm.wanted, vm.growth) = (false, 0.0, 0.0);
+            self.next_segment(number);
+        }
+    }
+
+    /// Stops a VM's vCPUs where it is.
+    pub(super) fn suspend(&mut self, number: usize, growth: f64) -> Option<usize> {
+        let Life::On(node) = self.vms[number].life else {
+            return None;
+        };
+        if self.vms[number].suspended.is_some() || self.vms[number].migration.is_some() {
+            return None;
+        }
+        self.touch(node);
+        self.vms[number].suspended = Some(growth);
+        self.counters.suspended += 1.0;
+        Some(node)
+    }
+
+    /// Lets a suspended VM run on.
+    pub(super) fn resume(&mut self, number: usize) -> Option<usize> {
+        let Life::On(node) = self.vms[number].life else {
+            return None;
+        };
+        self.vms[number].suspended?;
+        self.touch(node);
+        self.vms[number].suspended = None;
+        Some(node)
+    }
+
+    /// Stops a VM for another; it waits to begin anew.
+    pub(super) fn preempt(&mut self, number: usize) -> Option<usize> {
+        let Life::On(node) = self.vms[number].life else {
+            return None;
+        };
+        self.counters.preempted += 1.0;
+        self.take_off(number);
+        self.begins_anew(number, Life::Waiting);
+        self.waiting.push(number);
+        Some(node)
+    }
+
+    /// What a VM has done is lost, if it is a job.
+    fn begins_anew(&mut self, number: usize, life: Life) {
+        let now = self.now;
+        let vm = &mut self.vms[number];
+        if vm.spec.work.is_some() {
+            vm.given_total -= vm.job_work() - vm.work_left;
+        }
+        (vm.life, vm.idle_since, vm.waits_since) = (life, now, now);
+        (vm.suspended, vm.booting) = (None, false);
     }
 
     /// What a VM that does not run wanted meanwhile.
@@ -104,7 +149,7 @@ impl Engine<'_> {
                 self.abort(migration);
             }
             self.nodes[node].vms.retain(|&other| other != number);
-            self.observer.ended(number);
+            self.news.push(News::Ended(number));
         }
     }
 
@@ -113,7 +158,8 @@ impl Engine<'_> {
         for node in 0..self.nodes.len() {
             let limit = self.nodes[node].spec.memory as f64 * (1.0 + self.scenario.memory.swap);
             loop {
-                let held: f64 = self.nodes[node].vms.iter().map(|&vm| self.vms[vm].resident).sum();
+                let vms = self.nodes[node].vms.iter().map(|&vm| self.vms[vm].resident);
+                let held = self.nodes[node].tenant.memory + vms.sum::<f64>();
                 if held + self.arrived(node) <= limit {
                     break;
                 }
@@ -134,8 +180,7 @@ impl Engine<'_> {
                 };
                 self.counters.oom += 1.0;
                 self.take_off(largest);
-                self.vms[largest].life = Life::Restarting;
-                self.vms[largest].idle_since = self.now;
+                self.begins_anew(largest, Life::Restarting);
                 self.at(self.now + self.scenario.memory.restart, Event::Restart(largest));
             }
         }

@@ -1,31 +1,29 @@
 //! Migrations of a run: started within the limits, sharing the links, ended or given up.
 
-use super::{Engine, Event};
+use super::log::Chosen;
+use super::{Engine, Event, News};
 use crate::migration::{Guest, Migration, Next};
-use crate::policy::Move;
 use crate::world::Life;
 
 /// A VM that is back where it came from sooner than this was moved in vain.
 const UNDONE_SECONDS: f64 = 60.0;
 
 impl Engine<'_> {
-    /// Starts a move that a policy chose, if it can be and the limits let it.
-    pub(super) fn begin(&mut self, chosen: &Move) {
-        let policy = &self.scenario.policy;
-        let to = self.scenario.nodes.iter().position(|node| node.name == chosen.to);
-        let (Some(vm), Some(to)) = (self.observer.vm(chosen.vm.as_str()), to) else {
-            return;
-        };
+    /// Starts a move, if it can be and the limits let it; answers where from.
+    pub(super) fn begin(&mut self, chosen: Chosen) -> Option<usize> {
+        let (policy, vm, to) = (&self.scenario.policy, chosen.vm, chosen.to);
         let Life::On(from) = self.vms[vm].life else {
-            return;
+            return None;
         };
-        if from == to
-            || self.vms[vm].migration.is_some()
-            || self.under_way.len() >= policy.max_migrations
+        let full = self.under_way.len() >= policy.max_migrations
             || self.nodes[from].outgoing.len() >= policy.max_out_per_node
-            || self.nodes[to].incoming.len() >= policy.max_in_per_node
-        {
-            return;
+            || self.nodes[to].incoming.len() >= policy.max_in_per_node;
+        if from == to || self.vms[vm].migration.is_some() || (self.limited && full) {
+            return None;
+        }
+        self.counters.begun += 1.0;
+        if self.recent.begins(self.now, vm, from, to, &self.vms) {
+            self.counters.equals += 2.0;
         }
         self.touch(from);
         self.touch(to);
@@ -43,6 +41,7 @@ impl Engine<'_> {
         self.nodes[to].incoming.push(number);
         self.vms[vm].migration = Some(number);
         self.at(ends, Event::Step(number, self.generation));
+        Some(from)
     }
 
     /// A step of a migration ends, if its rate is still the one it was expected to end by.
@@ -62,7 +61,7 @@ impl Engine<'_> {
             resident: self.vms[vm].resident,
             dirty_rate: self.vms[vm].given * spec.dirty,
             working_set: spec.working_set,
-            growth: self.vms[vm].growth,
+            growth: self.vms[vm].grows(),
         };
         let Some(migration) = &mut self.migrations[number] else {
             return;
@@ -71,7 +70,7 @@ impl Engine<'_> {
             Next::Continue => {}
             Next::Stop => {
                 self.vms[vm].paused = true;
-                self.observer.measured(vm, guest.dirty_rate);
+                self.news.push(News::Dirties(vm, guest.dirty_rate));
             }
             Next::Done => {
                 self.arrive(number, vm, from, to);
@@ -82,10 +81,14 @@ impl Engine<'_> {
     }
 
     fn arrive(&mut self, number: usize, vm: usize, from: usize, to: usize) {
-        let stopped_at = self.migrations[number]
-            .as_ref()
-            .map_or(self.now, |migration| migration.stopped_at);
-        let downtime = self.now - stopped_at;
+        let times = self.migrations[number].as_ref();
+        let (started_at, stopped_at) = times.map_or((self.now, self.now), |migration| {
+            (migration.started_at, migration.stopped_at)
+        });
+        self.news.push(News::Moved(vm, self.now - started_at));
+        // One that is suspended misses nothing.
+        let suspended = self.vms[vm].suspended.is_some();
+        let downtime = if suspended { 0.0 } else { self.now - stopped_at };
         self.counters.downtime_max = self.counters.downtime_max.max(downtime);
         self.counters.migrations += 1.0;
         if let Some((came_from, at)) = self.vms[vm].last_move
@@ -96,6 +99,9 @@ impl Engine<'_> {
         }
         self.forget(number);
         self.vms[vm].last_move = Some((from, self.now));
+        self.vms[vm].arrived_at = self.now;
+        let before = self.vms[vm].longest_pause.unwrap_or(0.0);
+        self.vms[vm].longest_pause = Some(before.max(downtime));
         self.vms[vm].life = Life::On(to);
         self.nodes[from].vms.retain(|&other| other != vm);
         self.nodes[to].vms.push(vm);

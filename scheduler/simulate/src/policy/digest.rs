@@ -4,15 +4,13 @@ use std::collections::HashMap;
 
 use shoal_plan::{LaunchRequest, NodeName, NodeState, NodeView, VmView};
 
-use super::{Move, Observation};
-use crate::sampled::SampledLoad;
+use super::{Move, Observation, RunQueue};
 
 /// A node with its sums. What moves counts at its destination.
 #[derive(Debug, Clone)]
 pub(super) struct Node<'a> {
     pub view: &'a NodeView,
-    /// By its run queue.
-    pub load: SampledLoad,
+    pub queue: RunQueue,
     /// CPUs.
     pub cpus: f64,
     /// Work per second.
@@ -71,28 +69,37 @@ impl<'a> Digest<'a> {
             .map(|(number, node)| (&node.name, number))
             .collect();
         let mut digest = Self {
-            nodes: snapshot
-                .nodes
-                .iter()
-                .zip(seen.loads)
-                .map(|(view, load)| node(view, *load))
-                .collect(),
+            nodes: snapshot.nodes.iter().zip(&seen.samples.nodes).map(node).collect(),
             vms: Vec::with_capacity(snapshot.vms.len()),
             overcommit: seen.policy.overcommit,
             threshold: seen.policy.usher_threshold,
         };
-        for view in &snapshot.vms {
+        let mut uses = vec![0.0; snapshot.nodes.len()];
+        for (vm, used) in snapshot.vms.iter().zip(&seen.samples.vms) {
+            uses[numbers[&vm.node]] += used;
+        }
+        for (view, used) in snapshot.vms.iter().zip(&seen.samples.vms) {
             let at = numbers[&view.node];
             let to = view.in_flight.as_ref().map(|flight| numbers[&flight.to]);
             if let Some(to) = to {
                 digest.nodes[at].outgoing += 1;
                 digest.nodes[to].incoming += 1;
             }
+            let load = digest.nodes[at].queue.local;
+            // With more load than CPUs, VMs get less than they want.
+            let stretch = if load > f64::from(snapshot.nodes[at].cpus) && uses[at] > 0.0 {
+                (load / uses[at]).max(1.0)
+            } else {
+                1.0
+            };
             let declared = view.declared.0 as f64;
             let vm = Vm {
                 view,
                 node: to.unwrap_or(at),
-                cpu: view.cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean),
+                cpu: match view.resident {
+                    Some(_) => (used * stretch).min(f64::from(view.cpus)).max(*used),
+                    None => f64::from(view.cpus),
+                },
                 resident: view
                     .resident
                     .map_or(declared / seen.policy.overcommit, |resident| resident.0 as f64),
@@ -146,10 +153,7 @@ impl<'a> Digest<'a> {
         self.nodes[to].vms.push(vm);
         self.vms[vm].node = to;
         self.vms[vm].movable = false;
-        Move {
-            vm: self.vms[vm].view.id.clone(),
-            to: self.nodes[to].view.name.clone(),
-        }
+        Move::new(self.vms[vm].view.id.clone(), self.nodes[to].view.name.clone())
     }
 
     /// The node that takes a new VM at the lowest value of `cost`; the first of equals.
@@ -162,10 +166,10 @@ impl<'a> Digest<'a> {
     }
 }
 
-fn node(view: &NodeView, load: SampledLoad) -> Node<'_> {
+fn node<'a>((view, queue): (&'a NodeView, &RunQueue)) -> Node<'a> {
     Node {
         view,
-        load,
+        queue: *queue,
         cpus: f64::from(view.cpus.max(1)),
         capacity: f64::from(view.cpus.max(1)) * view.speed,
         memory: view.memory.0.max(1) as f64,

@@ -6,7 +6,7 @@
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::{Digest, Node};
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Observation, Orders};
 
 /// A node filled up to here serves its VMs fully.
 const HEADROOM: f64 = 0.8;
@@ -82,7 +82,7 @@ impl Balancer for Drs {
         })
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut digest = Digest::new(seen);
         let mut moves = Vec::new();
         while moves.len() < MOST_STEPS
@@ -90,7 +90,7 @@ impl Balancer for Drs {
         {
             moves.push(digest.apply(vm, to));
         }
-        moves
+        moves.into()
     }
 
     fn interval(&self) -> f64 {

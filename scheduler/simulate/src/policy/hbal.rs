@@ -5,7 +5,7 @@
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::{Digest, Node, Vm};
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Observation, Orders};
 
 /// Weights of free memory, virtual CPU ratio, CPU load and memory load.
 const WEIGHTS: [f64; 4] = [0.5, 0.5, 1.0, 1.0];
@@ -120,7 +120,7 @@ impl Balancer for Hbal {
         })
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut digest = Digest::new(seen);
         let mut moves = Vec::new();
         while moves.len() < MOST_STEPS
@@ -128,7 +128,7 @@ impl Balancer for Hbal {
         {
             moves.push(digest.apply(vm, to));
         }
-        moves
+        moves.into()
     }
 
     fn interval(&self) -> f64 {

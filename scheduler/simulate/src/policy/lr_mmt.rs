@@ -15,7 +15,7 @@ use std::collections::{HashMap, VecDeque};
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::Digest;
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Move, Observation, Orders};
 use crate::model::Scenario;
 use crate::power::PowerModel;
 
@@ -321,17 +321,17 @@ impl Balancer for LrMmt {
         })
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         self.remember(seen);
         let mut hosts = self.hosts(seen);
         let mut moves = Vec::new();
         let overloaded = hosts.relieve(&mut moves);
         hosts.empty(&overloaded, &mut moves);
-        let named = moves.into_iter().map(|(vm, to)| Move {
-            vm: hosts.digest.vms[vm].view.id.clone(),
-            to: hosts.digest.nodes[to].view.name.clone(),
+        let named = moves.into_iter().map(|(vm, to)| {
+            let (vm, to) = (&hosts.digest.vms[vm], &hosts.digest.nodes[to]);
+            Move::new(vm.view.id.clone(), to.view.name.clone())
         });
-        named.collect()
+        named.collect::<Vec<Move>>().into()
     }
 
     fn interval(&self) -> f64 {

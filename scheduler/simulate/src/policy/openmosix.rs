@@ -10,7 +10,7 @@
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::Digest;
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Observation, Orders};
 use crate::random::Random;
 
 const TOLD: usize = 2;
@@ -49,7 +49,7 @@ impl OpenMosix {
         for (about, node) in digest.nodes.iter().enumerate() {
             let news = News {
                 about,
-                load: node.load.exported / (node.cpus * node.view.speed),
+                load: node.queue.exported / (node.cpus * node.view.speed),
                 free: node.memory - node.used,
             };
             for _ in 0..TOLD {
@@ -117,7 +117,7 @@ impl OpenMosix {
             .collect();
         vms.sort_by(|&a, &b| digest.vms[b].cpu.total_cmp(&digest.vms[a].cpu).then(a.cmp(&b)));
         let vm = *vms.get(1).or(vms.first())?;
-        let own = node.load.local / (node.cpus * node.view.speed);
+        let own = node.queue.local / (node.cpus * node.view.speed);
         let mut best: Option<(f64, usize)> = None;
         for other in &self.known[from] {
             let there = &digest.nodes[other.about];
@@ -136,11 +136,11 @@ impl Balancer for OpenMosix {
         let digest = Digest::new(seen);
         digest.cheapest(request, |node| {
             let node = &digest.nodes[node];
-            node.cpu.max(node.load.exported) / (node.cpus * node.view.speed)
+            node.cpu.max(node.queue.exported) / (node.cpus * node.view.speed)
         })
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut digest = Digest::new(seen);
         self.tell(&digest);
         let mut moves = Vec::new();
@@ -150,6 +150,6 @@ impl Balancer for OpenMosix {
                 moves.push(digest.apply(vm, to));
             }
         }
-        moves
+        moves.into()
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use shoal_plan::{LaunchRequest, NodeName, VmId};
 
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Move, Observation, Orders};
 use crate::model::Scenario;
 use crate::pack::{self, Forecast};
 
@@ -34,12 +34,12 @@ impl Pack {
 
 impl Balancer for Pack {
     fn place(&mut self, seen: &Observation<'_>, request: &LaunchRequest) -> Option<NodeName> {
-        pack::place(seen.snapshot, seen.policy, &self.forecasts, &self.watts, request)
+        pack::place(seen, &self.forecasts, &self.watts, request)
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut forecasts = HashMap::with_capacity(seen.snapshot.vms.len());
-        for vm in &seen.snapshot.vms {
+        for (vm, used) in seen.snapshot.vms.iter().zip(&seen.samples.vms) {
             let speed = seen
                 .snapshot
                 .nodes
@@ -47,14 +47,15 @@ impl Balancer for Pack {
                 .find(|node| node.name == vm.node)
                 .map_or(1.0, |node| node.speed);
             let mut forecast = self.forecasts.remove(&vm.id).unwrap_or_default();
-            forecast.update(vm.cpu.map_or(f64::from(vm.cpus), |cpu| cpu.mean) * speed);
+            forecast.update(used * speed);
             forecasts.insert(vm.id.clone(), forecast);
         }
         self.forecasts = forecasts;
-        pack::round(seen.snapshot, seen.policy, &self.forecasts, &self.watts)
-            .into_iter()
-            .map(|(vm, to)| Move { vm, to })
-            .collect()
+        let moves = pack::round(seen, &self.forecasts, &self.watts).into_iter();
+        moves
+            .map(|(vm, to)| Move::new(vm, to))
+            .collect::<Vec<Move>>()
+            .into()
     }
 
     fn interval(&self) -> f64 {

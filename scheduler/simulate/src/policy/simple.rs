@@ -3,7 +3,7 @@
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::Digest;
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Observation, Orders};
 use crate::random::Random;
 
 /// The node with the fewest VMs.
@@ -16,8 +16,8 @@ impl Balancer for Fewest {
         digest.cheapest(request, |node| digest.nodes[node].vms.len() as f64)
     }
 
-    fn round(&mut self, _: &Observation<'_>) -> Vec<Move> {
-        Vec::new()
+    fn round(&mut self, _: &Observation<'_>) -> Orders {
+        Orders::default()
     }
 }
 
@@ -38,8 +38,8 @@ impl Balancer for RoundRobin {
         Some(digest.nodes[node].view.name.clone())
     }
 
-    fn round(&mut self, _: &Observation<'_>) -> Vec<Move> {
-        Vec::new()
+    fn round(&mut self, _: &Observation<'_>) -> Orders {
+        Orders::default()
     }
 }
 
@@ -67,7 +67,7 @@ impl Balancer for Anywhere {
         Some(digest.nodes[*node].view.name.clone())
     }
 
-    fn round(&mut self, _: &Observation<'_>) -> Vec<Move> {
-        Vec::new()
+    fn round(&mut self, _: &Observation<'_>) -> Orders {
+        Orders::default()
     }
 }

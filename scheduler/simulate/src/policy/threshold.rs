@@ -12,7 +12,7 @@
 use shoal_plan::{LaunchRequest, NodeName};
 
 use super::digest::Digest;
-use super::{Balancer, Move, Observation};
+use super::{Balancer, Move, Observation, Orders};
 
 const GAP: f64 = 0.20;
 const COOL_DOWN_SECONDS: f64 = 6.0 * 3600.0;
@@ -36,16 +36,16 @@ impl Balancer for Gap {
         digest.cheapest(request, |node| digest.nodes[node].vms.len() as f64)
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut digest = Digest::new(seen);
         let by_score = |a: &usize, b: &usize| score(&digest, *a).total_cmp(&score(&digest, *b));
         let nodes = 0..digest.nodes.len();
         let (Some(from), Some(to)) = (nodes.clone().max_by(by_score), nodes.min_by(by_score)) else {
-            return Vec::new();
+            return Orders::default();
         };
         let middle = f64::midpoint(score(&digest, from), score(&digest, to));
         if score(&digest, from) - score(&digest, to) < GAP {
-            return Vec::new();
+            return Orders::default();
         }
         let found = digest.nodes[from].vms.iter().copied().find(|&number| {
             let (vm, node) = (&digest.vms[number], &digest.nodes[to]);
@@ -59,7 +59,8 @@ impl Balancer for Gap {
                 .is_some_and(|since| since.as_secs_f64() < COOL_DOWN_SECONDS);
             vm.movable && !rests && expected < middle && digest.fits(number, to)
         });
-        found.map(|vm| digest.apply(vm, to)).into_iter().collect()
+        let moves: Vec<Move> = found.map(|vm| digest.apply(vm, to)).into_iter().collect();
+        moves.into()
     }
 
     fn interval(&self) -> f64 {
@@ -88,7 +89,7 @@ impl Balancer for Imbalance {
         digest.cheapest(request, |node| digest.nodes[node].vms.len() as f64)
     }
 
-    fn round(&mut self, seen: &Observation<'_>) -> Vec<Move> {
+    fn round(&mut self, seen: &Observation<'_>) -> Orders {
         let mut digest = Digest::new(seen);
         let scores: Vec<f64> = (0..digest.nodes.len()).map(|node| score(&digest, node)).collect();
         let count = scores.len() as f64;
@@ -99,11 +100,11 @@ impl Balancer for Imbalance {
         let now = imbalance(count, sum, squares);
         if now <= IMBALANCE {
             self.rounds = 0;
-            return Vec::new();
+            return Orders::default();
         }
         self.rounds += 1;
         if self.rounds < ROUNDS {
-            return Vec::new();
+            return Orders::default();
         }
         let mut best: Option<(f64, usize, usize)> = None;
         for (number, vm) in digest.vms.iter().enumerate().filter(|(_, vm)| vm.movable) {
@@ -134,9 +135,9 @@ impl Balancer for Imbalance {
         match best {
             Some((after, vm, to)) if after <= now * (1.0 - GAIN) => {
                 self.rounds = 0;
-                vec![digest.apply(vm, to)]
+                vec![digest.apply(vm, to)].into()
             }
-            _ => Vec::new(),
+            _ => Orders::default(),
         }
     }
 

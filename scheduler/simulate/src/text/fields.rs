@@ -25,6 +25,11 @@ impl<'a> Fields<'a> {
         Ok(Self { line, left })
     }
 
+    /// What these are fields of.
+    pub fn line(&self) -> &'static str {
+        self.line
+    }
+
     pub fn take(&mut self, key: &str) -> Option<&'a str> {
         let at = self.left.iter().position(|(other, _)| *other == key)?;
         Some(self.left.swap_remove(at).1)

@@ -103,6 +103,9 @@ fn given_vm(view: &VmView) -> VmSpec {
         // What it dirties is for the CPU that it uses.
         dirty: view.dirty_rate.map_or(0.0, |rate| rate.0 as f64 / cpu.max(0.01)),
         working_set: initial / 4.0,
+        priority: view.priority.min(9),
+        preemptible: view.preemptible,
+        boots: false,
         segments: Arc::from([segment]),
     }
 }

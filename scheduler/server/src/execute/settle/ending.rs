@@ -1,5 +1,7 @@
 //! What is told, and learnt, of a migration that has ended.
 
+use std::time::Duration;
+
 use shoal_proto::cluster;
 use shoal_proto::vm::{MigrationReport, MigrationResult};
 
@@ -28,7 +30,13 @@ impl Settlement {
             return;
         };
         match report.result() {
-            MigrationResult::Completed => failures.clear(&intent.to, Some(&intent.from)),
+            MigrationResult::Completed => {
+                failures.clear(&intent.to, Some(&intent.from));
+                if let Some(expected) = intent.expected {
+                    let took = Duration::from_micros(report.total_us);
+                    self.scheduler.predictions.moved(expected, took);
+                }
+            }
             MigrationResult::Failed if report.passes == 0 && self.blames_the_way => {
                 failures.note(&intent.to, Some(&intent.from), &report.reason);
             }

@@ -9,6 +9,7 @@ mod cloud_hypervisor;
 mod figures;
 mod gap;
 mod goals;
+mod judgement;
 mod linux;
 mod memory;
 mod place;
@@ -59,6 +60,8 @@ enum Command {
     Agents(agents::Agents),
     /// Measure what it costs to sample how guests write their memory
     Sampling(sampling::Sampling),
+    /// Judge what the scheduler does on a real cluster, whose nodes are held in CPU quotas
+    Judgement(judgement::Judgement),
     /// Measure a Linux guest, in Shoal's VMM and in QEMU, and how long one takes to run a command
     Linux(linux::Linux),
     /// One end of a stream that tells what a link carries
@@ -121,6 +124,9 @@ fn main() -> Result<ExitCode> {
         let _lock = Lock::alone();
         agents::run(options)?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(Command::Judgement(options)) = &arguments.command {
+        return judgement::run(options, machine(true)?);
     }
     let Some(lock) = Lock::alone_with_kvm("the benchmark") else {
         return Ok(ExitCode::SUCCESS);

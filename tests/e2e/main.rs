@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod cgroups;
 mod clock;
 mod cluster_life;
 mod cluster_postcopy;

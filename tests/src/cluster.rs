@@ -32,6 +32,8 @@ pub struct Shape {
     pub node_cpus: u32,
     /// Whether the scheduler moves VMs on its own.
     pub automatic: bool,
+    /// A directory with a cgroup for each node, which its VMs are put into.
+    pub cgroups: Option<PathBuf>,
     /// More arguments for `shoal up`.
     pub up: &'static [&'static str],
     /// `SHOAL_FAULT` of every VMM, if any.
@@ -45,6 +47,7 @@ impl Default for Shape {
             node_memory: "2GiB",
             node_cpus: 2,
             automatic: false,
+            cgroups: None,
             up: &[],
             fault: None,
         }
@@ -111,6 +114,12 @@ impl Cluster {
         if !shape.automatic {
             args.push("--manual".into());
         }
+        args.extend(
+            shape
+                .cgroups
+                .iter()
+                .map(|groups| format!("--cgroup={}", groups.display())),
+        );
         args.extend(shape.up.iter().map(|&arg| arg.to_owned()));
         let fault = shape.fault.map(|fault| ("SHOAL_FAULT", fault));
         if fault.is_some() {

@@ -12,6 +12,7 @@
 //! - [`guest`]: what guests print, and checks for holes and repeats
 //! - [`proxy`]: TCP connections that can be cut, silenced, damaged and recorded
 //! - [`protocol1`]: a source that speaks migration protocol 1, from a recording
+//! - [`cgroups`]: CPU quotas for the nodes of a cluster
 //! - [`netns`]: hosts of their own, joined by links of a given speed
 //! - [`process`]: what a process holds, so that nothing is left
 //! - [`soak`]: many migrations in a row
@@ -27,6 +28,7 @@
 )]
 
 pub mod certificates;
+pub mod cgroups;
 pub mod cluster;
 pub mod etcd;
 pub mod fleet;

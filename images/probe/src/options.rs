@@ -27,6 +27,8 @@ pub struct Options {
     pub beat_ms: u64,
     /// When to stop; 0: never.
     pub seconds: u64,
+    /// Pages to dirty before it stops; 0: no such end.
+    pub work: u64,
     /// TSC frequency; 0: find it out.
     pub tsc_khz: u32,
     /// Exit status; absent: 0, or 1 if pages were corrupt.
@@ -60,6 +62,7 @@ impl Options {
             pattern: Pattern::Random,
             beat_ms: 1000,
             seconds: 0,
+            work: 0,
             tsc_khz: 0,
             status: None,
         };
@@ -102,12 +105,13 @@ impl Options {
                 self.beat_ms = beat.ok_or("milliseconds from 50 to 60000")?;
             }
             "seconds" => self.seconds = value.parse::<u32>().map_err(|_| "a number of seconds")?.into(),
+            "work" => self.work = value.parse().map_err(|_| "a number of pages")?,
             "tsc_khz" => self.tsc_khz = value.parse().map_err(|_| "a frequency in kHz")?,
             "status" => self.status = Some(value.parse().map_err(|_| "an exit status of 0 to 255")?),
             "panic" if !value.is_empty() => {} // see `last_words`
             _ => {
                 return Err(
-                    "wss=, rate=, fill=, fill_rate=, pattern=, beat=, seconds=, tsc_khz=, status= or panic=TEXT",
+                    "wss=, rate=, fill=, fill_rate=, pattern=, beat=, seconds=, work=, tsc_khz=, status= or panic=TEXT",
                 );
             }
         }
@@ -153,7 +157,7 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let line = "wss=1MiB rate=20000 fill=512M pattern=zero beat=200 seconds=30 fill_rate=8MiB tsc_khz=2100000 status=7";
+        let line = "wss=1MiB rate=20000 fill=512M pattern=zero beat=200 seconds=30 work=900 fill_rate=8MiB tsc_khz=2100000 status=7";
         let options = Options::parse(line).expect("valid");
         assert_eq!(
             options,
@@ -165,6 +169,7 @@ mod tests {
                 pattern: Pattern::Zero,
                 beat_ms: 200,
                 seconds: 30,
+                work: 900,
                 tsc_khz: 2_100_000,
                 status: Some(7),
             }
@@ -201,6 +206,7 @@ mod tests {
             "pattern=ones",
             "beat=49",
             "beat=60001",
+            "work=1MiB",
             "status=256",
             "panic=",
             "fil=1M",

@@ -28,7 +28,7 @@ pub trait Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Work,
-    /// Time is up: every page is checked once, from this one on.
+    /// It is over: every page is checked once, from this one on.
     FinalCheck(u64),
     Finished,
 }
@@ -105,9 +105,7 @@ impl<M: Memory> Worker<M> {
         match self.phase {
             Phase::Work => {
                 self.work(now, lines);
-                if self.options.seconds > 0
-                    && self.uptime_ms(now) >= self.options.seconds.saturating_mul(1000)
-                {
+                if self.is_over(now) {
                     self.phase = Phase::FinalCheck(0);
                 }
             }
@@ -148,6 +146,13 @@ impl<M: Memory> Worker<M> {
 
     fn uptime_ms(&self, now: Ticks) -> u64 {
         self.frequency.milliseconds(now.since(self.start))
+    }
+
+    /// Time is up, or all is done.
+    fn is_over(&self, now: Ticks) -> bool {
+        let Options { seconds, work, .. } = self.options;
+        let late = seconds > 0 && self.uptime_ms(now) >= seconds.saturating_mul(1000);
+        late || (work > 0 && self.dirtied >= work)
     }
 
     fn work(&mut self, now: Ticks, lines: &mut Lines) {
@@ -411,6 +416,18 @@ mod tests {
         worker.memory.0[3] = old;
         let output = run(&mut worker, &mut lines, 1500, 1000);
         assert_eq!(field(output.lines().last().expect("heartbeats"), "corrupt"), "1");
+    }
+
+    #[test]
+    fn it_ends_with_its_work() {
+        let mut buffer = Buffer(Vec::new());
+        let mut worker = worker(&mut buffer, "wss=64K rate=1000 work=700 seconds=9");
+        let mut lines = Lines::default();
+        run(&mut worker, &mut lines, 0, 650);
+        assert_eq!(worker.exit_status(), None);
+        let output = run(&mut worker, &mut lines, 650, 200);
+        assert!(output.contains(" dirtied=700 corrupt=0 "), "{output}");
+        assert_eq!(worker.exit_status(), Some(0));
     }
 
     #[test]

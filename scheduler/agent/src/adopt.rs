@@ -103,6 +103,10 @@ async fn adopt(node: &Arc<Node>, key: VmKey, path: PathBuf) -> Result<(), Reason
     }
     let vm = Arc::new(Vm::new(key, dir, process, &record)?);
     if !gone {
+        let pid = vm.process.identity().pid;
+        if let Some(Err(error)) = node.cgroup.as_ref().map(|cgroup| cgroup.add(pid)) {
+            tracing::warn!(vm = %key.id, epoch = %key.epoch, %error, "adopted, but not put into the cgroup");
+        }
         match vm.refresh_status().await {
             Ok(status) if status.state() == VmState::Empty => {
                 tracing::info!(vm = %key.id, epoch = %key.epoch, "ending a VMM that was started and never given its VM");

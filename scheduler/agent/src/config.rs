@@ -30,6 +30,9 @@ pub struct AgentConfig {
     pub memory_budget: Option<u64>,
     /// CPUs that the node lends. `None`: all of the host's.
     pub cpus: Option<u32>,
+    /// The directory of a control group that exists; VMMs are put into it, and its CPU quota is what VMs get at most.
+    /// `None`: they stay in the agent's own.
+    pub cgroup: Option<PathBuf>,
     /// The `shoal-vmm` executable.
     pub vmm_binary: PathBuf,
     /// Allow a listen address that is not loopback, although nothing is encrypted or authenticated yet.
@@ -56,6 +59,7 @@ impl fmt::Debug for AgentConfig {
             .field("state_dir", &self.state_dir)
             .field("memory_budget", &self.memory_budget)
             .field("cpus", &self.cpus)
+            .field("cgroup", &self.cgroup)
             .field("vmm_binary", &self.vmm_binary)
             .field("insecure", &self.insecure)
             .field("migration_tls", &self.migration_tls)
@@ -154,6 +158,7 @@ mod tests {
             state_dir: "state".into(),
             memory_budget: None,
             cpus: None,
+            cgroup: None,
             vmm_binary: "/proc/self/exe".into(),
             insecure: false,
             migration_tls: None,

@@ -8,7 +8,8 @@
 //! - `service`: the calls of the scheduler, one file for each group; `node`: what they share
 //! - `epochs`, `blobs`: what must be there before a VM may start
 //! - `cpuid`, `kvm`: what CPU guests get here, and how KVM runs them
-//! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it
+//! - `spawn`, `runtime_dir`, `process`: a VMM process and what of it is on disk; `vm`: the agent's view of it; `cgroup`: what
+//!   VMMs are put into
 //! - `supervise`, `console`: what goes on as long as it lives; `retire`: its end
 //! - `facts`, `node_load`, `procfs`, `sampling`, `speed`: what is measured; `report`, `uplink`: how the scheduler hears of it
 //! - `schedulers`: which of several schedulers that is; `term`: why a former one is not obeyed
@@ -20,6 +21,7 @@
 mod adopt;
 mod blobs;
 mod certificates;
+mod cgroup;
 mod config;
 mod console;
 mod cpuid;
@@ -62,6 +64,7 @@ use tonic::transport::Server;
 
 pub use adopt::AdoptError;
 pub use certificates::CertificatesError;
+pub use cgroup::CgroupError;
 pub use config::{AgentConfig, ConfigError, Shutdown};
 pub use process::{ParseIdentityError, ProcessIdentity};
 
@@ -81,6 +84,9 @@ pub enum AgentError {
     /// The certificates for migrations cannot be used.
     #[error(transparent)]
     Certificates(#[from] CertificatesError),
+    /// The control group for VMs cannot be used.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The scheduler's endpoint is no URI.
     #[error("scheduler: '{0}' is not an endpoint such as http://127.0.0.1:7470")]
     Endpoint(String),
@@ -135,6 +141,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         .as_deref()
         .map(|dir| certificates::MigrationCertificates::open(dir, &config.node))
         .transpose()?;
+    let cgroup = config.cgroup.as_deref().map(cgroup::Cgroup::open).transpose()?;
     let (state_dir, _lock) = lock_state_dir(&config.state_dir)?;
     let mut node = node::Node::open(&config, certificates, &state_dir, schedulers).map_err(state_error)?;
     let (cpuid, msrs, kvm) = tokio::join!(
@@ -143,6 +150,7 @@ pub async fn serve(config: AgentConfig) -> Result<(), AgentError> {
         kvm::HostKvm::test(&config.vmm_binary),
     );
     kvm.warn();
+    node.cgroup = cgroup;
     node.cpuid = cpuid;
     node.msrs = msrs;
     node.kvm.send_replace(kvm);

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::blobs::BlobCache;
 use crate::certificates::MigrationCertificates;
+use crate::cgroup::Cgroup;
 use crate::config::AgentConfig;
 use crate::epochs::EpochStore;
 use crate::key::VmKey;
@@ -34,6 +35,8 @@ use crate::vm::Vm;
 pub(crate) struct Node {
     pub(crate) name: NodeName,
     pub(crate) capacity: Capacity,
+    /// What VMMs are put into; `None`: they stay in the agent's own.
+    pub(crate) cgroup: Option<Cgroup>,
     /// What CPU guests get here; empty if that is not known.
     pub(crate) cpuid: Vec<u8>,
     /// MSRs that are saved and restored here; empty if that is not known.
@@ -83,6 +86,7 @@ impl Node {
         Ok(Self {
             name: config.node.clone(),
             capacity,
+            cgroup: None,
             cpuid: Vec::new(),
             msrs: Vec::new(),
             kvm: watch::Sender::default(),
@@ -123,7 +127,7 @@ impl Node {
 
     /// Starts a VMM process for a VM; nothing watches it until [`Self::keep`].
     pub(crate) fn spawn_vmm(&self, key: VmKey, record: &VmRecord) -> Result<Vm, SpawnError> {
-        spawn(&self.vmm_binary, &self.vms_dir, key, record)
+        spawn(&self.vmm_binary, &self.vms_dir, self.cgroup.as_ref(), key, record)
     }
 
     /// From now on the VMM is supervised and reported.

@@ -130,7 +130,17 @@ fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
         term: node.terms.highest(),
         boot_id: this_boot().map(|id| id.to_string()).unwrap_or_default(),
         host_cpus: node.capacity.host_cpus,
+        cpu_quota: cpu_quota(node),
     }
+}
+
+/// What VMs get at most, as long as that can be read.
+fn cpu_quota(node: &Node) -> Option<f64> {
+    let quota = node.cgroup.as_ref()?.cpu_quota();
+    quota.unwrap_or_else(|error| {
+        tracing::warn!(%error, "the CPU quota of VMs is not known");
+        None
+    })
 }
 
 async fn wait_until_registered(

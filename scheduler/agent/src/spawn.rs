@@ -7,6 +7,7 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
+use crate::cgroup::Cgroup;
 use crate::key::VmKey;
 use crate::process::WatchedProcess;
 use crate::runtime_dir::{RuntimeDir, VmRecord};
@@ -31,17 +32,29 @@ impl<T> Step<T> for io::Result<T> {
 }
 
 /// Starts a VMM that holds no VM yet. After an error nothing of it is left.
-pub(crate) fn spawn(vmm_binary: &Path, vms: &Path, key: VmKey, record: &VmRecord) -> Result<Vm, SpawnError> {
+pub(crate) fn spawn(
+    vmm_binary: &Path,
+    vms: &Path,
+    cgroup: Option<&Cgroup>,
+    key: VmKey,
+    record: &VmRecord,
+) -> Result<Vm, SpawnError> {
     let dir = RuntimeDir::create(vms, key).step("create the VMM's directory")?;
     let path = dir.path().to_owned();
-    start(vmm_binary, dir, key, record).inspect_err(|_| {
+    start(vmm_binary, dir, cgroup, key, record).inspect_err(|_| {
         if let Err(error) = std::fs::remove_dir_all(&path) {
             tracing::warn!(%error, vm = %key.id, "a VMM's directory was left behind");
         }
     })
 }
 
-fn start(vmm_binary: &Path, dir: RuntimeDir, key: VmKey, record: &VmRecord) -> Result<Vm, SpawnError> {
+fn start(
+    vmm_binary: &Path,
+    dir: RuntimeDir,
+    cgroup: Option<&Cgroup>,
+    key: VmKey,
+    record: &VmRecord,
+) -> Result<Vm, SpawnError> {
     dir.write_record(record).step("write the VMM's record")?;
     let listener = dir.bind_socket().step("bind the VMM's socket")?;
     let log = dir.create_log().step("create the VMM's log")?;
@@ -59,7 +72,10 @@ fn start(vmm_binary: &Path, dir: RuntimeDir, key: VmKey, record: &VmRecord) -> R
     let process = WatchedProcess::from_child(child).step("watch the VMM")?;
     let identity = process.identity();
     let recorded = dir.write_identity(identity).step("write the VMM's pid");
-    let vm = recorded.and_then(|()| Vm::new(key, dir, process, record).step("name the VMM's socket"));
+    // It holds no VM yet, so that all of the VM's work is counted there.
+    let placed = cgroup.map_or(Ok(()), |cgroup| cgroup.add(identity.pid));
+    let ready = recorded.and(placed.step("put the VMM into its cgroup"));
+    let vm = ready.and_then(|()| Vm::new(key, dir, process, record).step("name the VMM's socket"));
     vm.inspect_err(|_| {
         if let Err(error) = identity.kill() {
             tracing::warn!(%error, pid = identity.pid, "a VMM could not be killed");

@@ -88,6 +88,48 @@ async fn a_vm_is_launched_reported_and_destroyed_and_only_its_epoch_stays() {
     client.destroy_vm(newer).await.expect("destroyed");
 }
 
+#[tokio::test]
+async fn vmms_are_put_into_the_cgroup_and_its_quota_is_told() {
+    let (scheduler, disk) = (Scheduler::start(), Disk::new());
+    let group = disk.root.path().join("group");
+    std::fs::create_dir(&group).expect("made");
+    let mut config = disk.config(&scheduler);
+    config.cgroup = Some(group.clone());
+    let refused = serve(config).await.expect_err("no group").to_string();
+    assert!(
+        refused.starts_with(&format!("cgroup: {}: ", group.display())),
+        "{refused}"
+    );
+
+    std::fs::write(group.join("cgroup.procs"), "").expect("written");
+    std::fs::write(group.join("cpu.max"), "50000 100000\n").expect("written");
+    let mut config = disk.config(&scheduler);
+    config.cgroup = Some(group.clone());
+    let agent = Agent::start_with(config, &scheduler).await;
+    assert_eq!(scheduler.told(|told| told.registered[0].cpu_quota), Some(0.5));
+    let (vm, kernel) = (new_vm(1), scheduler.add_blob(b"a kernel"));
+    let mut client = agent.client.clone();
+    client
+        .launch_vm(launch(&vm, &kernel, ""))
+        .await
+        .expect("launched");
+    let pid = disk.process().pid.to_string();
+    let put = std::fs::read_to_string(group.join("cgroup.procs"));
+    assert_eq!(put.expect("read"), pid);
+
+    std::fs::remove_dir_all(&group).expect("removed");
+    let second = launch(&new_vm(1), &kernel, "");
+    let refused = client.launch_vm(second).await.expect_err("no group");
+    let words = refused.message();
+    assert!(
+        words.starts_with("cannot put the VMM into its cgroup: "),
+        "{words}"
+    );
+    assert!(words.contains("cgroup.procs"), "{words}");
+    assert_eq!(disk.vmms().len(), 1, "nothing is left of it");
+    client.destroy_vm(vm).await.expect("destroyed");
+}
+
 fn in_term<T>(term: u64, message: T) -> Request<T> {
     let mut request = Request::new(message);
     let term = term.to_string().parse().expect("a value");

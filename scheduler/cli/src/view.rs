@@ -252,6 +252,8 @@ pub struct NodeView {
     pub cpu_model: String,
     /// Of one CPU, by that of the cluster's typical node.
     pub cpu_speed: f64,
+    /// CPUs that its VMs get at most together; null without a quota.
+    pub cpu_quota: Option<f64>,
     /// PSI "some avg10", percent; null where the kernel does not say.
     pub psi_cpu: Option<f64>,
     /// PSI "some avg10", percent.
@@ -342,6 +344,7 @@ impl From<&cluster::Node> for NodeView {
             run_queue: node.run_queue,
             cpu_model: node.cpu_model.clone(),
             cpu_speed: node.cpu_speed,
+            cpu_quota: node.cpu_quota,
             psi_cpu: node.psi_cpu,
             psi_memory: node.psi_memory,
             psi_io: node.psi_io,

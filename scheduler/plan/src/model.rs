@@ -143,6 +143,8 @@ pub struct NodeView {
     pub state: NodeState,
     /// CPUs it lends.
     pub cpus: u32,
+    /// CPUs that its VMs get at most together, where a quota limits them.
+    pub cpu_limit: Option<f64>,
     /// Speed of one CPU relative to the others; 1.0 where nothing is known.
     pub speed: f64,
     /// Memory it lends.
@@ -191,6 +193,7 @@ impl NodeView {
             name: NodeName::new(name),
             state: NodeState::Ready,
             cpus,
+            cpu_limit: None,
             speed: 1.0,
             memory,
             memory_available: memory,
@@ -218,6 +221,13 @@ impl NodeView {
         let counts = |of: &Option<NodeName>| of.is_none() || of.as_ref() == from;
         let found = self.failing.iter().find(|(of, _)| counts(of));
         found.map(|(_, why)| why)
+    }
+
+    /// CPUs that its VMs can use at most together: all, or what a quota leaves of them.
+    #[must_use]
+    pub fn usable_cpus(&self) -> f64 {
+        let limit = self.cpu_limit.filter(|limit| *limit > 0.0);
+        f64::from(self.cpus.max(1)).min(limit.unwrap_or(f64::INFINITY))
     }
 
     /// CPU features that a VM of this class has and the node lacks.
@@ -404,6 +414,21 @@ mod tests {
             (u64::MAX, "16777215 TiB"),
         ] {
             assert_eq!(Bytes(bytes).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_quota_leaves_less_than_the_cpus_and_nonsense_leaves_all() {
+        let mut node = NodeView::new("node1", 4, Bytes::gib(1));
+        for (limit, usable) in [
+            (None, 4.0),
+            (Some(0.5), 0.5),
+            (Some(9.0), 4.0),
+            (Some(0.0), 4.0),
+            (Some(f64::NAN), 4.0),
+        ] {
+            node.cpu_limit = limit;
+            assert_eq!(node.usable_cpus(), usable, "{limit:?}");
         }
     }
 }

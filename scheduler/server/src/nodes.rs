@@ -146,6 +146,8 @@ struct Inner {
     host: Option<Arc<str>>,
     /// CPUs of that; 0 if not known.
     host_cpus: u32,
+    /// CPUs that its VMs get at most together, where a quota limits them.
+    cpu_quota: Option<f64>,
     /// MSRs that are saved there, as told by its agent.
     msrs: Option<MsrList>,
     /// What its memory was to become.
@@ -183,6 +185,7 @@ impl NodeEntry {
                 host: None,
                 outlook: None,
                 host_cpus: 0,
+                cpu_quota: None,
                 msrs: None,
                 link_rate: None,
                 observed: Observed::default(),
@@ -262,6 +265,16 @@ impl NodeEntry {
     /// Keeps what its agent measured; 0 stands for nothing.
     pub fn set_cpu_speed(&self, speed: f64) {
         self.lock().cpu_speed = (speed.is_finite() && speed > 0.0).then_some(speed);
+    }
+
+    /// CPUs that its VMs get at most together; none where no quota limits them.
+    pub fn cpu_quota(&self) -> Option<f64> {
+        self.lock().cpu_quota
+    }
+
+    /// Keeps what its agent read; nonsense stands for no limit.
+    pub fn set_cpu_quota(&self, cpus: Option<f64>) {
+        self.lock().cpu_quota = cpus.filter(|cpus| cpus.is_finite() && *cpus > 0.0);
     }
 
     /// The MSRs that are saved and restored there; none where that is not known.

@@ -293,6 +293,7 @@ fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
         link_rate: entry.link_rate().map(BytesPerSecond),
         report_age: entry.silent_for().unwrap_or_default(),
+        cpu_limit: entry.cpu_quota(),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }

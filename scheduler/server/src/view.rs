@@ -271,6 +271,7 @@ fn node_with(
         run_queue: figures.run_queue,
         cpu_model: record.cpu_model,
         cpu_speed: observe::relative_speed(entry, typical_speed),
+        cpu_quota: entry.cpu_quota(),
         psi_cpu: observed.pressure.cpu,
         psi_memory: observed.pressure.memory,
         psi_io: observed.pressure.io,

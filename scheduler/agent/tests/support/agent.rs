@@ -43,6 +43,7 @@ impl Disk {
             state_dir: self.state(),
             memory_budget: Some(1 << 30),
             cpus: Some(2),
+            cgroup: None,
             vmm_binary: self.vmm.clone(),
             insecure: false,
             migration_tls: None,

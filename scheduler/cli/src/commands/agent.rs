@@ -35,6 +35,10 @@ pub struct AgentArgs {
     /// CPUs that the node lends; otherwise all of the host's.
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
+    /// A cgroup that exists, such as a slice's directory below /sys/fs/cgroup: VMs run in it, and what its CPU quota allows is all
+    /// that the scheduler counts on.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
     /// The VMM; otherwise `shoal-vmm` beside this program.
     #[arg(long, value_name = "FILE", env = "SHOAL_VMM", value_parser = daemon::path_or_nothing())]
     pub vmm_binary: Option<PathBuf>,
@@ -107,6 +111,7 @@ pub async fn run(context: &Context, args: AgentArgs) -> Result<(), CliError> {
         state_dir,
         memory_budget: args.memory,
         cpus: args.cpus,
+        cgroup: args.cgroup,
         vmm_binary: daemon::vmm_binary(args.vmm_binary)?,
         insecure: args.insecure,
         migration_tls: args.migration_tls,

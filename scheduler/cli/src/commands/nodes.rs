@@ -106,7 +106,7 @@ pub fn wide_table(nodes: &[NodeView]) -> Page {
                 node.state.to_owned(),
                 node.liveness.to_owned(),
                 node.vms.to_string(),
-                node.cpus.to_string(),
+                cpus(node),
                 format!("{:.2}", node.cpu_speed),
                 format!("{:.2}", node.cpu_load),
                 format!("{:.2}", node.cpu_use),
@@ -127,6 +127,14 @@ pub fn wide_table(nodes: &[NodeView]) -> Page {
             ]
         }),
     )
+}
+
+/// All, or what a quota leaves of them.
+fn cpus(node: &NodeView) -> String {
+    match node.cpu_quota {
+        Some(quota) => format!("{quota:.2} of {}", node.cpus),
+        None => node.cpus.to_string(),
+    }
 }
 
 /// The kind, and what is wrong, in a word or two; `-o json` has the words.

@@ -44,6 +44,9 @@ pub struct UpArgs {
     /// What each node lends; otherwise an equal part, at least 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub node_cpus: Option<u32>,
+    /// The VMs of node1, node2, … run in the cgroups node1, node2, … in this directory, which exist: as for `shoal agent`.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
     /// Where everything is kept; otherwise $XDG_STATE_HOME/shoal or ~/.local/state/shoal.
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -213,15 +216,18 @@ async fn watch(context: &Context, cluster: &mut LocalCluster, mut signals: Signa
 }
 
 fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
-    let state_dir = args
-        .state_dir
-        .clone()
-        .map_or_else(daemon::default_state_dir, Ok)?;
-    let state_dir = std::path::absolute(&state_dir).map_err(|source| CliError::File {
-        path: state_dir,
-        what: "not a usable path".into(),
-        source,
-    })?;
+    let absolute = |path: PathBuf| {
+        std::path::absolute(&path).map_err(|source| CliError::File {
+            path,
+            what: "not a usable path".into(),
+            source,
+        })
+    };
+    let state_dir = absolute(
+        args.state_dir
+            .clone()
+            .map_or_else(daemon::default_state_dir, Ok)?,
+    )?;
     let nodes = args.nodes.unwrap_or(DEFAULT_NODES);
     let cpus = available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
     Ok(LocalConfig {
@@ -229,6 +235,7 @@ fn config(args: &UpArgs) -> Result<LocalConfig, CliError> {
         listen: with_port(args.listen)?,
         nodes,
         node_memory: args.node_memory.map_or_else(|| default_memory(nodes), Ok)?,
+        cgroup: args.cgroup.clone().map(absolute).transpose()?,
         node_cpus: args.node_cpus.unwrap_or((cpus / nodes).max(1)),
         insecure: args.insecure,
         manual: args.manual,

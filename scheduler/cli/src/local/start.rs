@@ -48,6 +48,8 @@ pub struct LocalConfig {
     pub node_memory: u64,
     /// What each lends.
     pub node_cpus: u32,
+    /// See `--cgroup`.
+    pub cgroup: Option<PathBuf>,
     /// See `--insecure`.
     pub insecure: bool,
     /// See `--manual`.
@@ -181,6 +183,9 @@ impl LocalCluster {
         say("--cpus", &config.node_cpus.to_string());
         if let Some(backing) = config.memory_backing.to_possible_value() {
             say("--memory-backing", backing.get_name());
+        }
+        if let Some(cgroup) = &config.cgroup {
+            say("--cgroup", &text(&cgroup.join(name))?);
         }
         if let Some(authority) = authority {
             let node: NodeName = name

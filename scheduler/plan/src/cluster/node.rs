@@ -67,7 +67,7 @@ impl<'a> Node<'a> {
             1.0
         };
         let other = view.other.sane(MOST_CPUS);
-        let cpus = f64::from(view.cpus.max(1)) - load(view.reserved_cpus);
+        let cpus = view.usable_cpus() - load(view.reserved_cpus);
         Self {
             view,
             memory: view.memory.0 as f64,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use shoal_estimate::Estimate;
 
-use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, SIZE, TERMS, cut, parse_from_str};
+use super::fields::{COUNT, DURATION, Fields, LABELS, NAME, NUMBER, SIZE, TERMS, cut, parse_from_str};
 use super::policy::set_policy;
 use super::print::cannot_move;
 use super::value::{parse_duration, parse_name, parse_number, parse_size};
@@ -186,6 +186,8 @@ fn node(name: &str, fields: &mut Fields<'_>) -> Result<NodeView, String> {
         &mut node.state,
     )?;
     fields.number("speed", &mut node.speed)?;
+    let limit = |text: &str| parse_number(text).map(Some);
+    fields.set("cpu_limit", NUMBER, limit, &mut node.cpu_limit)?;
     fields.set("available", SIZE, parse_size, &mut node.memory_available.0)?;
     fields.rate("other_growth", &mut node.other_growth)?;
     fields.number("other", &mut node.other.mean)?;

@@ -155,6 +155,9 @@ fn print_node(node: &NodeView) -> String {
     }
     line.field("cpus", &node.cpus.to_string());
     line.number("speed", node.speed, 1.0);
+    if let Some(limit) = node.cpu_limit {
+        line.number("cpu_limit", limit, f64::NAN);
+    }
     line.size("memory", node.memory.0);
     line.size("available", node.memory_available.min(node.memory).0);
     line.size_unless_zero("other_growth", node.other_growth.0);

@@ -59,17 +59,28 @@ fn node() -> impl Strategy<Value = NodeView> {
     (
         1u32..17,
         256u64..8192,
-        prop_oneof![Just(1.0), 0.5..3.0f64],
+        (
+            prop_oneof![Just(1.0), 0.5..3.0f64],
+            prop_oneof![9 => Just(None), 1 => (0.1..2.0f64).prop_map(Some)],
+        ),
         (state, pressure),
         (labels, taints, reserved),
         (kvm(), trouble),
     )
         .prop_map(
-            |(cpus, mib, speed, (state, pressure_memory), (labels, taints, reserved), (kvm, kvm_trouble))| {
+            |(
+                cpus,
+                mib,
+                (speed, cpu_limit),
+                (state, pressure_memory),
+                (labels, taints, reserved),
+                (kvm, kvm_trouble),
+            )| {
                 NodeView {
                     kvm,
                     kvm_trouble,
                     speed,
+                    cpu_limit,
                     state,
                     pressure_memory,
                     labels: parse_labels(labels),

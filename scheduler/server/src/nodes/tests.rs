@@ -184,7 +184,7 @@ async fn what_is_told_of_the_host_is_made_usable() {
 }
 
 #[tokio::test]
-async fn speeds_that_cannot_be_are_not_known() {
+async fn speeds_and_quotas_that_cannot_be_are_not_known() {
     let entry = entry();
     for (told, known) in [
         (0.0, None),
@@ -195,5 +195,7 @@ async fn speeds_that_cannot_be_are_not_known() {
     ] {
         entry.set_cpu_speed(told);
         assert_eq!(entry.cpu_speed(), known, "{told}");
+        entry.set_cpu_quota(Some(told));
+        assert_eq!(entry.cpu_quota(), known, "{told}");
     }
 }

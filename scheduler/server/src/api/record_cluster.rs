@@ -112,6 +112,6 @@ mod tests {
         assert!(records.iter().rev().skip(1).all(|record| !record.complete));
         assert!(parts("", 7)[0].complete);
         let one_line = format!("x{}", "é".repeat(MOST_BYTES));
-        assert_eq!(parts(&one_line, 7).len(), 2);
+        assert_eq!(parts(&one_line, 7).len(), 3);
     }
 }

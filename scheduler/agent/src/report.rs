@@ -128,9 +128,9 @@ fn registration(node: &Node, address: SocketAddr, kvm: &HostKvm) -> Register {
         cpu_speed: node.cpu_speed,
         kvm_trouble: kvm.trouble.clone(),
         term: node.terms.highest(),
-        cpu_quota: cpu_quota(node),
         boot_id: this_boot().map(|id| id.to_string()).unwrap_or_default(),
         host_cpus: node.capacity.host_cpus,
+        cpu_quota: cpu_quota(node),
     }
 }
 

@@ -163,7 +163,10 @@ fn balance_keeps_to_the_overcommit_and_users_do_not() {
     let moved = place_migration(&s.snapshot, &s.policy, &VmId::new("a"), Some(&node2));
     assert_eq!(moved.expect("a user may").node, node2);
     // So do draining and rules.
-    let drained = HOT.replace("node1 cpus=2 memory=8GiB", "node1 cpus=2 memory=8GiB state=draining");
+    let drained = HOT.replace(
+        "node1 cpus=2 memory=8GiB",
+        "node1 cpus=2 memory=8GiB state=draining",
+    );
     let drained = scenario(&format!("policy cpu_overcommit=1.5\n{drained}"));
     assert!(!round(&drained.snapshot, &drained.policy).actions.is_empty());
 }

@@ -142,12 +142,12 @@ struct Inner {
     forget: bool,
     /// Of one CPU, as measured by its agent.
     cpu_speed: Option<f64>,
-    /// CPUs that its VMs get at most together, where a quota limits them.
-    cpu_quota: Option<f64>,
     /// What host it is, by the boot id: nodes with the same one share it.
     host: Option<Arc<str>>,
     /// CPUs of that; 0 if not known.
     host_cpus: u32,
+    /// CPUs that its VMs get at most together, where a quota limits them.
+    cpu_quota: Option<f64>,
     /// MSRs that are saved there, as told by its agent.
     msrs: Option<MsrList>,
     /// What its memory was to become.
@@ -182,10 +182,10 @@ impl NodeEntry {
                 announced: if known { Liveness::Live } else { Liveness::Suspect },
                 forget: false,
                 cpu_speed: None,
-                cpu_quota: None,
                 host: None,
                 outlook: None,
                 host_cpus: 0,
+                cpu_quota: None,
                 msrs: None,
                 link_rate: None,
                 observed: Observed::default(),

@@ -292,8 +292,8 @@ fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
         reserved_memory: Bytes(record.wishes.reserved_memory_bytes),
         reserved_cpus: f64::from(record.wishes.reserved_millicpus) / 1e3,
         link_rate: entry.link_rate().map(BytesPerSecond),
-        cpu_limit: entry.cpu_quota(),
         report_age: entry.silent_for().unwrap_or_default(),
+        cpu_limit: entry.cpu_quota(),
         ..NodeView::new(record.name.as_str(), record.cpus, Bytes(record.memory_bytes))
     }
 }

@@ -264,8 +264,8 @@ pub async fn begin(
         .begin_session(record, session, sender)
         .map_err(bad_address)?;
     entry.set_cpu_speed(register.cpu_speed);
-    entry.set_cpu_quota(register.cpu_quota);
     entry.set_host(&register.boot_id, register.host_cpus);
+    entry.set_cpu_quota(register.cpu_quota);
     entry.set_msrs(scheduler.cpus.msr_list(&register.msrs));
     observe::announce_liveness(scheduler, &entry);
     Ok((name, entry))

@@ -85,6 +85,9 @@ pub struct Outcome {
     pub series: Vec<Sample>,
 }
 
+/// Of a move of which its policy says nothing.
+pub(crate) const ANY_REASON: &str = "any";
+
 /// Moves of one kind that were judged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Judged {

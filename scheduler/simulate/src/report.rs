@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::Serialize;
 
 use crate::engine::run;
-use crate::measure::Outcome;
+use crate::measure::{ANY_REASON, Judged, Outcome};
 use crate::model::{Mode, Scenario};
 use crate::policy::PolicyKind;
 
@@ -282,6 +282,9 @@ impl Comparison {
             let word = if verdict.met { "PASS" } else { "MISS" };
             let _ = writeln!(text, "{word}  {}: {}", verdict.goal, verdict.figures);
         }
+        for outcome in &self.outcomes {
+            text.push_str(&reasons(outcome));
+        }
         text
     }
 }
@@ -293,6 +296,24 @@ fn count(value: f64) -> String {
     } else {
         format!("{value:.1}")
     }
+}
+
+/// What moves were for that were judged, if the policy says.
+fn reasons(outcome: &Outcome) -> String {
+    let told = |(reason, _): &(&String, &Judged)| reason.as_str() != ANY_REASON;
+    let of = |(reason, by): (&String, &Judged)| {
+        let each = by.realised / by.judged;
+        let needless = part(by.needless, by.judged);
+        format!(
+            "{} {reason}, {needless} % needless, {each:.0} s each",
+            count(by.judged)
+        )
+    };
+    let each: Vec<String> = outcome.by_reason.iter().filter(told).map(of).collect();
+    if each.is_empty() {
+        return String::new();
+    }
+    format!("{} moves that were judged: {}\n", outcome.policy, each.join("; "))
 }
 
 /// Percent of a whole.

@@ -111,7 +111,7 @@ mod tests {
         );
         assert!(records.iter().rev().skip(1).all(|record| !record.complete));
         assert!(parts("", 7)[0].complete);
-        let one_line = "é".repeat(MOST_BYTES);
+        let one_line = format!("x{}", "é".repeat(MOST_BYTES));
         assert_eq!(parts(&one_line, 7).len(), 3);
     }
 }

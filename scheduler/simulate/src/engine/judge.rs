@@ -4,7 +4,7 @@
 
 use super::log::{Chosen, Decision, Done, Harm, Log};
 use super::{Driver, Engine};
-use crate::measure::Outcome;
+use crate::measure::{ANY_REASON, Outcome};
 use crate::random::Random;
 use crate::world::Life;
 
@@ -110,7 +110,7 @@ pub(super) fn judge(start: Engine<'_>, log: &Log, most: usize, seed: u64, outcom
         }
         let reason = choice
             .kind
-            .map_or_else(|| "any".to_owned(), |kind| kind.to_string());
+            .map_or_else(|| ANY_REASON.to_owned(), |kind| kind.to_string());
         let by = outcome.by_reason.entry(reason).or_default();
         (by.judged, by.needless, by.realised) = (by.judged + 1.0, by.needless + needless, by.realised + gain);
     }

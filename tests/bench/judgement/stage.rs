@@ -164,9 +164,8 @@ impl Stage {
     /// If one is refused.
     pub fn run_busy_at_once(&self, names: &[String]) -> Result<Vec<String>> {
         let start = |name: &String| {
-            let mut words = vec![
-                "run", "probe", "--detach", "--name", name, "--memory", MEMORY, "--",
-            ];
+            let mut words = vec!["run", "probe", "--detach", "--name", name.as_str()];
+            words.extend(["--memory", MEMORY, "--"]);
             words.extend(BUSY);
             self.cluster.shoal.start(&words)
         };

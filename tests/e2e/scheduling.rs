@@ -189,8 +189,7 @@ fn the_queue_runs_as_many_guests_as_there_are_cpus() {
     let mut told = BufReader::new(job.stderr.take().expect("a pipe"));
     let mut said = String::new();
     let mut hear = |place: u32| {
-        let words =
-            format!("job waits, place {place} in the queue: nothing fits: node1: 2 vCPUs declared there");
+        let words = format!("job waits, place {place} in the queue: nothing fits: node1: ");
         while !said.contains(&words) {
             assert!(
                 told.read_line(&mut said).expect("text") > 0,
@@ -205,6 +204,12 @@ fn the_queue_runs_as_many_guests_as_there_are_cpus() {
     };
     hear(3);
     assert_eq!(waiting(), ["e", "f", "job"]);
+    let why = text(&shoal.json(&["queue"])[0]["reason"]);
+    let slots = "its 2 slots for the queue";
+    assert!(
+        why.contains("node1: 2 vCPUs declared there") && why.contains(slots),
+        "{why}"
+    );
 
     for (ended, next, left) in [("b", "e", &["f", "job"][..]), ("c", "f", &["job"])] {
         shoal.ok(&["stop", ended]);

@@ -13,7 +13,9 @@ use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use serde::Serialize;
-use shoal_plan::{Bytes, BytesPerSecond, InFlight, NodeName, Policy, VmId, round, text};
+use shoal_plan::{
+    Bytes, BytesPerSecond, ClusterSnapshot, Hold, InFlight, NodeName, Plan, Policy, VmId, round, text,
+};
 
 /// The first line, followed by `started=` and milliseconds since 1970.
 const HEADER: &str = "shoal-recording 1";
@@ -232,26 +234,46 @@ struct Moved {
 /// recording itself moves it or it has ended.
 #[must_use]
 pub fn replay(moments: &[Moment], policy: Option<&Policy>) -> Replayed {
-    let mut moved: BTreeMap<VmId, Moved> = BTreeMap::new();
-    let mut suspended: BTreeMap<VmId, BytesPerSecond> = BTreeMap::new();
+    let mut done = Done::default();
     let mut replayed = Replayed {
         seconds: moments.last().map_or(0, |last| last.at.as_secs()),
         rounds: moments.len(),
         would: Vec::new(),
     };
     for moment in moments {
+        let snapshot = done.apply(moment);
+        let plan = round(&snapshot, policy.unwrap_or(&moment.cluster.policy));
+        done.carry_out(moment, &plan);
+        replayed.would.extend(told(moment, &plan));
+    }
+    replayed
+}
+
+/// What would have been done so far.
+#[derive(Debug, Default)]
+struct Done {
+    moved: BTreeMap<VmId, Moved>,
+    suspended: BTreeMap<VmId, BytesPerSecond>,
+}
+
+impl Done {
+    /// A moment as it would have been.
+    fn apply(&mut self, moment: &Moment) -> ClusterSnapshot {
         let mut snapshot = moment.cluster.snapshot.clone();
-        moved.retain(|id, moved| {
+        self.moved.retain(|id, moved| {
             let vm = snapshot.vms.iter().find(|vm| vm.id == *id);
             vm.is_some_and(|vm| vm.node == moved.recorded_on && vm.in_flight.is_none())
         });
-        suspended.retain(|id, _| snapshot.vms.iter().any(|vm| vm.id == *id));
+        self.suspended
+            .retain(|id, _| snapshot.vms.iter().any(|vm| vm.id == *id));
         for vm in &mut snapshot.vms {
-            if let Some(growth) = suspended.get(&vm.id) {
+            if let Some(growth) = self.suspended.get(&vm.id) {
                 (vm.suspended, vm.suspended_growth) = (true, Some(*growth));
                 vm.growth = BytesPerSecond(0);
             }
-            let Some(moved) = moved.get(&vm.id) else { continue };
+            let Some(moved) = self.moved.get(&vm.id) else {
+                continue;
+            };
             if moment.at < moved.arrives {
                 vm.in_flight = Some(InFlight {
                     to: moved.to.clone(),
@@ -271,55 +293,56 @@ pub fn replay(moments: &[Moment], policy: Option<&Policy>) -> Replayed {
             }
             vm.node = moved.to.clone();
         }
-        let plan = round(&snapshot, policy.unwrap_or(&moment.cluster.policy));
-        let name = |id: &VmId| {
-            let vm = snapshot.vms.iter().find(|vm| vm.id == *id);
-            vm.map_or_else(|| id.to_string(), |vm| vm.name.to_string())
-        };
-        let at_ms = u64::try_from(moment.at.as_millis()).unwrap_or(u64::MAX);
-        let mut would = |kind: &str, vm: &VmId, from: &NodeName, to: &str, reason: &str| {
-            replayed.would.push(Would {
-                at_ms,
-                kind: kind.to_owned(),
-                vm: name(vm),
-                from: from.to_string(),
-                to: to.to_owned(),
-                reason: reason.to_owned(),
-            });
-        };
+        snapshot
+    }
+
+    fn carry_out(&mut self, moment: &Moment, plan: &Plan) {
         for action in &plan.actions {
-            would(
-                &action.kind.to_string(),
-                &action.vm,
-                &action.from,
-                action.to.as_str(),
-                &action.reason,
-            );
-            let recorded_on = recorded_node(moment, &action.vm).unwrap_or_else(|| action.from.clone());
-            let arrives = moment.at + action.expected;
-            let to = action.to.clone();
-            let now = Moved {
-                recorded_on,
-                to,
-                arrives,
+            let mut recorded = moment.cluster.snapshot.vms.iter();
+            let recorded = recorded.find(|vm| vm.id == action.vm);
+            let moved = Moved {
+                recorded_on: recorded.map_or_else(|| action.from.clone(), |vm| vm.node.clone()),
+                to: action.to.clone(),
+                arrives: moment.at + action.expected,
             };
-            moved.insert(action.vm.clone(), now);
+            self.moved.insert(action.vm.clone(), moved);
         }
         for hold in &plan.suspend {
-            would("suspend", &hold.vm, &hold.node, "", &hold.reason);
-            suspended.insert(hold.vm.clone(), hold.growth);
+            self.suspended.insert(hold.vm.clone(), hold.growth);
         }
         for hold in &plan.resume {
-            would("resume", &hold.vm, &hold.node, "", &hold.reason);
-            suspended.remove(&hold.vm);
+            self.suspended.remove(&hold.vm);
         }
     }
-    replayed
 }
 
-fn recorded_node(moment: &Moment, id: &VmId) -> Option<NodeName> {
-    let vm = moment.cluster.snapshot.vms.iter().find(|vm| vm.id == *id);
-    vm.map(|vm| vm.node.clone())
+/// A plan, for people.
+fn told(moment: &Moment, plan: &Plan) -> Vec<Would> {
+    let would = |kind: &str, id: &VmId, from: &NodeName, to: &str, reason: &str| {
+        let mut vms = moment.cluster.snapshot.vms.iter();
+        let vm = vms.find(|vm| vm.id == *id);
+        Would {
+            at_ms: u64::try_from(moment.at.as_millis()).unwrap_or(u64::MAX),
+            kind: kind.to_owned(),
+            vm: vm.map_or_else(|| id.to_string(), |vm| vm.name.to_string()),
+            from: from.to_string(),
+            to: to.to_owned(),
+            reason: reason.to_owned(),
+        }
+    };
+    let hold = |kind: &str, hold: &Hold| would(kind, &hold.vm, &hold.node, "", &hold.reason);
+    let moves = plan.actions.iter().map(|action| {
+        would(
+            &action.kind.to_string(),
+            &action.vm,
+            &action.from,
+            action.to.as_str(),
+            &action.reason,
+        )
+    });
+    let suspend = plan.suspend.iter().map(|vm| hold("suspend", vm));
+    let resume = plan.resume.iter().map(|vm| hold("resume", vm));
+    moves.chain(suspend).chain(resume).collect()
 }
 
 #[cfg(test)]

@@ -18,6 +18,38 @@ const TOLERANCE: f64 = 0.02;
 const NEEDLESS: f64 = 0.10;
 const NOT_KNOWN: &str = "-";
 
+const PACK_HEADER: &[&str] = &[
+    "POLICY",
+    "ENERGY kWh",
+    "SLATAH %",
+    "PDM %",
+    "ESV",
+    "MIGRATIONS",
+    "SENT GB",
+    "ACTIVE NODES",
+    "SLOWDOWN",
+    "P99",
+    "OOM",
+    "UNDONE",
+];
+const SPREAD_HEADER: &[&str] = &[
+    "POLICY",
+    "SLOWDOWN",
+    "P99",
+    "OVER MEMORY s",
+    "OOM",
+    "MIGRATIONS",
+    "SENT GB",
+    "IMBALANCE",
+    "UNDONE",
+    "EQUALS",
+    "NEEDLESS %",
+    "GAIN s",
+    "OF PREDICTED %",
+    "DOWNTIME ms",
+    "WAITING s",
+];
+
 /// A goal, and whether it is met.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verdict {
@@ -212,40 +244,7 @@ impl Comparison {
                 format!("mean of {} runs", self.runs)
             },
         );
-        let header: &[&str] = if self.pack {
-            &[
-                "POLICY",
-                "ENERGY kWh",
-                "SLATAH %",
-                "PDM %",
-                "ESV",
-                "MIGRATIONS",
-                "SENT GB",
-                "ACTIVE NODES",
-                "SLOWDOWN",
-                "P99",
-                "OOM",
-                "UNDONE",
-            ]
-        } else {
-            &[
-                "POLICY",
-                "SLOWDOWN",
-                "P99",
-                "OVER MEMORY s",
-                "OOM",
-                "MIGRATIONS",
-                "SENT GB",
-                "IMBALANCE",
-                "UNDONE",
-                "EQUALS",
-                "NEEDLESS %",
-                "GAIN s",
-                "OF PREDICTED %",
-                "DOWNTIME ms",
-                "WAITING s",
-            ]
-        };
+        let header = if self.pack { PACK_HEADER } else { SPREAD_HEADER };
         let mut rows: Vec<Vec<String>> = vec![header.iter().map(|cell| (*cell).to_owned()).collect()];
         rows.extend(self.outcomes.iter().map(|outcome| {
             if self.pack {

@@ -34,9 +34,12 @@ async fn update(scheduler: &Shared, entry: &VmEntry, request: &UpdateVmRequest) 
         priority: request.priority.unwrap_or(record.wishes.priority),
         ..record.wishes.clone()
     };
-    let lifted = request.locked == Some(false);
+    // What is said now takes the place of the node that it was started for, unless it says the same.
+    let said = request
+        .locked
+        .is_some_and(|locked| !(locked && record.wishes.locked));
     let runs = Runs {
-        pinned: record.runs.pinned.clone().filter(|_| !lifted),
+        pinned: record.runs.pinned.clone().filter(|_| !said),
         ..record.runs.clone()
     };
     if record.phase.is_over() {

@@ -17,7 +17,7 @@ fn cluster(machine: Machine, shape: &Shape) -> Cluster {
         &Shape {
             node_memory: "1GiB",
             node_cpus: 32,
-            ..*shape
+            ..shape.clone()
         },
     )
 }

@@ -6,7 +6,7 @@ use shoal_plan::{place_launches, round, text};
 
 fn main() -> ExitCode {
     let Some(path) = std::env::args_os().nth(1) else {
-        eprintln!("usage: replay FILE (a cluster as text, see docs/scheduling.md)");
+        eprintln!("usage: replay FILE (a cluster as text, see docs/planning.md)");
         return ExitCode::from(2);
     };
     let scenario = std::fs::read_to_string(&path)

@@ -1,4 +1,4 @@
-//! The constants of every decision, in one place. docs/scheduling.md explains each.
+//! The constants of every decision, in one place. docs/planning.md explains each.
 
 use std::fmt;
 use std::str::FromStr;

@@ -14,7 +14,7 @@ pub struct Weights {
     pub falling: f64,
 }
 
-/// Every constant of smoothing; docs/scheduling.md has the same table.
+/// Every constant of smoothing; docs/planning.md has the same table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Smoothing {
     /// How fast memory grows. The first sample counts in full.

@@ -1,4 +1,4 @@
-//! A cluster as plain text, so that a decision can be kept, replayed and argued about. docs/scheduling.md shows an example.
+//! A cluster as plain text, so that a decision can be kept, replayed and argued about. docs/planning.md shows an example.
 //!
 //! One thing a line: `policy KEY=VALUE…`, `node NAME KEY=VALUE…` `vm ID KEY=VALUE…`, `held ID KEY=VALUE…` or `launch NAME KEY=VALUE…`, after a first line
 //! that names the format and its version. `#` starts a comment. What is left out has its default. Sizes are bytes, or whole KiB, MiB, GiB

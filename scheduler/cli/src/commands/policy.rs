@@ -29,7 +29,7 @@ pub struct GetArgs {
 /// Arguments of `policy set`.
 #[derive(Debug, Args)]
 pub struct SetArgs {
-    /// Such as overcommit=2 or cool_down=30s; docs/scheduling.md has the list.
+    /// Such as overcommit=2 or cool_down=30s; docs/planning.md has the list.
     #[arg(required = true, value_name = "NAME=VALUE", value_parser = parse_field)]
     fields: Vec<(String, String)>,
 }

@@ -7,7 +7,7 @@ use crate::score::Use;
 /// More CPUs than any machine has.
 pub(super) const MOST_CPUS: f64 = 1e6;
 /// A gain is judged with the load of the source so many standard errors lower than measured, and that of the destination as many
-/// higher: of gains that are none, one in 44 passes for each of the two. See docs/scheduling.md.
+/// higher: of gains that are none, one in 44 passes for each of the two. See docs/planning.md.
 const CONFIDENCE: f64 = 2.0;
 
 /// A node with its sums. Memory is in bytes, as `f64` for the arithmetic (exact up to 8 PiB).

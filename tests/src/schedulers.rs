@@ -189,8 +189,23 @@ impl Schedulers {
     }
 
     /// A daemon stands still until [`Self::resume`].
+    ///
+    /// # Panics
+    /// If it does not.
     pub fn pause(&self, name: &str) {
         self.signal(name, Signal::STOP);
+        // One thread takes the signal and stops the others; on a busy machine these may run until then.
+        let tasks = format!("/proc/{}/task", self.daemons[name].id());
+        let stands = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+            stat.is_ok_and(|stat| {
+                stat.rsplit_once(')')
+                    .is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+            })
+        };
+        wait::until_true("every thread to stand still", wait::seconds(30), || {
+            std::fs::read_dir(&tasks).is_ok_and(|mut tasks| tasks.all(stands))
+        });
     }
 
     /// A daemon goes on.

@@ -61,4 +61,4 @@ pub use queue::{Turn, Waiting, take_turns};
 pub use reject::{RejectReason, Rejection};
 pub use round::{round, urgent};
 pub use shoal_estimate::Estimate;
-pub use smooth::{Growth, Peak, SMOOTHING};
+pub use smooth::{Growth, Peak, SMOOTHING, SteadyGrowth};

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use shoal_estimate::{Estimate, Meter};
+
 use crate::model::{Bytes, BytesPerSecond};
 
 /// How much a sample weighs against what was known, when it is above that and when it is below.
@@ -80,6 +82,45 @@ impl Growth {
     }
 }
 
+/// How fast memory grows for good, of what is not VMs: others' programs take some and give it back all the time, and a jump is no
+/// growth. The mean over the last while, less one and a half standard errors.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SteadyGrowth {
+    last: Option<Bytes>,
+    rate: Meter,
+}
+
+impl SteadyGrowth {
+    /// Takes the amount now, `elapsed` after the last sample; answers the new rate. The first sample only sets the base.
+    pub fn update(&mut self, amount: Bytes, elapsed: Duration) -> BytesPerSecond {
+        let seconds = elapsed.as_secs_f64();
+        if let Some(last) = self.last
+            && seconds > 0.0
+        {
+            self.rate
+                .update((amount.0 as f64 - last.0 as f64) / seconds, elapsed);
+        }
+        self.last = Some(amount);
+        self.value()
+    }
+
+    /// The rate; 0 while the amount shrinks, stands still, or has only jumped.
+    #[must_use]
+    pub fn value(self) -> BytesPerSecond {
+        // One sample has no error yet.
+        const LEAST: Duration = Duration::from_secs(3);
+        // Of a single jump the mean is not above so many errors.
+        const ERRORS: f64 = 1.5;
+        if self.rate.age() < LEAST {
+            return BytesPerSecond(0);
+        }
+        let Estimate { mean, error } = self.rate.value();
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // float casts saturate, and it is not negative
+        BytesPerSecond((mean - ERRORS * error).max(0.0) as u64)
+    }
+}
+
 /// An amount, or a rate, whose worst of late matters: it rises at once and falls slowly.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Peak(f64);
@@ -112,6 +153,28 @@ mod tests {
         assert_eq!(peak.next(0).value(), 700);
         assert_eq!(peak.next(900).value(), 900);
         assert_eq!(peak.next(u64::MAX).value(), u64::MAX);
+    }
+
+    #[test]
+    fn a_jump_is_no_steady_growth_and_a_leak_is() {
+        let second = Duration::from_secs(1);
+        let mut growth = SteadyGrowth::default();
+        for _ in 0..30 {
+            growth.update(Bytes::gib(4), second);
+        }
+        for _ in 0..30 {
+            let rate = growth.update(Bytes::gib(5), second);
+            assert!(rate < BytesPerSecond(2 << 20), "a jump of 1 GiB: {rate}");
+        }
+        let mut growth = SteadyGrowth::default();
+        for n in 0..80_u64 {
+            growth.update(Bytes::mib(20 * n.saturating_sub(40)), second);
+        }
+        let rate = growth.value();
+        assert!(
+            (5 << 20..=20 << 20).contains(&rate.0),
+            "a leak of 20 MiB/s: {rate}"
+        );
     }
 
     #[test]

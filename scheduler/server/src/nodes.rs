@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use shoal_plan::{Bytes, Estimate, Growth, Peak};
+use shoal_plan::{Bytes, Estimate, Growth, Peak, SteadyGrowth};
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -89,7 +89,7 @@ pub struct Observed {
     /// Free part of what it lends.
     pub memory_available: u64,
     /// Growth of what is not VMs.
-    pub other_growth: Growth,
+    pub other_growth: SteadyGrowth,
     /// PSI.
     pub pressure: node::Pressure,
     sampled: Option<Instant>,

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use shoal_estimate::{Estimate, Meter, WINDOW};
 use shoal_plan::{
-    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Growth, InFlight, NodeName, NodeView, Policy, VmView,
+    Bytes, BytesPerSecond, CannotMove, ClusterSnapshot, Growth, InFlight, NodeName, NodeView, Policy,
+    SteadyGrowth, VmView,
 };
 
 use crate::foresight::Foresight;
@@ -73,7 +74,7 @@ struct SeenNode {
     local: LocalLoad,
     exported: ExportedLoad,
     /// What is no VM: its memory, and its CPUs.
-    memory: Growth,
+    memory: SteadyGrowth,
     other: Meter,
 }
 

@@ -95,7 +95,8 @@ fn a_cluster_is_recorded_and_replayed() {
     );
     assert!(cluster.shoal.ok(&["simulate", file]).starts_with("nothing in "));
     // What is there is not written over.
-    cluster.shoal.fails(&["record", file, "--for", "1s"]);
+    let refused = cluster.shoal.fails(&["record", file, "--for", "1s"]);
+    assert!(refused.stderr.contains(file), "{refused:?}");
 }
 
 #[test]

@@ -376,7 +376,7 @@ proptest! {
             let short = |name: &NodeName| {
                 let load: f64 = snapshot.vms.iter().filter(|vm| vm.node == *name).map(wanted).sum();
                 let node = node(&snapshot, name);
-                load > f64::from(node.cpus.max(1)) * node.speed
+                load > (node.usable_cpus() - node.reserved_cpus).max(0.1) * node.speed
             };
             for action in &plan.actions {
                 prop_assert!(open.contains(&action.to) || short(&action.from), "{}", action.reason);

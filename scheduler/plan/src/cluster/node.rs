@@ -40,6 +40,8 @@ pub(crate) struct Node<'a> {
     measured: f64,
     /// Of the measured part: the square of its standard error.
     variance: f64,
+    /// [`CONFIDENCE`] times that error: it is asked for far more often than it changes.
+    margin: f64,
     /// CPUs times speed, without what is reserved.
     pub cpu_capacity: f64,
 
@@ -83,6 +85,7 @@ impl<'a> Node<'a> {
             load: other.mean,
             measured: other.mean,
             variance: other.error * other.error,
+            margin: CONFIDENCE * other.error,
             cpu_capacity: cpus.max(0.1) * speed,
 
             outgoing: 0,
@@ -98,12 +101,12 @@ impl<'a> Node<'a> {
 
     /// The load that it has at least: that which was measured, less [`CONFIDENCE`] standard errors.
     pub fn least_load(&self) -> f64 {
-        (self.measured - CONFIDENCE * self.variance.max(0.0).sqrt()).max(0.0)
+        (self.measured - self.margin).max(0.0)
     }
 
     /// The load that it has at most: all, and as much again for what may be wrong with it.
     pub fn most_load(&self) -> f64 {
-        self.load + CONFIDENCE * self.variance.max(0.0).sqrt()
+        self.load + self.margin
     }
 
     /// A VM is here, or arrives.
@@ -112,6 +115,7 @@ impl<'a> Node<'a> {
         if let Some(error) = vm.demand_error {
             self.measured += vm.demand;
             self.variance += error * error;
+            self.margin = CONFIDENCE * self.variance.sqrt();
         }
     }
 
@@ -121,6 +125,7 @@ impl<'a> Node<'a> {
         if let Some(error) = vm.demand_error {
             self.measured = (self.measured - vm.demand).max(0.0);
             self.variance = (self.variance - error * error).max(0.0);
+            self.margin = CONFIDENCE * self.variance.sqrt();
         }
     }
 

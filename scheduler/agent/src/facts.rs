@@ -113,7 +113,7 @@ struct VcpuMeter {
     last: Option<(HashMap<u64, RunTimes>, Instant)>,
 }
 
-/// A vCPU that did not wait for less than this part of the time says nothing of how it would be without waiting.
+/// Of a vCPU that waited all of the time but for this part nobody knows what it would do without waiting: it counts as busy.
 const LEAST_UNHINDERED: f64 = 0.02;
 
 impl VcpuMeter {

@@ -49,6 +49,8 @@ pub(crate) struct Vm<'a> {
     pub demand: f64,
     /// Standard error of that, if it was measured.
     pub demand_error: Option<f64>,
+    /// Bytes that one which has just been started is expected to hold beyond what it holds already.
+    pub awaited: f64,
     /// Bytes it dirties per second, growth included.
     pub dirty: f64,
     /// Bytes that it writes again and again; all it can hold where that is not known.
@@ -228,6 +230,10 @@ impl<'a> Cluster<'a> {
             },
             demand: cpu.map_or(f64::from(view.cpus), |cpu| cpu.mean),
             demand_error: cpu.map(|cpu| cpu.error),
+            awaited: match cpu {
+                Some(_) => 0.0,
+                None => (expected_resident(view.declared, self.policy) - resident).max(0.0),
+            },
             dirty,
             working_set: set,
             link,
@@ -289,6 +295,7 @@ impl<'a> Cluster<'a> {
         node.projected += grown;
         node.growth += growth;
         node.add_load(vm);
+        node.awaited += vm.awaited;
         node.vms.push(number);
         self.together.add(number, on);
     }
@@ -310,6 +317,7 @@ impl<'a> Cluster<'a> {
         node.projected -= vm.memory_at(self.policy.usher_horizon.as_secs_f64());
         node.growth -= vm.growth;
         node.take_load(vm);
+        node.awaited -= vm.awaited;
         node.outgoing += 1;
     }
 

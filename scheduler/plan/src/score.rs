@@ -41,8 +41,8 @@ impl Node<'_> {
     pub fn charge(&self, rate: f64, more: Use) -> f64 {
         let load = self.most_load();
         let cpu = self.cpu_cost(rate, load + more.cpu) - self.cpu_cost(rate, load);
-        let memory =
-            self.memory_cost(rate, self.settled + more.memory) - self.memory_cost(rate, self.settled);
+        let held = self.settled + self.awaited;
+        let memory = self.memory_cost(rate, held + more.memory) - self.memory_cost(rate, held);
         cpu + memory
     }
 

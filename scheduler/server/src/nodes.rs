@@ -4,15 +4,19 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use shoal_plan::{Bytes, Estimate, Growth, Peak, SteadyGrowth};
+use shoal_plan::Bytes;
 use shoal_proto::{Epoch, NodeName, VmId, node, vm};
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::agent::{Agent, Caller};
 use crate::cpus::MsrList;
-use crate::predictions::{Grown, Outlook};
+use crate::predictions::Forecast;
 use crate::record::{Cordon, Lost, NodeRecord, NodeWishes};
+
+mod observed;
+
+pub use observed::{Heard, HostCpu, Observed, ObservedVm};
 
 /// A node that has not reported for this long is suspect: nothing moves to it or from it. It may be well and cut off:
 /// nothing is restarted.
@@ -23,8 +27,6 @@ pub const LOST: Duration = Duration::from_secs(30);
 
 /// That of Linux is a UUID.
 const LONGEST_BOOT_ID: usize = 64;
-/// More CPUs than any host has: what is told beyond that is cut.
-const MOST_CPUS: f64 = 1e6;
 
 /// One end of an agent's Report stream.
 pub type ReportSender = mpsc::Sender<Result<node::SchedulerMessage, Status>>;
@@ -50,73 +52,6 @@ impl Liveness {
             Self::Lost
         }
     }
-}
-
-/// What a node last reported of one VM at one epoch.
-#[derive(Debug, Clone)]
-pub struct ObservedVm {
-    /// As reported.
-    pub facts: Arc<node::VmFacts>,
-    /// How fast it dirties memory, in bytes per second, smoothed; none while it is not sampled.
-    pub dirty_rate: Option<Peak>,
-    /// What it writes again and again, in bytes, smoothed; none while it is not sampled.
-    pub working_set: Option<Peak>,
-    /// How fast its resident memory grows.
-    pub growth: Growth,
-    sampled: Instant,
-}
-
-impl ObservedVm {
-    /// CPUs that it would use if it never had to wait; none until its node has seen enough of it.
-    pub fn demand(&self) -> Option<Estimate> {
-        let mean = self.facts.cpu_demand?;
-        let error = self.facts.cpu_demand_error.unwrap_or(0.0);
-        Some(Estimate { mean, error }.sane(MOST_CPUS))
-    }
-
-    /// State of its VMM.
-    pub fn state(&self) -> vm::VmState {
-        self.facts
-            .status
-            .as_ref()
-            .map_or(vm::VmState::Unspecified, vm::VmStatus::state)
-    }
-}
-
-/// What a node last reported of itself.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Observed {
-    /// Free part of what it lends.
-    pub memory_available: u64,
-    /// Growth of what is not VMs.
-    pub other_growth: SteadyGrowth,
-    /// PSI.
-    pub pressure: node::Pressure,
-    sampled: Option<Instant>,
-}
-
-/// What a report says of the one before.
-#[derive(Debug, Clone, Copy)]
-pub struct Heard {
-    /// It came so long after it.
-    pub after: Duration,
-    /// What became of what was expected then.
-    pub grown: Option<Grown>,
-}
-
-/// What an agent told of the CPUs of its host.
-#[derive(Debug, Clone, PartialEq)]
-pub struct HostCpu {
-    /// Which host; none if that is not known.
-    pub host: Option<Arc<str>>,
-    /// CPUs that it has; 0 if that is not known.
-    pub host_cpus: u32,
-    /// CPUs of it that this node lends.
-    pub lends: u32,
-    /// CPUs of it that anything but the VMMs of this node uses.
-    pub other: Estimate,
-    /// CPUs that these use.
-    pub vmms: f64,
 }
 
 #[derive(Debug)]
@@ -151,7 +86,7 @@ struct Inner {
     /// MSRs that are saved there, as told by its agent.
     msrs: Option<MsrList>,
     /// What its memory was to become.
-    outlook: Option<Outlook>,
+    forecast: Option<Forecast>,
     /// Bytes per second that migrations out of it got.
     link_rate: Option<u64>,
     observed: Observed,
@@ -183,7 +118,7 @@ impl NodeEntry {
                 forget: false,
                 cpu_speed: None,
                 host: None,
-                outlook: None,
+                forecast: None,
                 host_cpus: 0,
                 cpu_quota: None,
                 msrs: None,
@@ -292,20 +227,12 @@ impl NodeEntry {
     /// What it told of the use of its host's CPUs; none if it does not.
     pub fn host_cpu(&self) -> Option<HostCpu> {
         let inner = self.lock();
-        let figures = &inner.figures;
-        let other = Estimate {
-            mean: figures.other_cpu?,
-            error: figures.other_cpu_error.unwrap_or(0.0),
-        };
-        Some(HostCpu {
-            host: inner.host.clone(),
-            host_cpus: inner.host_cpus,
-            lends: inner.record.cpus,
-            other: other.sane(MOST_CPUS),
-            vmms: Estimate::exactly(figures.vmm_cpu.unwrap_or(0.0))
-                .sane(MOST_CPUS)
-                .mean,
-        })
+        HostCpu::told(
+            &inner.figures,
+            inner.host.clone(),
+            inner.host_cpus,
+            inner.record.cpus,
+        )
     }
 
     /// CPUs that its VMs want, as far as its agent knows already, or use.
@@ -460,7 +387,7 @@ impl NodeEntry {
         if lost {
             inner.observed = Observed::default();
             inner.vms.clear();
-            inner.outlook = None;
+            inner.forecast = None;
         }
         let after = inner.last_report.replace(now).map(|last| now - last);
         inner.figures.clone_from(heartbeat);
@@ -493,7 +420,7 @@ impl NodeEntry {
             .vms
             .values()
             .fold(0_u64, |sum, vm| sum.saturating_add(vm.growth.value().0));
-        let grown = Outlook::next(&mut inner.outlook, now, resident, rate, steady);
+        let grown = Forecast::next(&mut inner.forecast, now, resident, rate, steady);
         after.map(|after| Heard { after, grown })
     }
 
@@ -549,39 +476,6 @@ impl Inner {
     /// A node that has not reported to this scheduler has been silent since that began to listen.
     fn liveness(&self) -> Liveness {
         Liveness::after(self.last_report.unwrap_or(self.since).elapsed())
-    }
-}
-
-impl ObservedVm {
-    /// The next view of a VM. What comes between heartbeats is no sample.
-    fn next(seen: Option<Self>, facts: Arc<node::VmFacts>, now: Instant, is_sample: bool) -> Self {
-        let mut next = match seen {
-            Some(seen) => Self { facts, ..seen },
-            None => Self {
-                facts,
-                dirty_rate: None,
-                working_set: None,
-                growth: Growth::default(),
-                sampled: now,
-            },
-        };
-        if !is_sample {
-            return next;
-        }
-        if next.state() == vm::VmState::Incoming {
-            // It grows as fast as the link sends, which says nothing of the guest.
-            next.growth = Growth::default();
-        } else {
-            next.growth
-                .update(Bytes(next.facts.resident_bytes), now - next.sampled);
-        }
-        let smooth = |known: Option<Peak>, sample: Option<u64>| {
-            sample.map(|sample| known.unwrap_or_default().next(sample))
-        };
-        next.dirty_rate = smooth(next.dirty_rate, next.facts.dirty_rate_bytes_per_second);
-        next.working_set = smooth(next.working_set, next.facts.working_set_bytes);
-        next.sampled = now;
-        next
     }
 }
 

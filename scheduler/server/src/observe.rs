@@ -186,7 +186,7 @@ pub fn snapshot(scheduler: &Scheduler) -> ClusterSnapshot {
         let failing = scheduler.failures.of(&record.name);
         let mut view = node_view(&entry, record);
         view.failing = failing;
-        view.other = others.on(&entry);
+        (view.other, view.pressure_memory) = others.on(&entry);
         view.speed = relative_speed(&entry, typical);
         if let Some(cpu) = cpu {
             let msrs = hosts.msrs(&entry.name());
@@ -282,7 +282,6 @@ fn node_view(entry: &NodeEntry, record: NodeRecord) -> NodeView {
         state,
         memory_available: Bytes(observed.memory_available),
         other_growth: observed.other_growth.value(),
-        pressure_memory: observed.pressure.memory.unwrap_or(0.0),
         pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),
         migration_tls: record.migration_tls,
         kvm: record.kvm,

@@ -2,7 +2,8 @@
 //!
 //! Each agent tells what all but its own VMMs use of its host. What the VMMs of the other nodes there use is no other load, so it is
 //! taken off. The rest is spread over the host's nodes by the CPUs that they lend, all with the same part of their CPUs: it is
-//! no reason to move a VM between them.
+//! no reason to move a VM between them. So is pressure on the host's memory: all of its nodes are under the most that one of them has
+//! told, or small differences in time between their reports would send VMs from one to the other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,9 +12,18 @@ use shoal_plan::Estimate;
 
 use crate::nodes::{HostCpu, NodeEntry};
 
-/// By host, what is used of one CPU that is lent.
+/// What nodes of one host share.
+#[derive(Debug, Clone, Copy)]
+struct Shared {
+    /// What is used of one CPU that is lent.
+    of_a_cpu: Estimate,
+    /// Percent.
+    memory_pressure: f64,
+}
+
+/// By host.
 #[derive(Debug, Default)]
-pub struct OtherLoads(HashMap<Arc<str>, Estimate>);
+pub struct OtherLoads(HashMap<Arc<str>, Shared>);
 
 impl OtherLoads {
     /// Of all nodes.
@@ -28,19 +38,33 @@ impl OtherLoads {
         Self(
             hosts
                 .into_iter()
-                .map(|(host, nodes)| (host, part(&nodes)))
+                .map(|(host, nodes)| (host, shared(&nodes)))
                 .collect(),
         )
     }
 
-    /// CPUs of a node that are used by anything but VMs.
-    pub fn on(&self, node: &NodeEntry) -> Estimate {
+    /// CPUs of a node that are used by anything but VMs, and the pressure on its memory, percent.
+    pub fn on(&self, node: &NodeEntry) -> (Estimate, f64) {
         let Some(told) = node.host_cpu() else {
-            return Estimate::default();
+            return (
+                Estimate::default(),
+                node.observed().0.pressure.memory.unwrap_or(0.0),
+            );
         };
         let of_host = told.host.as_ref().and_then(|host| self.0.get(host)).copied();
-        let part = of_host.unwrap_or_else(|| part(std::slice::from_ref(&told)));
-        part.times(f64::from(told.lends))
+        let of_host = of_host.unwrap_or_else(|| shared(std::slice::from_ref(&told)));
+        (
+            of_host.of_a_cpu.times(f64::from(told.lends)),
+            of_host.memory_pressure,
+        )
+    }
+}
+
+fn shared(nodes: &[HostCpu]) -> Shared {
+    let pressures = nodes.iter().map(|node| node.memory_pressure);
+    Shared {
+        of_a_cpu: part(nodes),
+        memory_pressure: pressures.fold(0.0, f64::max),
     }
 }
 
@@ -72,6 +96,7 @@ mod tests {
                 error: 0.2,
             },
             vmms,
+            memory_pressure: vmms,
         }
     }
 
@@ -87,9 +112,15 @@ mod tests {
         // 6 CPUs in use: 1 + 2 by VMs, 3 by others. The third node has no VMs.
         let nodes = [told(2, 5.0, 1.0), told(2, 4.0, 2.0), told(2, 6.0, 0.0)];
         assert!((part(&nodes).mean - 3.0 / 8.0).abs() < 1e-12);
+        assert_eq!(
+            shared(&nodes).memory_pressure,
+            2.0,
+            "the most that one of them tells"
+        );
         // More is lent than there is.
         let nodes = [told(8, 3.0, 0.0), told(8, 3.0, 0.0)];
         assert!((part(&nodes).mean - 3.0 / 16.0).abs() < 1e-12);
+        assert_eq!(shared(&nodes).memory_pressure, 0.0);
         // Figures of different moments.
         assert_eq!(part(&[told(2, 0.5, 1.0), told(2, 0.5, 1.0)]).mean, 0.0);
     }

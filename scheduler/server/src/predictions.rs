@@ -52,14 +52,14 @@ pub struct Grown {
 
 /// What one node's memory was when it was looked ahead.
 #[derive(Debug, Clone, Copy)]
-pub struct Outlook {
+pub struct Forecast {
     at: Instant,
     held: u64,
     rate: u64,
 }
 
-impl Outlook {
-    /// The VMs of a node hold so much and grow so many bytes per second. Answers what became of the outlook before, once
+impl Forecast {
+    /// The VMs of a node hold so much and grow so many bytes per second. Answers what became of the forecast before, once
     /// enough time has passed. While VMs come and go, or arrive, there is none: that is no growth.
     pub fn next(known: &mut Option<Self>, now: Instant, held: u64, rate: u64, steady: bool) -> Option<Grown> {
         let before = known.filter(|_| steady);
@@ -83,7 +83,7 @@ mod tests {
     fn growth_is_compared_with_what_was_expected_once_some_time_has_passed() {
         let (start, mut known) = (Instant::now(), None);
         let mut at = |second: u64, held, steady| {
-            Outlook::next(&mut known, start + Duration::from_secs(second), held, 10, steady)
+            Forecast::next(&mut known, start + Duration::from_secs(second), held, 10, steady)
         };
         assert_eq!(at(0, 100, true), None);
         assert_eq!(at(2, 130, true), None);

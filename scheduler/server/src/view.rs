@@ -255,7 +255,7 @@ fn node_with(
         cpus: record.cpus,
         memory_bytes: record.memory_bytes,
         memory_available_bytes: observed.memory_available,
-        cpu_load: others.on(entry).mean + entry.wanted_cpus(),
+        cpu_load: others.on(entry).0.mean + entry.wanted_cpus(),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         pressure_memory: observed.pressure.memory.unwrap_or(0.0),
         pressure_cpu: observed.pressure.cpu.unwrap_or(0.0),

@@ -15,6 +15,9 @@ use crate::daemon;
 use crate::error::CliError;
 use crate::format;
 
+/// Of the text of one moment: a million VMs have less.
+const MOST_BYTES: usize = 512 << 20;
+
 /// Arguments of `record`.
 #[derive(Debug, Args)]
 pub struct RecordArgs {
@@ -25,7 +28,7 @@ pub struct RecordArgs {
     pub length: Option<Duration>,
 }
 
-/// Writes what the planner is shown each second. Names, labels and addresses of nodes are in it, and nothing of what VMs hold.
+/// Writes what the planner is shown each second. Names and labels of nodes and VMs are in it, and nothing of what VMs hold.
 pub async fn run(context: &Context, args: RecordArgs) -> Result<(), CliError> {
     let mut client = context.client().await?;
     let mut records = client.record_cluster(RecordClusterRequest {}).await?.into_inner();
@@ -55,6 +58,11 @@ pub async fn run(context: &Context, args: RecordArgs) -> Result<(), CliError> {
             () = &mut end => break Ok(()),
             () = &mut signal => break Ok(()),
         };
+        if text.len() + record.text.len() > MOST_BYTES {
+            return Err(CliError::Failed(format!(
+                "the scheduler sends more than {MOST_BYTES} bytes for one moment"
+            )));
+        }
         text.push_str(&record.text);
         if record.complete {
             writer.moment(record.unix_ms, &text).map_err(file_error)?;

@@ -29,6 +29,8 @@ pub(crate) struct Node<'a> {
     pub occupied: f64,
     /// Memory held when the moves under way have ended.
     pub settled: f64,
+    /// What VMs that have just been started are expected to take besides. It decides where others go, and rejects nothing.
+    pub awaited: f64,
     /// `settled`, with growth to the policy's horizon.
     pub projected: f64,
     /// Bytes per second by which the VMs grow that will be here.
@@ -80,6 +82,7 @@ impl<'a> Node<'a> {
             busy: other.mean,
             occupied: 0.0,
             settled: 0.0,
+            awaited: 0.0,
             projected: 0.0,
             growth: 0.0,
             load: other.mean,

@@ -1,3 +1,6 @@
+use shoal_plan::Estimate;
+
+use super::observed::MOST_CPUS;
 use super::*;
 use crate::record::{Cordon, NodeRecord, NodeWishes};
 use crate::store::Term;

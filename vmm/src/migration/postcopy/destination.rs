@@ -388,7 +388,10 @@ impl Inner {
             return false;
         }
         for &range in lock(&self.ranges).iter() {
-            if let Err(error) = self.uffd.unregister(range) {
+            // Linux wakes those who wait before it stops holding back others (fs/userfaultfd.c, userfaultfd_unregister). A
+            // fault that comes in between under the lock of its mapping alone would wait for ever, so they are woken again.
+            let let_go = self.uffd.unregister(range).and_then(|()| self.uffd.wake(range));
+            if let Err(error) = let_go {
                 tracing::error!(%error, "cannot let go of guest memory");
             }
         }

@@ -523,6 +523,36 @@ fn a_guest_that_waits_can_be_stopped_and_the_source_hears_it() {
     );
 }
 
+/// Whoever waits when all are let go of looks again, and may be faster than the kernel, which first wakes and then stops
+/// holding back. More threads than CPUs, so that one of them often preempts who let go of them.
+#[test]
+fn whoever_looks_again_when_pages_are_no_longer_held_back_goes_on() {
+    const GUESTS: u64 = 8;
+    let both = Arc::new(Both::new(0..GUESTS));
+    for round in 0..2000 {
+        let post_copy = PostCopy::prepare(&both.destination, &both.missing()).expect("userfaultfd");
+        let (first_touch, touched) = channel();
+        let (over, ended) = channel();
+        for vcpu in 0..GUESTS {
+            let (guest, first_touch, over) = (Arc::clone(&both), first_touch.clone(), over.clone());
+            std::thread::spawn(move || {
+                first_touch.send(()).expect("the test listens");
+                assert_eq!(touch(&guest.destination, vcpu), 0);
+                over.send(()).expect("the test listens");
+            });
+        }
+        for _ in 0..GUESTS {
+            touched.recv().expect("a guest runs");
+        }
+        post_copy.stop("it is over");
+        for _ in 0..GUESTS {
+            ended
+                .recv_timeout(LONG)
+                .unwrap_or_else(|_| panic!("round {round}: a guest waits for ever"));
+        }
+    }
+}
+
 #[test]
 fn a_source_that_is_stopped_says_that_the_memory_is_lost() {
     let both = Both::new(0..PAGES);

@@ -24,7 +24,7 @@ pub fn run_tests(context: &Context, filter: Option<&str>) -> Result<()> {
         command
             .args(["test", "--release", "--workspace", "--test", "e2e", "--"])
             .args(filter);
-        // Two at a time: most wait for something half of the time. Those that need the whole machine lock it.
-        slowest::run(context, command.arg("--test-threads=2"))
+        // Three at a time: most of them wait most of the time. Those that need the whole machine lock it.
+        slowest::run(context, command.arg("--test-threads=3"))
     })
 }

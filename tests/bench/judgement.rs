@@ -41,18 +41,23 @@ pub struct Judgement {
     /// Leaks in each of the two rows that have them
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     leaks: u32,
+    /// Write what `shoal record` sees of each row to FOLDER/ROW.gz; of rows with several clusters, of the first
+    #[arg(long, value_name = "FOLDER")]
+    record: Option<PathBuf>,
     /// Where to write what was found as JSON
     #[arg(long, overrides_with = "out")]
     out: Option<PathBuf>,
 }
 
 /// How a row is to be run.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Shorter windows.
     quick: bool,
     /// How often memory leaks.
     leaks: u32,
+    /// Where the row is recorded.
+    recording: Option<PathBuf>,
 }
 
 /// A situation, and what is right in it.
@@ -60,7 +65,7 @@ pub struct Settings {
 struct Row {
     name: &'static str,
     goal: &'static str,
-    run: fn(Settings) -> Result<Outcome>,
+    run: fn(&Settings) -> Result<Outcome>,
     has_short_form: bool,
 }
 
@@ -115,7 +120,7 @@ static ROWS: [Row; 10] = [
     ),
 ];
 
-const fn row(name: &'static str, goal: &'static str, run: fn(Settings) -> Result<Outcome>) -> Row {
+const fn row(name: &'static str, goal: &'static str, run: fn(&Settings) -> Result<Outcome>) -> Row {
     Row {
         name,
         goal,
@@ -196,10 +201,6 @@ pub fn run(options: &Judgement, machine: Machine) -> Result<ExitCode> {
     };
     drop(lock);
     host::end_on_signal()?;
-    let settings = Settings {
-        quick: options.quick,
-        leaks: options.leaks,
-    };
     let wanted = |row: &&Row| {
         if options.rows.is_empty() {
             row.has_short_form || !options.quick
@@ -209,6 +210,14 @@ pub fn run(options: &Judgement, machine: Machine) -> Result<ExitCode> {
     };
     let mut rows = Vec::new();
     for row in ROWS.iter().filter(wanted) {
+        let settings = Settings {
+            quick: options.quick,
+            leaks: options.leaks,
+            recording: options
+                .record
+                .as_ref()
+                .map(|folder| folder.join(format!("{}.gz", row.name))),
+        };
         rows.push(judge(row, settings)?);
         if host::interrupted() {
             break;
@@ -241,7 +250,7 @@ fn judge(row: &'static Row, settings: Settings) -> Result<RowReport> {
     let before = host::busy_cpus()?;
     let started = Instant::now();
     // The harness panics where a test would; what a row has made is removed on the way.
-    let run = thread::spawn(move || (row.run)(settings)).join();
+    let run = thread::spawn(move || (row.run)(&settings)).join();
     let seconds = started.elapsed().as_secs_f64();
     let outcome = run.unwrap_or_else(|panic| Err(anyhow!("{}", words(panic.as_ref()))));
     let outcome = outcome.unwrap_or_else(|error| Outcome {

@@ -11,6 +11,8 @@ use crate::policy::Policy;
 
 /// To stop the VM, send its devices' state and start it again.
 const FIXED_DOWNTIME_SECONDS: f64 = 0.005;
+/// No VM is taken for younger when it is asked how long it will run on.
+const YOUNGEST_SECONDS: f64 = 60.0;
 /// A guest that writes so fast that passes do not shrink is paused after so many.
 const MOST_PASSES: i32 = 30;
 
@@ -32,6 +34,8 @@ pub(crate) struct Cost {
     pub downtime: f64,
     /// Score times seconds.
     pub total: f64,
+    /// For how many seconds the VM has run; infinite if that is not known.
+    pub age: f64,
 }
 
 impl Terms {
@@ -53,7 +57,8 @@ impl Terms {
     /// What is left of a gain when the time without it and the cost are taken off, spread over the time to pay back in.
     /// Not more than 0: it does not pay back.
     pub fn net(&self, gain: f64, cost: Cost) -> f64 {
-        (gain * (self.payback_seconds - cost.seconds) - cost.total) / self.payback_seconds
+        let lasts = expected_within(self.payback_seconds, cost.age);
+        (gain * (lasts - cost.seconds) - cost.total) / self.payback_seconds
     }
 
     /// When a move with this gain has paid back, from its start.
@@ -77,6 +82,7 @@ impl Cost {
             seconds: self.seconds.max(other.seconds),
             downtime: self.downtime.max(other.downtime),
             total: self.total + other.total,
+            age: self.age.min(other.age),
         }
     }
 }
@@ -94,7 +100,19 @@ pub(crate) fn cost(policy: &Policy, vm: &Vm<'_>) -> Cost {
         seconds: vm.move_seconds,
         downtime,
         total: price * f64::from(vm.view.priority.min(9) + 1) / 6.0,
+        age: vm.view.ran.map_or(f64::INFINITY, |ran| ran.as_secs_f64()),
     }
+}
+
+/// For how many of the next seconds a VM of that age will run, on average: what has run for so long runs on for as long again with
+/// probability one half, as processes do (Harchol-Balter and Downey, Exploiting Process Lifetime Distributions for Dynamic Load
+/// Balancing, 1997).
+fn expected_within(seconds: f64, age: f64) -> f64 {
+    if age.is_infinite() {
+        return seconds;
+    }
+    let age = age.max(YOUNGEST_SECONDS);
+    age * (seconds / age).ln_1p()
 }
 
 /// Seconds of pause at the end of pre-copy.
@@ -132,6 +150,15 @@ mod tests {
     }
 
     #[test]
+    fn what_has_run_for_long_is_expected_to_run_on() {
+        let of_age = |age| expected_within(600.0, age);
+        assert_eq!(of_age(f64::INFINITY), 600.0);
+        assert!((of_age(600.0) - 600.0 * 2f64.ln()).abs() < 1e-9);
+        assert!(of_age(1e7) > 599.0 && of_age(3600.0) > of_age(600.0) && of_age(60.0) < 150.0);
+        assert_eq!(of_age(1.0), of_age(60.0));
+    }
+
+    #[test]
     fn a_level_more_moves_for_less_and_waits_longer_for_it() {
         let level = |aggressiveness| {
             Terms::new(&Policy {
@@ -148,6 +175,7 @@ mod tests {
             seconds: 20.0,
             downtime: 0.05,
             total: 25.0,
+            age: f64::INFINITY,
         };
         let terms = level(3).expect("a level");
         assert!((terms.net(3.0, cost) - (3.0 * 580.0 - 25.0) / 600.0).abs() < 1e-9);

@@ -66,6 +66,8 @@ fn is_pressed(cluster: &Cluster<'_>, node: usize) -> bool {
 struct Candidate {
     vm: usize,
     frees: f64,
+    /// It was moved not long ago, and goes only where no other can.
+    just_moved: bool,
     /// Needed memory freed per second of transfer, weighed by priority.
     worth: f64,
 }
@@ -231,14 +233,16 @@ fn candidates(cluster: &Cluster<'_>, node: usize, needed: f64) -> Vec<Candidate>
             Candidate {
                 vm,
                 frees,
+                just_moved: cluster.immobile(vm, cluster.policy.cool_down).is_some(),
                 worth: frees.min(needed) * precedence(cluster, vm) / cluster.vms[vm].move_seconds.max(1e-3),
             }
         })
         .filter(|candidate| candidate.worth > 0.0)
         .collect();
     candidates.sort_by(|a, b| {
-        b.worth
-            .total_cmp(&a.worth)
+        a.just_moved
+            .cmp(&b.just_moved)
+            .then(b.worth.total_cmp(&a.worth))
             .then(a.frees.total_cmp(&b.frees))
             .then(a.vm.cmp(&b.vm))
     });

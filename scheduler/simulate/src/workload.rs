@@ -167,7 +167,7 @@ fn service(shape: &Shape, name: String, random: &mut Random, mut segments: Vec<S
         working_set: initial / 4.0,
         priority: shape.priority,
         preemptible: shape.preemptible,
-        boots: true,
+        boots: false,
         segments: segments.into(),
     }
 }

@@ -15,7 +15,7 @@ const IN_TURNS: &str = "while :; do if [ $(( $(date +%s) / 20 % 2 )) = 0 ]; then
                         do i=$((i+1)); done; else sleep 0.5; fi; done";
 
 /// Two that alternate, in step, on node1; two busy ones on each other node.
-pub fn run(settings: Settings) -> Result<Outcome> {
+pub fn run(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut stage = Stage::start(settings, &[HALF; 3])?;
     let vms = stage.busy_guests(&[0, 2, 2])?;

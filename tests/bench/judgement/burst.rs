@@ -12,7 +12,7 @@ const VMS: usize = 30;
 const AFTERWARDS: Duration = Duration::from_secs(60);
 
 /// Runs it.
-pub fn run(settings: Settings) -> Result<Outcome> {
+pub fn run(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut stage = Stage::start(settings, &[HALF; 3])?;
     stage.hands_off();

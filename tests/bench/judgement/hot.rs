@@ -13,7 +13,7 @@ const MOST_MOVES: usize = 4;
 const LEAST_GAIN: f64 = 2.0;
 
 /// Runs it.
-pub fn run(settings: Settings) -> Result<Outcome> {
+pub fn run(settings: &Settings) -> Result<Outcome> {
     let (measure, patience, rest) = if settings.quick {
         (8, 50, 20)
     } else {

@@ -25,17 +25,17 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const REST: Duration = Duration::from_secs(8);
 
 /// Runs it on the machine as it is.
-pub fn quiet(settings: Settings) -> Result<Outcome> {
+pub fn quiet(settings: &Settings) -> Result<Outcome> {
     leaks(settings)
 }
 
 /// Runs it while others take the CPU.
-pub fn beside_spinning(settings: Settings) -> Result<Outcome> {
+pub fn beside_spinning(settings: &Settings) -> Result<Outcome> {
     let _hogs = Hogs::start(3)?;
     leaks(settings)
 }
 
-fn leaks(settings: Settings) -> Result<Outcome> {
+fn leaks(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let (mut in_time, mut highest) = (0, 0.0_f64);
     for number in 1..=settings.leaks {
@@ -73,7 +73,7 @@ fn leaks(settings: Settings) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn leak(settings: Settings, outcome: &mut Outcome) -> Result<()> {
+fn leak(settings: &Settings, outcome: &mut Outcome) -> Result<()> {
     let mut stage = Stage::without_quotas(settings)?;
     stage.hands_off();
     stage.on_node(3, |stage| {

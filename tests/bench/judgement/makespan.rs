@@ -17,7 +17,7 @@ const NODES: [f64; 3] = [HALF; 3];
 const MOST_OF_ONE_NODE: f64 = 1.15;
 
 /// Runs the same jobs three times.
-pub fn run(settings: Settings) -> Result<Outcome> {
+pub fn run(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let speed = speed_of_a_node(settings, &mut outcome)?;
     let jobs = jobs(speed / HALF * NODES.iter().sum::<f64>() * IDEAL_SECONDS);
@@ -55,7 +55,7 @@ pub fn run(settings: Settings) -> Result<Outcome> {
 }
 
 /// Pages a second that a guest gets done which has a node for itself.
-fn speed_of_a_node(settings: Settings, outcome: &mut Outcome) -> Result<f64> {
+fn speed_of_a_node(settings: &Settings, outcome: &mut Outcome) -> Result<f64> {
     let mut stage = Stage::start(settings, &[HALF])?;
     let vms = stage.busy_guests(&[1])?;
     let first = stage.reading(&vms)?;
@@ -87,7 +87,7 @@ fn jobs(all_work: f64) -> Vec<String> {
 
 /// From the first `run` to the end of the last job, in seconds.
 fn makespan(
-    settings: Settings,
+    settings: &Settings,
     quotas: &[f64],
     automatic: bool,
     jobs: &[String],

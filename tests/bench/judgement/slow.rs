@@ -11,7 +11,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const REST: Duration = Duration::from_secs(180);
 
 /// Runs it. Even is 1/2/2: a quarter of a CPU for each of five VMs.
-pub fn run(settings: Settings) -> Result<Outcome> {
+pub fn run(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut stage = Stage::start(settings, &[HALF / 2.0, HALF, HALF])?;
     let vms = stage.busy_guests(&[3, 1, 1])?;

@@ -1,9 +1,12 @@
 //! A cluster whose nodes are held in CPU quotas, the guests on it, and what is seen of both.
 
 use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 use serde_json::Value;
 use shoal_tests::cgroups::Groups;
@@ -52,6 +55,7 @@ pub struct Stage {
     /// The number of the last event that was seen.
     seen: u64,
     moves: Vec<Move>,
+    recorder: Option<Recorder>,
     // After the cluster, whose VMMs are in them.
     _groups: Option<Groups>,
 }
@@ -61,7 +65,7 @@ impl Stage {
     ///
     /// # Errors
     /// If cgroups cannot be made.
-    pub fn start(settings: Settings, quotas: &[f64]) -> Result<Self> {
+    pub fn start(settings: &Settings, quotas: &[f64]) -> Result<Self> {
         let (machine, groups) = (machine()?, Groups::make(GROUPS, quotas)?);
         groups.favour()?;
         Self::with_groups(settings, machine, groups, quotas)
@@ -71,12 +75,12 @@ impl Stage {
     ///
     /// # Errors
     /// If cgroups cannot be made.
-    pub fn start_among_others(settings: Settings, quotas: &[f64]) -> Result<Self> {
+    pub fn start_among_others(settings: &Settings, quotas: &[f64]) -> Result<Self> {
         let (machine, groups) = (machine()?, Groups::make(GROUPS, quotas)?);
         Self::with_groups(settings, machine, groups, quotas)
     }
 
-    fn with_groups(settings: Settings, machine: Machine, groups: Groups, quotas: &[f64]) -> Result<Self> {
+    fn with_groups(settings: &Settings, machine: Machine, groups: Groups, quotas: &[f64]) -> Result<Self> {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -97,7 +101,7 @@ impl Stage {
     ///
     /// # Errors
     /// If KVM is not there.
-    pub fn without_quotas(settings: Settings) -> Result<Self> {
+    pub fn without_quotas(settings: &Settings) -> Result<Self> {
         let shape = Shape {
             nodes: 3,
             node_memory: "1GiB",
@@ -107,13 +111,17 @@ impl Stage {
         Self::open(settings, machine()?, &shape, None)
     }
 
-    fn open(settings: Settings, machine: Machine, shape: &Shape, groups: Option<Groups>) -> Result<Self> {
+    fn open(settings: &Settings, machine: Machine, shape: &Shape, groups: Option<Groups>) -> Result<Self> {
+        let cluster = Cluster::start(machine, shape);
+        let recording = settings.recording.as_ref().filter(|path| !path.exists());
+        let recorder = recording.map(|path| Recorder::start(&cluster, path));
         let stage = Self {
-            cluster: Cluster::start(machine, shape),
+            cluster,
             nodes: usize::try_from(shape.nodes)?,
             begun: Instant::now(),
             seen: 0,
             moves: Vec::new(),
+            recorder: recorder.transpose()?,
             _groups: groups,
         };
         // The rows are about balancing. How many VMs may be started on a node is another matter.
@@ -333,6 +341,9 @@ impl Stage {
     /// Checks that every VM runs and every probe among them is unharmed, and gives the moves and their pauses to the outcome.
     pub fn close(mut self, outcome: &mut Outcome) {
         self.look();
+        if let Some(Err(error)) = self.recorder.take().map(Recorder::end) {
+            outcome.expect(false, format!("{error:#}"));
+        }
         let vms = self.cluster.shoal.json(&["ps", "--all"]);
         for vm in list(&vms) {
             let (name, state) = (text(vm, "name"), text(vm, "state"));
@@ -371,6 +382,35 @@ impl Stage {
         }
         outcome.figure("longest_pause_ms", longest);
         outcome.moves.append(&mut self.moves);
+    }
+}
+
+/// `shoal record`, beside a row.
+#[derive(Debug)]
+struct Recorder(Child);
+
+impl Recorder {
+    fn start(cluster: &Cluster, path: &Path) -> Result<Self> {
+        let mut command = cluster.shoal.command(&["record"]);
+        let child = command.arg(path).stdout(Stdio::null()).spawn();
+        child.map(Self).context("shoal record")
+    }
+
+    /// Has it write what it has.
+    fn end(mut self) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.0.id())?).context("its id")?;
+        kill_process(pid, Signal::INT)?;
+        let status = self.0.wait()?;
+        ensure!(status.success(), "shoal record ended with {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        // It may have ended; what a row that broke off has left of it is of no use.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -11,7 +11,7 @@ use super::{Outcome, Settings};
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
 
 /// One VM and nothing else.
-pub fn lone(settings: Settings) -> Result<Outcome> {
+pub fn lone(settings: &Settings) -> Result<Outcome> {
     let stage = Stage::start(settings, &[HALF; 3])?;
     stage.hands_off();
     stage.run_busy("lone");
@@ -20,7 +20,7 @@ pub fn lone(settings: Settings) -> Result<Outcome> {
 }
 
 /// Six VMs that are alike.
-pub fn equals(settings: Settings) -> Result<Outcome> {
+pub fn equals(settings: &Settings) -> Result<Outcome> {
     let stage = Stage::start(settings, &[HALF; 3])?;
     let vms = stage.busy_guests(&[2, 2, 2])?;
     stage.hands_off();
@@ -28,7 +28,7 @@ pub fn equals(settings: Settings) -> Result<Outcome> {
 }
 
 /// The same, while something else takes half of the host.
-pub fn equals_beside_hog(settings: Settings) -> Result<Outcome> {
+pub fn equals_beside_hog(settings: &Settings) -> Result<Outcome> {
     let stage = Stage::start_among_others(settings, &[HALF; 3])?;
     let vms = stage.busy_guests(&[2, 2, 2])?;
     let _hog = Hogs::start(1)?;
@@ -36,7 +36,7 @@ pub fn equals_beside_hog(settings: Settings) -> Result<Outcome> {
     stay(stage, &vms, window(settings, 40))
 }
 
-fn window(settings: Settings, quick_seconds: u64) -> Duration {
+fn window(settings: &Settings, quick_seconds: u64) -> Duration {
     if settings.quick {
         Duration::from_secs(quick_seconds)
     } else {

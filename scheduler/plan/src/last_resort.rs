@@ -76,8 +76,8 @@ fn victim(cluster: &Cluster<'_>, node: usize, may: impl Fn(&Vm<'_>) -> bool) -> 
 }
 
 /// For a node that runs out while nothing fits anywhere: the VM to suspend now, if it cannot wait. That takes no time, so it
-/// waits until the node would hold more than is left to wait with by the time that a change takes effect, and be full at the
-/// horizon.
+/// waits until the node would hold more than is left to wait with by the time that a change takes effect, and be all but full at
+/// the horizon.
 pub(crate) fn suspend(cluster: &Cluster<'_>, node: usize) -> Option<Hold> {
     suspend_because(cluster, node, "nothing fits elsewhere")
 }
@@ -106,7 +106,9 @@ fn suspend_because(cluster: &Cluster<'_>, node: usize, why: &str) -> Option<Hold
     let (soon, memory) = (cluster.most_memory_at(node, seconds), cluster.nodes[node].memory);
     let limit = memory * policy.critical();
     let at_horizon = cluster.most_memory_at(node, policy.usher_horizon.as_secs_f64());
-    if !policy.suspends() || soon <= limit || at_horizon <= memory {
+    // A host needs a little for itself.
+    let full = memory * f64::midpoint(policy.critical(), 1.0);
+    if !policy.suspends() || soon <= limit || at_horizon <= full {
         return None;
     }
     let vm = &cluster.vms[victim(cluster, node, |vm| vm.growth > 0.0)?];
